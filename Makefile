@@ -1,0 +1,41 @@
+# `make train` runs the main job, `make test` the tests: each sets up what it needs, in .venv.
+# PYTHON chooses the interpreter (3.12 or newer); where torch and Megatron are installed already, as in a
+# container, `make test VENV=` uses that environment as it is.
+
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -V >/dev/null 2>&1 && echo python3.12 || echo python3)
+VENV ?= .venv
+SETUP := $(if $(VENV),$(VENV)/.complete,)
+RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+
+.PHONY: help setup train test lint sweep clean
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(SETUP)  ## create the environment alone
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "$$($(PYTHON) --version) at $$(command -v $(PYTHON)): megatron-adams needs Python 3.12 or newer;" \
+	    "install it, or name one with make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV) (torch is 3 GB: minutes on the first run)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(SETUP)  ## train a small GPT with AdamS and with AdamW, and compare them
+	$(RUN) examples/pretrain_gpt/train.py $(ARGS)
+
+sweep: $(SETUP)  ## the learning-rate sweep behind the recipe's defaults
+	$(RUN) examples/pretrain_gpt/sweep.py $(ARGS)
+
+test: lint  ## lint, type-check and run all tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(SETUP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:  ## remove the environment, runs and caches
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
