@@ -1,0 +1,26 @@
+"""Megatron's dataset helpers, where the pip wheel ships them built and without their Makefile."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def wrap_compile_helpers(original: Callable[[], Any]) -> Callable[[], Any]:
+    """Compile Megatron's C++ dataset helpers, unless they are there and cannot be compiled.
+
+    The wheel of megatron-core 0.19 contains helpers_cpp*.so but no Makefile, and
+    megatron.core.datasets.utils.compile_helpers exits the process when make fails.
+    """
+
+    def compile_helpers() -> None:
+        spec = importlib.util.find_spec("megatron.core.datasets")
+        assert spec is not None and spec.submodule_search_locations is not None
+        folders = [Path(folder) for folder in spec.submodule_search_locations]
+        if any((folder / "Makefile").exists() for folder in folders):
+            original()
+            return
+        importlib.import_module("megatron.core.datasets.helpers_cpp")
+
+    return compile_helpers

@@ -1,0 +1,320 @@
+"""AdamS in Megatron's optimizers: the same wrappers as Adam's, with one state tensor less.
+
+Megatron builds its optimizer for Adam; `adopt` then puts AdamS in the place of each inner
+Adam, before any state exists. Called by `register()`'s wrapper of get_megatron_optimizer.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    DistributedOptimizer,
+    OptimizerConfig,
+)
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
+from megatron.core.utils import log_single_rank
+
+from megatron_adams.megatron.config import ADAMS, check_config, stated_as_adam
+from megatron_adams.optimizer import AdamS
+
+logger = logging.getLogger(__name__)
+
+# Hyperparameters that a param group can carry for both optimizers; Megatron's MuP sets eps.
+_SHARED_WITH_ADAM = {"lr", "betas", "eps", "weight_decay"}
+
+
+def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Build adams where the configuration asks for it."""
+
+    def get_megatron_optimizer(
+        config: Any, model_chunks: Sequence[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # A MIMO model comes with a configuration of another class, without this field.
+        if getattr(config, "optimizer", None) != ADAMS:
+            return original(config, model_chunks, *args, **kwargs)
+        check_config(config)
+        if model_chunks[0].ddp_config.use_megatron_fsdp:
+            raise ValueError(
+                f"use_megatron_fsdp with optimizer={ADAMS!r}: not supported; use "
+                f"use_distributed_optimizer"
+            )
+        with stated_as_adam(config):
+            optimizer = original(config, model_chunks, *args, **kwargs)
+        return adopt(optimizer, config)
+
+    return get_megatron_optimizer
+
+
+def adopt(optimizer: ChainedOptimizer, config: OptimizerConfig) -> "AdamSChainedOptimizer":
+    """Put AdamS in the place of every Adam in a chain that Megatron has just built.
+
+    Args:
+        optimizer: the chain; no inner optimizer has state yet.
+        config: with `optimizer == "adams"`; the parts keep a reference to it.
+    Returns:
+        The same object.
+    """
+    for part in optimizer.chained_optimizers:
+        # The subclasses add no attribute and no constructor: only their methods differ.
+        if isinstance(part, DistributedOptimizer):
+            part.__class__ = AdamSDistributedOptimizer
+        if part.optimizer is not None:
+            part.optimizer = _adams_from(part.optimizer, config)
+            part.init_state_fn = init_state
+    optimizer.__class__ = AdamSChainedOptimizer
+    num_params = sum(p.numel() for p in optimizer.get_parameters())
+    log_single_rank(
+        logger,
+        logging.INFO,
+        f"{ADAMS}: state is exp_avg, {4 * num_params} bytes for the {num_params} parameters "
+        f"of this rank",
+    )
+    return optimizer
+
+
+def _adams_from(adam: torch.optim.Optimizer, config: OptimizerConfig) -> AdamS:
+    # Taken over as they are: the dp shards in them are views, which torch's add_param_group
+    # refuses, and Megatron holds the group dicts' own keys (wd_mult, max_lr, ...).
+    adam_only = set(adam.defaults) - _SHARED_WITH_ADAM
+    for group in adam.param_groups:
+        for key in adam_only & group.keys():
+            del group[key]
+    return AdamS.from_param_groups(
+        adam.param_groups,
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        adam_w_mode=config.decoupled_weight_decay,
+        bias_correction=getattr(config, "adams_bias_correction", False),
+    )
+
+
+def init_state(optimizer: AdamS, config: OptimizerConfig | None = None) -> None:
+    """Allocate exp_avg for every parameter that has none: Megatron's init_state_fn."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.initialize_state(param)
+
+
+class AdamSDistributedOptimizer(DistributedOptimizer):
+    """Megatron's DistributedOptimizer (0.19) with `exp_avg` as the only state of a shard."""
+
+    optimizer_state_keys = ("exp_avg",)
+
+    # Set while a fully_reshardable state dict is built, see get_parameter_state_dp_zero.
+    _keep_bucket_padding = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but tensors.
+
+        Upstream reads the step from where the installed Adam keeps it (torch: in each
+        parameter's state; TransformerEngine and Apex: in the group). AdamS keeps it in the
+        group in all worlds, so that a checkpoint of one loads in the other.
+        """
+        if self.is_stub_optimizer:
+            return {}
+        groups = self.optimizer.state_dict()["param_groups"]
+        state_dict: dict[str, Any] = {
+            "optimizer": {"param_groups": [_without(group, "params") for group in groups]}
+        }
+        if self.grad_scaler:
+            state_dict["grad_scaler"] = self.grad_scaler.state_dict()
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load, after pairing every current param group with a saved one."""
+        if self.is_stub_optimizer:
+            return
+        groups = match_param_groups(
+            self.optimizer.param_groups, state_dict["optimizer"]["param_groups"]
+        )
+        super().load_state_dict({**state_dict, "optimizer": {"param_groups": groups}})
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """A stub, which a rank without trainable parameters has, has nothing to save."""
+        if self.is_stub_optimizer:
+            return {}
+        return super().sharded_state_dict(*args, **kwargs)
+
+    def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> Any:
+        # A save may come before the first step.
+        group, order = self.model_param_group_index_map[model_param]
+        self.optimizer.initialize_state(self.optimizer.param_groups[group]["params"][order])
+        return super()._get_main_param_and_optimizer_states(model_param)
+
+    # In fp32 a main param is a view of the model's leaf: copying into it needs no_grad, which
+    # upstream sets on some of its callers only.
+    @torch.no_grad()
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: Any) -> None:
+        super()._set_main_param_and_optimizer_states(model_param, tensors)
+
+    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, from tensors that have the layout which upstream slices them by."""
+        self._keep_bucket_padding = True
+        try:
+            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
+        finally:
+            self._keep_bucket_padding = False
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """The gathered state, for fully_reshardable with the padding between buckets.
+
+        Upstream drops that padding, which the legacy format expects, but slices a
+        fully_reshardable save by `param_index_map`, which counts it: behind a padded bucket
+        every parameter would be saved shifted.
+        """
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is not None and self._keep_bucket_padding:
+            for gbuf_idx, buffer in enumerate(self.buffers):
+                for world_tensors in state[gbuf_idx].values():
+                    for key in ("param", *self.optimizer_state_keys):
+                        world_tensors[key] = _with_bucket_padding(world_tensors[key], buffer)
+        return state
+
+    def sharded_param_state_dp_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, also where this rank's part of a bucket holds no parameter."""
+        state = super().sharded_param_state_dp_reshardable(*args, **kwargs)
+        for buckets in self._buckets_of(state):
+            for entries in buckets:
+                entries[:] = [entry for entry in entries if not _is_placeholder(entry)]
+        return state
+
+    def get_parameter_state_dp_reshardable(self) -> Any:
+        """As upstream, with a zero-size padding entry where it would refuse an empty list.
+
+        A small bucket that is padded to a multiple of the dp size ends in shards of padding
+        alone; upstream asserts that there is none ("empty bucket encountered").
+        """
+        state = super().get_parameter_state_dp_reshardable()
+        for buckets in self._buckets_of(state):
+            for entries in buckets:
+                if not entries:
+                    nothing = torch.empty(0, device=torch.cuda.current_device())
+                    keys = ("param", *self.optimizer_state_keys)
+                    entries.append(
+                        {
+                            **dict.fromkeys(keys, nothing),
+                            "gbuf_local_start": 0,
+                            "gbuf_local_end": 0,
+                            "padding": True,
+                        }
+                    )
+        return state
+
+    def _buckets_of(self, state: dict[Any, Any]) -> Iterable[list[list[dict[str, Any]]]]:
+        for gbuf_idx in range(len(self.gbuf_ranges)):
+            yield from state[gbuf_idx].values()
+
+
+class AdamSChainedOptimizer(ChainedOptimizer):
+    """Megatron's ChainedOptimizer (0.19), which also loads a chain of another length.
+
+    With expert parallelism the experts have an optimizer of their own, without it they do not:
+    a checkpoint that crosses from one to the other has its parts put together or taken apart.
+    """
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        if isinstance(state_dict, dict) and not self.is_stub_optimizer:
+            state_dict = regroup_parts(state_dict, len(self.chained_optimizers))
+        super().load_state_dict(state_dict)
+
+
+def regroup_parts(state_dict: dict[Any, Any], num_parts: int) -> dict[Any, Any]:
+    """Give a loaded state dict as many parts as the current chain has.
+
+    Args:
+        state_dict: of one part, {"optimizer": ..., "param_state": ...}, or of several,
+            {0: part, 1: part}; its "param_state" already has the current structure, because
+            dist_checkpointing loads what the current chain asked for.
+        num_parts: length of the current chain.
+    Raises:
+        ValueError: the state has another structure and is not of the fully_reshardable kind.
+    """
+    saved = [state_dict] if "optimizer" in state_dict else _numbered_parts(state_dict)
+    if len(saved) == num_parts:
+        return state_dict
+    kinds = {part.get("param_state_sharding_type") for part in saved}
+    if kinds != {"fully_reshardable"}:
+        raise ValueError(
+            f"this checkpoint holds {len(saved)} optimizers and the run builds {num_parts} (its "
+            f"expert parallel size differs): only fully_reshardable checkpoints can be loaded "
+            f"across; save with --dist-ckpt-optim-fully-reshardable, or load with "
+            f"--no-load-optim"
+        )
+    groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
+    common = {k: saved[0][k] for k in ("grad_scaler", "param_state_sharding_type") if k in saved[0]}
+    tensors = [state_dict] if num_parts == 1 else _numbered_parts(state_dict)
+    parts = [
+        {
+            **common,
+            "optimizer": {"param_groups": copy.deepcopy(groups)},
+            "param_state": part["param_state"],
+        }
+        for part in tensors
+    ]
+    return parts[0] if num_parts == 1 else dict(enumerate(parts))
+
+
+def _numbered_parts(state_dict: dict[Any, Any]) -> list[dict[str, Any]]:
+    return [state_dict[key] for key in sorted(k for k in state_dict if isinstance(k, int))]
+
+
+def match_param_groups(
+    current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Find for every current param group the saved one that it continues.
+
+    Groups are the same if Megatron's `param_group_identifier_keys` are; failing that, if they
+    are the same but for `is_expert_parallel`, which changes with the expert parallel size.
+
+    Returns:
+        Copies of saved groups, in the order of `current`, with its `is_expert_parallel`.
+    Raises:
+        ValueError: a current group has no counterpart.
+    """
+
+    def identity(group: dict[str, Any], keys: Iterable[str]) -> tuple[Any, ...]:
+        return tuple(group.get(key, group.get(f"pre_{key}")) for key in keys)
+
+    all_keys = tuple(param_group_identifier_keys)
+    dense_keys = tuple(key for key in all_keys if key != "is_expert_parallel")
+    exact = {identity(group, all_keys): group for group in saved}
+    either = {identity(group, dense_keys): group for group in reversed(saved)}
+    matched = []
+    for group in current:
+        found = exact.get(identity(group, all_keys)) or either.get(identity(group, dense_keys))
+        if found is None:
+            wanted = dict(zip(all_keys, identity(group, all_keys), strict=True))
+            known = [dict(zip(all_keys, key, strict=True)) for key in exact]
+            raise ValueError(
+                f"the checkpoint has no param group with {wanted}; it has {known}. Start with "
+                f"the learning rates and weight decay settings that it was saved with, or load "
+                f"with --no-load-optim"
+            )
+        matched.append({**found, "is_expert_parallel": group.get("is_expert_parallel")})
+    return matched
+
+
+def _with_bucket_padding(unpadded: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """(buffer.numel_unpadded,) without -> (buffer.numel,) with each bucket's end padding."""
+    padded = unpadded.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = unpadded[start:end]
+        start = end
+    return padded
+
+
+def _is_placeholder(entry: dict[str, Any]) -> bool:
+    return bool(entry["param"].data.numel() == 0)
+
+
+def _without(group: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k != key}
+

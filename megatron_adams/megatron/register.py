@@ -1,0 +1,129 @@
+"""register(): which of Megatron's functions the plugin wraps, and with what."""
+
+import importlib.util
+import logging
+
+import megatron.core
+
+from megatron_adams.megatron.hooks import Hook, Symbol, attach, check_version
+
+logger = logging.getLogger(__name__)
+
+_DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+
+# What AdamSDistributedOptimizer and AdamSChainedOptimizer override, and what they read.
+_RELIED_ON = (
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}.optimizer_state_keys"),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}.state_dict", ("self",)),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}.load_state_dict", ("self", "state_dict")),
+    Symbol(
+        f"{_DISTRIBUTED_OPTIMIZER}.sharded_state_dict",
+        ("self", "model_sharded_state_dict", "is_loading"),
+    ),
+    Symbol(
+        f"{_DISTRIBUTED_OPTIMIZER}._get_main_param_and_optimizer_states", ("self", "model_param")
+    ),
+    Symbol(
+        f"{_DISTRIBUTED_OPTIMIZER}._set_main_param_and_optimizer_states",
+        ("self", "model_param", "tensors"),
+    ),
+    Symbol(
+        f"{_DISTRIBUTED_OPTIMIZER}.sharded_param_state_fully_reshardable",
+        ("self", "model_sharded_state_dict", "is_loading", "metadata"),
+    ),
+    Symbol(
+        f"{_DISTRIBUTED_OPTIMIZER}.sharded_param_state_dp_reshardable",
+        ("self", "model_sharded_state_dict", "is_loading", "metadata"),
+    ),
+    Symbol(
+        f"{_DISTRIBUTED_OPTIMIZER}.get_parameter_state_dp_zero",
+        ("self", "use_gloo_comm", "empty_data", "return_on_all_ranks"),
+    ),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}.get_parameter_state_dp_reshardable", ("self",)),
+    Symbol(
+        "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
+        ("self", "state_dict"),
+    ),
+    Symbol("megatron.core.optimizer.optimizer.param_group_identifier_keys"),
+)
+
+
+def _core_hooks() -> list[Hook]:
+    from megatron_adams.megatron import datasets, optimizer
+
+    return [
+        Hook(
+            Symbol(
+                "megatron.core.optimizer.get_megatron_optimizer", ("config", "model_chunks")
+            ),
+            optimizer.wrap_get_megatron_optimizer,
+        ),
+        Hook(
+            Symbol("megatron.core.datasets.utils.compile_helpers"),
+            datasets.wrap_compile_helpers,
+        ),
+    ]
+
+
+def _training_hooks() -> list[Hook]:
+    from megatron_adams.megatron import arguments, checkpoint
+
+    training = "megatron.training"
+    return [
+        Hook(
+            Symbol(f"{training}.arguments.add_megatron_arguments", ("parser",)),
+            arguments.wrap_add_megatron_arguments,
+        ),
+        Hook(
+            Symbol(f"{training}.arguments.validate_args", ("args", "defaults")),
+            arguments.wrap_validate_args,
+        ),
+        Hook(
+            Symbol(f"{training}.arguments._print_args", ("title", "args")),
+            arguments.wrap_print_args,
+        ),
+        Hook(
+            Symbol(f"{training}.training.get_megatron_optimizer_config", ("args",)),
+            arguments.wrap_get_megatron_optimizer_config,
+        ),
+        Hook(
+            Symbol(
+                f"{training}.theoretical_memory_usage.compute_weight_and_optimizer_memory",
+                ("args", "verbose"),
+            ),
+            arguments.wrap_compute_weight_and_optimizer_memory,
+        ),
+        Hook(
+            Symbol(f"{training}.checkpointing.load_checkpoint", ("ddp_model", "optimizer")),
+            checkpoint.wrap_load_checkpoint,
+        ),
+    ]
+
+
+def register() -> None:
+    """Make `--optimizer adams` known to the Megatron of this environment.
+
+    Idempotent; says in one log line what it did. Call it before Megatron parses its arguments
+    (`python -m megatron_adams.launch script.py ...` does). Where only megatron.core is
+    installed, megatron.core's API alone is prepared (`AdamSOptimizerConfig`), and the line says
+    so.
+
+    Raises:
+        UnsupportedMegatronError: Megatron is outside the supported range, or a function that is
+            wrapped has moved or changed; nothing has been wrapped then.
+    """
+    version = megatron.core.__version__
+    check_version(version)
+    hooks = _core_hooks()
+    with_training = importlib.util.find_spec("megatron.training") is not None
+    if with_training:
+        hooks += _training_hooks()
+    attached = attach(hooks, _RELIED_ON, version)
+    if attached:
+        where = "megatron.core and megatron.training" if with_training else "megatron.core alone"
+        logger.info(
+            "registered --optimizer adams with %s %s (wrapped: %s)",
+            where,
+            version,
+            ", ".join(attached),
+        )
