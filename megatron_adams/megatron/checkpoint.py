@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_adams.megatron.config import ADAMS
 
@@ -83,16 +83,15 @@ def check_checkpoint(load_dir: Path, args: Any) -> None:
             f"{folder}: not found, although {tracker} names it; restore it, or choose another "
             f"checkpoint with --ckpt-step ({_known_steps(load_dir)})"
         )
-    if dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        damage = _damage_of_torch_dist(folder)
-    else:
-        damage = _damage_of_legacy(folder)
+    legacy = any(folder.glob("mp_rank_*"))
+    damage = _damage_of_legacy(folder) if legacy else _damage_of_torch_dist(folder)
     if damage:
         raise DamagedCheckpointError(
             f"{folder}: {damage}; the checkpoint is incomplete. Restore it, or resume from "
             f"another one with --ckpt-step ({_known_steps(load_dir)})"
         )
-    _check_expert_parallel_size(folder, args)
+    if not legacy:
+        _check_expert_parallel_size(folder, args)
 
 
 def _mend_tracker(tracker: Path) -> None:
@@ -127,11 +126,9 @@ def _known_steps(load_dir: Path) -> str:
 
 def _damage_of_torch_dist(folder: Path) -> str | None:
     """What is missing of a torch_dist checkpoint, from its metadata and its files' sizes."""
-    for name in ("metadata.json", "common.pt", ".metadata"):
+    for name in ("metadata.json", ".metadata"):
         if not (folder / name).is_file():
             return f"{name} is missing"
-    if not zipfile.is_zipfile(folder / "common.pt"):
-        return "common.pt is truncated"
     try:
         metadata = FileSystemReader(folder).read_metadata()
     except (EOFError, pickle.UnpicklingError, ValueError) as exc:
@@ -151,18 +148,13 @@ def _damage_of_torch_dist(folder: Path) -> str | None:
 
 def _damage_of_legacy(folder: Path) -> str | None:
     """What is missing of a legacy checkpoint: its files are zip archives, indexed at the end."""
-    files = sorted(folder.glob("mp_rank_*/*.pt"))
-    if not files:
-        return "it holds neither a torch_dist nor a legacy checkpoint"
-    for path in files:
+    for path in sorted(folder.glob("mp_rank_*/*.pt")):
         if not zipfile.is_zipfile(path):
             return f"{path.relative_to(folder)} is truncated"
     return None
 
 
 def _check_expert_parallel_size(folder: Path, args: Any) -> None:
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        return
     state = dist_checkpointing.load_common_state_dict(str(folder))
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=state) or {}
     kind = metadata.get("distrib_optim_sharding_type")

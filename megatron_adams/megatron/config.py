@@ -35,8 +35,14 @@ class AdamSOptimizerConfig(OptimizerConfig):
     adams_bias_correction: bool = False
     """Divide the old and the new exp_avg by 1 - beta1^step (the authors' released code)."""
 
+    def __repr__(self) -> str:
+        # Megatron logs the configuration while `stated_as_adam` holds.
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shown["optimizer"] = ADAMS
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
     @classmethod
-    def from_config(cls, config: OptimizerConfig, *, adams_bias_correction: bool) -> Self:
+    def from_config(cls, config: OptimizerConfig, *, adams_bias_correction: bool = False) -> Self:
         """The same configuration, with adams's own fields."""
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
         return cls(**values, adams_bias_correction=adams_bias_correction)

@@ -61,7 +61,7 @@ def check_version(version: str) -> None:
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
-    # A container's build carries a local part (0.19.2+abc123), a checkout a pre-release (0.19.0rc1).
+    # A container's build has a local part (0.19.2+abc123), a checkout a pre-release (0.19.0rc1).
     release = Version(version).base_version
     if release not in SpecifierSet(SUPPORTED_MEGATRON):
         raise refuse("megatron.core", f"version {version} is not supported", version)

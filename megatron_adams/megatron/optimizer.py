@@ -13,12 +13,16 @@ import torch
 from megatron.core.optimizer import (
     ChainedOptimizer,
     DistributedOptimizer,
-    OptimizerConfig,
 )
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.utils import log_single_rank
 
-from megatron_adams.megatron.config import ADAMS, check_config, stated_as_adam
+from megatron_adams.megatron.config import (
+    ADAMS,
+    AdamSOptimizerConfig,
+    check_config,
+    stated_as_adam,
+)
 from megatron_adams.optimizer import AdamS
 
 logger = logging.getLogger(__name__)
@@ -37,6 +41,8 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
         if getattr(config, "optimizer", None) != ADAMS:
             return original(config, model_chunks, *args, **kwargs)
         check_config(config)
+        if not isinstance(config, AdamSOptimizerConfig):
+            config = AdamSOptimizerConfig.from_config(config)
         if model_chunks[0].ddp_config.use_megatron_fsdp:
             raise ValueError(
                 f"use_megatron_fsdp with optimizer={ADAMS!r}: not supported; use "
@@ -49,7 +55,7 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
     return get_megatron_optimizer
 
 
-def adopt(optimizer: ChainedOptimizer, config: OptimizerConfig) -> "AdamSChainedOptimizer":
+def adopt(optimizer: ChainedOptimizer, config: AdamSOptimizerConfig) -> "AdamSChainedOptimizer":
     """Put AdamS in the place of every Adam in a chain that Megatron has just built.
 
     Args:
@@ -76,7 +82,7 @@ def adopt(optimizer: ChainedOptimizer, config: OptimizerConfig) -> "AdamSChained
     return optimizer
 
 
-def _adams_from(adam: torch.optim.Optimizer, config: OptimizerConfig) -> AdamS:
+def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> AdamS:
     # Taken over as they are: the dp shards in them are views, which torch's add_param_group
     # refuses, and Megatron holds the group dicts' own keys (wd_mult, max_lr, ...).
     adam_only = set(adam.defaults) - _SHARED_WITH_ADAM
@@ -90,11 +96,11 @@ def _adams_from(adam: torch.optim.Optimizer, config: OptimizerConfig) -> AdamS:
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
         adam_w_mode=config.decoupled_weight_decay,
-        bias_correction=getattr(config, "adams_bias_correction", False),
+        bias_correction=config.adams_bias_correction,
     )
 
 
-def init_state(optimizer: AdamS, config: OptimizerConfig | None = None) -> None:
+def init_state(optimizer: AdamS, config: Any = None) -> None:
     """Allocate exp_avg for every parameter that has none: Megatron's init_state_fn."""
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -317,4 +323,3 @@ def _is_placeholder(entry: dict[str, Any]) -> bool:
 
 def _without(group: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k != key}
-

@@ -53,9 +53,7 @@ def _core_hooks() -> list[Hook]:
 
     return [
         Hook(
-            Symbol(
-                "megatron.core.optimizer.get_megatron_optimizer", ("config", "model_chunks")
-            ),
+            Symbol("megatron.core.optimizer.get_megatron_optimizer", ("config", "model_chunks")),
             optimizer.wrap_get_megatron_optimizer,
         ),
         Hook(

@@ -1,0 +1,23 @@
+"""AdamS, an optimizer with Adam's behavior and a single moment, alone and inside Megatron-Core.
+
+`AdamS` is an ordinary torch optimizer; `register` makes Megatron accept `--optimizer adams`.
+Importing this package needs torch alone: neither Megatron nor CUDA.
+"""
+
+from megatron_adams.optimizer import AdamS
+
+__all__ = ["AdamS", "__version__", "register"]
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Make `--optimizer adams` known to Megatron; call it before importing `pretrain`.
+
+    Raises:
+        ImportError: Megatron is not installed.
+    """
+    # Here and not above: this is the only name of the package that needs Megatron.
+    from megatron_adams.megatron import register as register_with_megatron
+
+    register_with_megatron()

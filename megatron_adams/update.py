@@ -1,0 +1,139 @@
+"""The AdamS update on plain tensors: the only place in the project where the formula stands.
+
+Called by optimizer.py; every other implementation is tested against it. Imports torch alone.
+
+Source: Zhang, Wang, Chen 2025, arXiv:2505.16363, Algorithm 1. The optional bias correction
+is the one of the authors' released code.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def adams_update_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    bias_correction: bool = False,
+    decoupled_weight_decay: bool = True,
+) -> None:
+    """Apply one AdamS step to `param` and `exp_avg`, in place; call it under `torch.no_grad`.
+
+        v_t = beta2 * m_{t-1}^2 + (1 - beta2) * g_t^2
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        p_t = p_{t-1} - lr * (m_t / (sqrt(v_t) + eps) + weight_decay * p_{t-1})
+
+    v_t reads m_{t-1}, so it is computed before exp_avg moves. With `bias_correction`, m_{t-1} in
+    v_t and m_t in p_t are both multiplied by 1 / (1 - beta1^t); the stored exp_avg is not. With
+    `decoupled_weight_decay=False`, weight_decay * p_{t-1} is added to g_t instead (L2).
+
+    Every operation below is rounded on its own (no fused multiply-add) and acts on each element
+    alone, so any split of a tensor into shards gives the same bits. A kernel has to reproduce
+    this order:
+
+        c = bias_correction ? 1 / (1 - beta1^step) : 1      # double
+        g = grad                                            # L2: g += weight_decay * param
+        a = c * exp_avg
+        v = beta2 * (a * a) + (1 - beta2) * (g * g)
+        exp_avg = beta1 * exp_avg + (1 - beta1) * g
+        u = (c * exp_avg) / (sqrt(v) + eps)                 # decoupled: u += weight_decay * param
+        param = param - lr * u
+
+    param and grad are first converted to exp_avg's dtype, the arithmetic is in that dtype, and
+    param is rounded once, to nearest even, when it is written. 1 - beta1, 1 - beta2 and c are
+    computed in double; they and the other scalars are then rounded once to that dtype. The terms
+    with weight_decay are left out where it is 0.
+
+    Args:
+        param: any shape; fp32, bf16, fp16 or fp64.
+        grad: param's shape; any floating dtype; never written.
+        exp_avg: param's shape; fp64 for fp64 params, else fp32; zero before the first step.
+        lr: a float, or a tensor with one element on param's device or on the CPU.
+        beta1: in [0, 1).
+        beta2: in (0, 1).
+        eps: positive.
+        weight_decay: coefficient; 0 is off.
+        step: the number of this step, from 1; read with `bias_correction` only.
+        bias_correction: the authors' released form (True) or the paper's (False).
+        decoupled_weight_decay: AdamW's weight decay (True) or L2 (False).
+
+    Raises:
+        ValueError: shapes differ, or exp_avg has another dtype than `exp_avg_dtype(param)`.
+    """
+    if not param.shape == grad.shape == exp_avg.shape:
+        raise ValueError(
+            f"param {tuple(param.shape)}, grad {tuple(grad.shape)}, exp_avg "
+            f"{tuple(exp_avg.shape)}: shapes must be equal"
+        )
+    dtype = exp_avg_dtype(param)
+    if exp_avg.dtype != dtype:
+        raise ValueError(
+            f"exp_avg.dtype={exp_avg.dtype}: must be {dtype} for a {param.dtype} param"
+        )
+
+    # Only mul, add, sub, div and _sqrt: each is correctly rounded. addcmul, addcdiv, lerp and
+    # alpha= may be contracted in a vector body and not in its tail, and then a shard's bits
+    # depend on its alignment.
+    old_param = param.to(dtype)
+    grad = grad.to(dtype)
+    if isinstance(lr, Tensor):
+        # An fp64 lr would promote the arithmetic of a 0-dim param.
+        lr = lr.to(dtype).reshape(())
+    if weight_decay != 0 and not decoupled_weight_decay:
+        grad = grad + old_param * weight_decay
+    correction = bias_correction_factor(beta1, step) if bias_correction else 1.0
+
+    old_exp_avg = exp_avg * correction
+    v = (old_exp_avg * old_exp_avg).mul_(beta2).add_((grad * grad).mul_(1 - beta2))
+    exp_avg.mul_(beta1).add_(grad * (1 - beta1))
+    update = (exp_avg * correction).div_(_sqrt(v).add_(eps))
+    if weight_decay != 0 and decoupled_weight_decay:
+        # Not `param *= 1 - lr * weight_decay`: in fp32 that factor is 1 where lr * weight_decay
+        # is near 1e-8.
+        update.add_(old_param * weight_decay)
+    param.copy_(old_param - update.mul_(lr))
+
+
+def _sqrt(v: Tensor) -> Tensor:
+    """Return sqrt(v), correctly rounded in fp32.
+
+    On the CPU torch takes it from MKL, which is an ulp off for 16% of fp32 values (torch 2.15,
+    AVX-512). The double result is off too, but too little to round to another fp32 number.
+    """
+    return v.double().sqrt().to(v.dtype) if v.device.type == "cpu" else v.sqrt()
+
+
+def exp_avg_dtype(param: Tensor) -> torch.dtype:
+    """Return the dtype of a param's exp_avg and of its arithmetic: fp64 for fp64, else fp32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def bias_correction_factor(beta1: float, step: int) -> float:
+    """Return 1 / (1 - beta1^step), in double.
+
+    A factor and not a divisor: torch on CUDA divides by a scalar through its reciprocal, on the
+    CPU it does not.
+    """
+    return 1 / (1 - beta1**step)
+
+
+def update_bound(
+    *, beta1: float, beta2: float, step: int = 1, bias_correction: bool = False
+) -> float:
+    """Return the largest |m_t / (sqrt(v_t) + eps)| that any gradients can produce, in units of lr.
+
+    By Cauchy-Schwarz on m_t = beta1 * m_{t-1} + (1 - beta1) * g_t against v_t: 1.026 at (0.9,
+    0.95), 3.29 at (0.9, 0.999). `step` matters with `bias_correction` only, which enlarges the
+    first steps. In fp32 it needs eps >= 2**-63: smaller squares underflow.
+    """
+    correction = bias_correction_factor(beta1, step) if bias_correction else 1.0
+    return math.sqrt(beta1**2 / beta2 + (correction * (1 - beta1)) ** 2 / (1 - beta2))

@@ -1,0 +1,137 @@
+"""A process that imports Megatron once and forks the ranks of each test case from there.
+
+Started by `cluster.Cluster`; reads one JSON request a line from stdin and answers with one line
+on stdout. A rank costs a fork instead of the many seconds that importing Megatron takes. It runs
+no tensor operation itself: threads of OpenMP do not survive a fork.
+"""
+
+import functools
+import importlib
+import json
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+GRACE_S = 10.0
+"""How long the other ranks may go on after the first one has failed."""
+
+
+def import_megatron(*, register: bool) -> None:
+    from megatron_adams import cpu_rehearsal
+
+    cpu_rehearsal.install()
+    if register:
+        import megatron_adams
+
+        megatron_adams.register()
+    # What every rank would otherwise import for itself after the fork.
+    import megatron.core.tokenizers.text
+    import megatron.training.training
+    import torch._dynamo
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # The process that a save collects its results in: forked, not spawned, which would import
+    # torch anew for every rank (seconds). Tests of asynchronous saves do not run from here.
+    filesystem_async.get_write_results_queue = functools.partial(
+        filesystem_async.get_write_results_queue, mp_mode="fork"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_rank(request: dict[str, Any], rank: int, port: int, folder: Path) -> None:
+    """In the forked child: run the case's function as one rank, leave its result in a file."""
+    os.setpgid(0, 0)
+    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    num_ranks = request["num_ranks"]
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        LOCAL_WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    code = 1
+    try:
+        module, function = request["case"].split(":")
+        result = getattr(importlib.import_module(module), function)(**request["kwargs"])
+        (folder / f"rank{rank}.pkl").write_bytes(pickle.dumps(result))
+        code = 0
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+        if exc.code is not None and not isinstance(exc.code, int):
+            print(exc.code, file=sys.stderr)
+        if code == 0:
+            (folder / f"rank{rank}.pkl").write_bytes(pickle.dumps(None))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_case(request: dict[str, Any]) -> dict[str, Any]:
+    folder = Path(request["folder"])
+    port = free_port()
+    pids = {}
+    for rank in range(request["num_ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            run_rank(request, rank, port, folder)
+        pids[pid] = rank
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + request["timeout_s"]
+    timed_out = False
+    while len(codes) < len(pids):
+        for pid, rank in pids.items():
+            if rank in codes:
+                continue
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+                if codes[rank] != 0:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if time.monotonic() > deadline:
+            timed_out = all(code == 0 for code in codes.values())
+            break
+        time.sleep(0.01)
+    for pid, rank in pids.items():
+        kill_group(pid)
+        if rank not in codes:
+            codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return {"codes": [codes[rank] for rank in sorted(codes)], "timed_out": timed_out}
+
+
+def kill_group(pid: int) -> None:
+    """End a rank and whatever it started (async checkpoint workers)."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever an import prints is no answer
+    import_megatron(register="--without-plugin" not in sys.argv)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run_case(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
