@@ -1,15 +1,15 @@
 """A stand-in for torch.cuda: real Megatron-Core on CPU processes over gloo.
 
-For trying the exact parallel layout of a cluster job, shrunk, before queueing it: the same script and flags build the
-same process groups, shards, buckets, pipeline schedules and checkpoints. Not modeled: speed, GPU memory, NCCL,
-TransformerEngine and FP8 kernels, the asynchrony of streams, and bit-equality with a GPU's numerics.
+It is for trying the exact parallel layout of a cluster job, shrunk, before queueing it: the same
+script and flags build the same process groups, shards, buckets, pipeline schedules and
+checkpoints. It does not model speed, GPU memory, NCCL, TransformerEngine and FP8 kernels, the
+asynchrony of streams, nor a GPU's numerics bit for bit.
 
-`launch.py --cpu-rehearsal` and the tests call `install()` before anything imports Megatron. Nothing here imports
-Megatron: `STAND_INS` is the whole list of faked names, each with the code that needs it (files are Megatron-Core
-0.19.2's unless they start with torch/). What torch.cuda does in Python on top of those names runs as it is.
+`launch.py --cpu-rehearsal` and the tests call `install()` before anything imports Megatron, which
+this module never does. `STAND_INS` is the whole list of faked names, each with the code that needs
+it: a file of Megatron-Core 0.19.2, or one that starts with torch/. What torch.cuda itself does in
+Python on top of those names runs as it is.
 """
-
-from __future__ import annotations
 
 import functools
 import logging
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._device
 
-# Hopper: its rules are the strictest, such as CUDA_DEVICE_MAX_CONNECTIONS=1 with tensor parallelism.
+# Hopper, because its rules are the strictest: CUDA_DEVICE_MAX_CONNECTIONS=1 with TP, for one.
 _CAPABILITY = (9, 0)
 
 
@@ -101,12 +101,13 @@ class _Event:
 
 
 class _DeviceGenerator:
-    """The GPU's random number generator: a pair of CPU generators, saved and restored together.
+    """The GPU's random number generator: two CPU generators, saved and restored as one.
 
-    In-place functions (parameter initialization under Megatron's RNG tracker) see a CPU tensor and draw from the CPU's
-    generator, so its state belongs to the GPU's. Factories with a GPU device, and dropout, draw from a generator of
-    their own: otherwise Megatron's JIT warm-up, whose shapes depend on the layout, would move the CPU's, and with
-    `--use-cpu-initialization` TP1 and TP2 would start from different weights.
+    In-place functions, which initialize parameters under Megatron's RNG tracker, see a CPU tensor
+    and draw from the CPU's generator: its state is part of the GPU's. Factories with a GPU device,
+    and dropout, draw from `own`. Otherwise Megatron's JIT warm-up, whose shapes depend on the
+    layout, would move the CPU's generator, and with `--use-cpu-initialization` TP1 and TP2 would
+    start from different weights.
     """
 
     device = torch.device("cpu")
@@ -132,7 +133,7 @@ class _DeviceGenerator:
 
     def set_state(self, state: torch.Tensor) -> None:
         in_place, own = state.chunk(2)
-        # Clones, because torch.Generator.set_state ignores a view's storage offset (torch 2.15 crashes).
+        # Clones, because set_state of a view at an offset crashes (torch 2.15).
         torch.default_generator.set_state(in_place.clone())
         self.own.set_state(own.clone())
 
@@ -141,7 +142,7 @@ _generator = _DeviceGenerator()
 
 
 def _is_gpu(device: object) -> bool:
-    """Whether a `device` argument means a GPU: 'cuda', 'cuda:1', torch.device('cuda'), or an index."""
+    """Whether a `device` argument means a GPU: 'cuda', 'cuda:1', a torch.device, or an index."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     if isinstance(device, str):
@@ -149,12 +150,16 @@ def _is_gpu(device: object) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
+def _is_cpu(device: object) -> bool:
+    return device == "cpu" or device == torch.device("cpu")
+
+
 def _to_cpu(device: Any) -> Any:
     return torch.device("cpu") if _is_gpu(device) else device
 
 
-# Builders of stand-ins: each takes the original and returns a new function object, because Dynamo keeps its rules by
-# function identity and refuses one function under two names.
+# Builders of stand-ins: each takes the original and returns a new function object, because Dynamo
+# keeps its rules by function identity and refuses one function under two names.
 _Builder = Callable[[Any], Any]
 
 
@@ -213,17 +218,19 @@ def _dropout(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 def _tensor_to(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(original)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args:
-            args = (_to_cpu(args[0]), *args[1:])
+        device = kwargs["device"] if "device" in kwargs else args[0] if args else None
         if "device" in kwargs:
-            kwargs["device"] = _to_cpu(kwargs["device"])
-        return original(self, *args, **kwargs)
+            kwargs["device"] = _to_cpu(device)
+        elif args:
+            args = (_to_cpu(device), *args[1:])
+        moved = original(self, *args, **kwargs)
+        return moved.clone() if moved is self and _is_cpu(device) else moved
 
     return to
 
 
 def _tensor_cpu(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A copy, as from a GPU: code that keeps the result as a snapshot relies on it."""
+    """A copy, as from a GPU: a checkpoint's staging would follow the live tensor otherwise."""
 
     @functools.wraps(original)
     def cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -263,7 +270,7 @@ def _device_context_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _compile(original: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile without Dynamo, whose import alone takes seconds: what is compiled runs as it is."""
+    """Nothing is compiled: importing Dynamo alone takes seconds."""
 
     @functools.wraps(original)
     def compile(model: Any = None, **kwargs: Any) -> Any:
@@ -272,15 +279,15 @@ def _compile(original: Callable[..., Any]) -> Callable[..., Any]:
     return compile
 
 
-def _set_device(original: Callable[..., None]) -> Callable[..., None]:
+def _set_device(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(original)
     def set_device(device: Any) -> None:
         index = torch.device(device).index
         if index is None:
             return
-        if not 0 <= index < torch.cuda.device_count():
+        if not 0 <= index < _num_devices():
             raise RuntimeError(
-                f"device {index}: this rehearsal has {torch.cuda.device_count()}, one for each local rank"
+                f"device {index}: a rehearsal has {_num_devices()}, one a local rank"
             )
         _current_device[0] = index
 
@@ -292,7 +299,7 @@ _default_stream = _Stream()
 
 
 def _num_devices() -> int:
-    """One device for each rank of this machine, so that `set_device(local_rank)` works."""
+    """Return the local world size, so that `set_device(local_rank)` works."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -307,6 +314,16 @@ class StandIn(NamedTuple):
 def _group(needed_by: str, build: _Builder, *names: str) -> list[StandIn]:
     return [StandIn(name, build, needed_by) for name in names]
 
+
+# fmt: off
+_FACTORIES = (
+    "arange", "as_tensor", "asarray", "empty", "empty_permuted", "empty_strided", "eye", "full",
+    "linspace", "logspace", "ones", "scalar_tensor", "sparse_coo_tensor", "tensor", "tril_indices",
+    "triu_indices", "zeros",
+)
+_LIKE_FACTORIES = ("empty", "full", "ones", "rand", "randint", "randn", "zeros")
+_NEW_FACTORIES = ("empty", "empty_strided", "full", "ones", "tensor", "zeros")
+# fmt: on
 
 _CREATES_ON_DEVICE = (
     "core/tensor_parallel/layers.py:ColumnParallelLinear, training/training.py:training_log"
@@ -436,18 +453,9 @@ STAND_INS: tuple[StandIn, ...] = (
     *_group(
         _CREATES_ON_DEVICE,
         _on_cpu,
-        *(
-            f"torch.{name}"
-            for name in (
-                "arange as_tensor asarray empty empty_permuted empty_strided eye full linspace logspace ones "
-                "scalar_tensor sparse_coo_tensor tensor tril_indices triu_indices zeros "
-                "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
-            ).split()
-        ),
-        *(
-            f"torch.Tensor.new_{name}"
-            for name in ("empty", "empty_strided", "full", "ones", "tensor", "zeros")
-        ),
+        *(f"torch.{name}" for name in _FACTORIES),
+        *(f"torch.{name}_like" for name in _LIKE_FACTORIES),
+        *(f"torch.Tensor.new_{name}" for name in _NEW_FACTORIES),
     ),
     StandIn(
         "torch.utils._device.DeviceContext.__init__",
@@ -494,18 +502,21 @@ def install(*, force: bool = False) -> None:
         force: also where a GPU is visible; nothing will run on it.
 
     Raises:
-        RuntimeError: a GPU is visible and `force` is not set, or Megatron is already imported: it keeps some of the
-            names that it imports.
+        RehearsalError: a GPU is visible and `force` is not set, or Megatron is already imported,
+            which keeps some of the names that it has imported.
     """
     if _installed:
         return
     if torch.cuda.is_available() and not force:
-        raise RuntimeError(
-            f"a GPU is visible ({torch.cuda.get_device_name()}) and a CPU rehearsal would not use it: "
-            "run without the rehearsal, hide the GPU (CUDA_VISIBLE_DEVICES=), or force the rehearsal"
+        raise RehearsalError(
+            f"{torch.cuda.device_count()} GPUs are visible, and a CPU rehearsal would not use them: "
+            "run without --cpu-rehearsal, hide them (CUDA_VISIBLE_DEVICES=), or give "
+            "--force-cpu-rehearsal"
         )
     if "megatron.core" in sys.modules:
-        raise RuntimeError("megatron.core is already imported: install the CPU rehearsal before it")
+        raise RehearsalError(
+            "megatron.core is already imported: install the CPU rehearsal before it"
+        )
     # Before torch.compile's importers, and for the processes that this one spawns.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # Caches the original factories, which is what `with torch.device(...)` compares with.
@@ -525,18 +536,114 @@ def install(*, force: bool = False) -> None:
 _installed: dict[str, Any] = {}
 
 
+class RehearsalError(ValueError):
+    """What the user asked for cannot be rehearsed; the message says what to do."""
+
+
 def _moves_no_cpu_rng(record: logging.LogRecord) -> bool:
-    """Drop the RNG tracker's warning that the CPU's generator moved: here it is the GPU's (`_DeviceGenerator`)."""
+    """Drop the RNG tracker's warning: the CPU's generator belongs to the GPU (_DeviceGenerator)."""
     return record.getMessage() != "CPU RNG state changed within GPU RNG context"
 
 
+# Megatron's own layers run, without TransformerEngine's and Apex's kernels. Of two values the last
+# wins in argparse, so a value is added where the command has another one.
+_NEEDED_FLAGS = (
+    ("--distributed-backend", "gloo"),
+    ("--transformer-impl", "local"),
+    ("--no-gradient-accumulation-fusion", None),
+    ("--no-persist-layer-norm", None),
+    ("--no-masked-softmax-fusion", None),
+    ("--no-rope-fusion", None),
+)
+
+_LOCAL_LAYERS = "Megatron's local layers need TransformerEngine or Apex for it"
+_TE_KERNELS = "it selects TransformerEngine's or other GPU kernels"
+_CUDA_GRAPHS = "there is no CUDA graph to capture"
+_NCCL = "it configures NCCL, and gloo runs instead"
+_PROFILES_GPU = "it records what a GPU does"
+
+# Flag -> why it cannot be rehearsed. Flags that Megatron itself refuses without a GPU's packages,
+# with a sentence, are left to it.
+_REFUSED_FLAGS = {
+    "--sequence-parallel": _LOCAL_LAYERS,
+    "--context-parallel-size": _LOCAL_LAYERS,
+    "--fp8-format": _TE_KERNELS,
+    "--fp4-format": _TE_KERNELS,
+    "--tp-comm-overlap": _TE_KERNELS,
+    "--use-flash-attn": _TE_KERNELS,
+    "--attention-backend": _TE_KERNELS,
+    "--cross-entropy-fusion-impl": _TE_KERNELS,
+    "--delay-wgrad-compute": _TE_KERNELS,
+    "--overlap-moe-expert-parallel-comm": _TE_KERNELS,
+    "--moe-grouped-gemm": _TE_KERNELS,
+    "--moe-permute-fusion": _TE_KERNELS,
+    "--moe-router-fusion": _TE_KERNELS,
+    "--moe-token-dispatcher-type": _TE_KERNELS,
+    "--moe-enable-deepep": _TE_KERNELS,
+    "--use-transformer-engine-op-fuser": _TE_KERNELS,
+    "--use-te-activation-func": _TE_KERNELS,
+    "--fused-residual-rmsnorm": _TE_KERNELS,
+    "--batch-invariant-mode": _TE_KERNELS,
+    "--cpu-offloading-num-layers": _TE_KERNELS,
+    "--fine-grained-activation-offloading": _TE_KERNELS,
+    "--enable-cuda-graph": _CUDA_GRAPHS,
+    "--external-cuda-graph": _CUDA_GRAPHS,
+    "--cuda-graph-impl": _CUDA_GRAPHS,
+    "--optimizer-cuda-graph": _CUDA_GRAPHS,
+    "--pipeline-model-parallel-comm-backend": _NCCL,
+    "--nccl-communicator-config-path": _NCCL,
+    "--high-priority-stream-groups": _NCCL,
+    "--use-nccl-ub": _NCCL,
+    "--use-sharp": _NCCL,
+    "--profile": _PROFILES_GPU,
+    "--record-memory-history": _PROFILES_GPU,
+    "--log-energy": _PROFILES_GPU,
+}
+# Values of these flags that mean what a rehearsal does anyway.
+_ACCEPTED_VALUES = {
+    "--context-parallel-size": ("1",),
+    "--attention-backend": ("auto", "local", "unfused"),
+    "--cross-entropy-fusion-impl": ("native",),
+    "--moe-token-dispatcher-type": ("allgather", "alltoall"),
+    "--cpu-offloading-num-layers": ("0",),
+    "--cuda-graph-impl": ("none",),
+}
+
+
 def rehearsal_flags(argv: Sequence[str]) -> list[str]:
-    return [
-        "--distributed-backend",
-        "gloo",
-        "--transformer-impl",
-        "local",
-        "--no-gradient-accumulation-fusion",
-        "--no-persist-layer-norm",
-        "--no-masked-softmax-fusion",
+    """Return Megatron's flags that a run on CPUs needs and the command lacks, to append to it.
+
+    Args:
+        argv: the script's arguments.
+
+    Raises:
+        RehearsalError: flags that cannot be rehearsed, with one sentence for each.
+    """
+    given = _flags_with_values(argv)
+    refused = [
+        f"{' '.join([flag, *given[flag]])} cannot be rehearsed on CPUs: {reason}."
+        for flag, reason in _REFUSED_FLAGS.items()
+        if flag in given and " ".join(given[flag]) not in _ACCEPTED_VALUES.get(flag, ())
     ]
+    if refused:
+        raise RehearsalError(" ".join([*refused, "Leave them out of the rehearsal."]))
+    added: list[str] = []
+    for flag, value in _NEEDED_FLAGS:
+        if value is None and flag not in given:
+            added.append(flag)
+        elif value is not None and given.get(flag) != [value]:
+            added += [flag, value]
+    return added
+
+
+def _flags_with_values(argv: Sequence[str]) -> dict[str, list[str]]:
+    """Each flag and its last values: `--flag value`, `--flag=value`, `--flag a b`, `--flag`."""
+    given: dict[str, list[str]] = {}
+    flag = ""
+    for arg in argv:
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
+            given[flag] = [value] if equals else []
+        elif flag:
+            given[flag].append(arg)
+    return given

@@ -304,8 +304,11 @@ class AdamS(Optimizer):
         ]
         groups = []
         for index, (saved, current) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            # Adam's state is empty before its first step; its groups show it nevertheless.
+            # Adam's state is empty before its first step, and Megatron passes exp_avg alone; its
+            # groups show it nevertheless: torch's have amsgrad, and no Adam's have adam_w_mode.
             _refuse_other_optimizer(f"param group {index}", {"amsgrad"} & set(saved), set(current))
+            if "adam_w_mode" not in saved:
+                raise _written_by_another(f"param group {index} has no 'adam_w_mode'")
             group = {**{name: current[name] for name in HYPERPARAMETERS}, **saved}
             if "step" not in group:
                 if incoming["state"] and not state_steps:

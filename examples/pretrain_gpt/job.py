@@ -94,6 +94,8 @@ _ITERATION = re.compile(
     r" learning rate: (\S+) \|.* lm loss: (\S+) \|"
 )
 _VALIDATION = re.compile(r" validation loss at iteration (\d+)\b.* lm loss value: (\S+) \|")
+# Where torchrun begins to report that a rank died: what the rank itself said is above.
+_TORCHRUN_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
 
 
 def parse_line(line: str) -> Progress | tuple[int, float] | None:
@@ -230,14 +232,17 @@ def run(command: list[str], log: Path, report: Callable[[str], None]) -> Curves:
         RunError: it failed, or logged no loss.
     """
     curves = Curves()
-    last_lines: deque[str] = deque(maxlen=30)
+    last_lines: deque[str] = deque(maxlen=20)
+    torchrun_reports = False
     start = time.monotonic()
     with _running(command) as process, log.open("w") as log_file:
         assert process.stdout is not None
         for line in process.stdout:
             log_file.write(line)
             log_file.flush()
-            last_lines.append(line)
+            torchrun_reports = torchrun_reports or _TORCHRUN_REPORT in line
+            if not torchrun_reports:
+                last_lines.append(line)
             parsed = parse_line(line)
             if isinstance(parsed, Progress):
                 curves.train.append((parsed.step, parsed.loss))

@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 import prepare_data
 from train import COLORS, LABELS
 
-DEFAULT_LRS = (5e-4, 1e-3, 2e-3, 4e-3)
-DEFAULT_STEPS = 120
+DEFAULT_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
+DEFAULT_STEPS = 150
 RESULTS = job.FOLDER / "sweep"
 
 

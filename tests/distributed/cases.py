@@ -144,4 +144,4 @@ def load_plain(checkpoint: str) -> dict[str, torch.Tensor]:
 
     torch.distributed.init_process_group("gloo")
     tensors = dist_checkpointing.load_plain_tensors(checkpoint)
-    return {key: tensor.clone() for key, tensor in tensors.items() if tensor is not None}
+    return {key: value.clone() for key, value in tensors.items() if torch.is_tensor(value)}

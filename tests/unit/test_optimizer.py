@@ -342,8 +342,9 @@ def test_bad_hyperparameters_are_named_wherever_they_stand(arguments, words):
         optimizer.add_param_group({"params": params[1:], **arguments})
     assert len(optimizer.param_groups) == 1
     # A default that no group takes is checked all the same.
+    valid = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
     with pytest.raises(ValueError, match=words):
-        AdamS.from_param_groups([], **arguments)
+        AdamS([{"params": params, **valid}], **arguments)
 
 
 def test_zero_gradients_at_the_smallest_eps_give_no_nan():

@@ -232,6 +232,12 @@ def test_run_collects_losses_and_keeps_the_log(tmp_path: Path) -> None:
     [
         ("raise SystemExit('no such flag')", r"exit code 1(?s:.*)no such flag"),
         ("print('done')", "it logged no loss"),
+        # torchrun's own report, longer than what is shown, must not hide what the rank said
+        (
+            "print('the reason'); print('E torch/distributed/elastic/multiprocessing/api.py:1]');"
+            "print('report\\n' * 100); raise SystemExit(1)",
+            "the reason",
+        ),
     ],
 )
 def test_a_failed_run_says_how_and_where_the_log_is(
