@@ -11,6 +11,8 @@ it: a file of Megatron-Core 0.19.2, or one that starts with torch/. What torch.c
 Python on top of those names runs as it is.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
 import os

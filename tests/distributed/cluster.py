@@ -32,18 +32,22 @@ class Cluster:
     Args:
         folder: where logs and results are kept, a numbered subfolder for each run.
         flags: for zygote.py.
+        extra_path: a folder of packages that the ranks find before the installed ones.
     """
 
-    def __init__(self, folder: Path, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, flags: Sequence[str] = (), *, extra_path: Path | None = None
+    ) -> None:
         self._folder = folder
         self._num_runs = 0
+        path = [extra_path, REPO, os.environ.get("PYTHONPATH")]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asks for it with tensor parallelism
             "LOCAL_WORLD_SIZE": "8",  # the rehearsal's devices, before a case says its number
             "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(str(entry) for entry in path if entry),
             "PYTHONUNBUFFERED": "1",
         }
         self._log = open(folder / "zygote.log", "ab")  # noqa: SIM115

@@ -22,6 +22,15 @@ def plain_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
     cluster.close()
 
 
+@pytest.fixture(scope="session")
+def apex_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """As `cluster`, where Megatron finds Apex: a stand-in for it in PyTorch."""
+    folder = tmp_path_factory.mktemp("apex_cluster")
+    cluster = Cluster(folder, extra_path=Path(__file__).parent / "with_apex")
+    yield cluster
+    cluster.close()
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"

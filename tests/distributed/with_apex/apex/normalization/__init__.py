@@ -1,0 +1,1 @@
+"""Where Megatron looks for the fused layer norm."""
