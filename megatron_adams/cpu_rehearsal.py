@@ -109,23 +109,24 @@ class _DeviceGenerator:
     and draw from the CPU's generator: its state is part of the GPU's. Factories with a GPU device,
     and dropout, draw from `own`. Otherwise Megatron's JIT warm-up, whose shapes depend on the
     layout, would move the CPU's generator, and with `--use-cpu-initialization` TP1 and TP2 would
-    start from different weights.
+    start from different weights. Data loaders, which only the first TP rank has, draw from `data`:
+    otherwise its CPU generator would run ahead of the other TP ranks'.
     """
 
     device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.own = torch.Generator()
+        self.data = torch.Generator()
 
     def manual_seed(self, seed: int) -> _DeviceGenerator:
-        torch.default_generator.manual_seed(seed)
-        self.own.manual_seed(seed)
+        for generator in (torch.default_generator, self.own, self.data):
+            generator.manual_seed(seed)
         return self
 
     def seed(self) -> int:
-        seed = torch.default_generator.seed()
-        self.own.manual_seed(seed)
-        return seed
+        self.manual_seed(torch.default_generator.seed())
+        return self.initial_seed()
 
     def initial_seed(self) -> int:
         return self.own.initial_seed()
@@ -202,6 +203,22 @@ def _random_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
         return factory(*args, **kwargs)
 
     return random_factory
+
+
+def _draws_from_data_generator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A data loader's method that leaves the CPU's generator, which is the GPU's, where it was."""
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        state = torch.default_generator.get_state()
+        torch.default_generator.set_state(_generator.data.get_state())
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _generator.data.set_state(torch.default_generator.get_state())
+            torch.default_generator.set_state(state)
+
+    return method
 
 
 def _dropout(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -306,7 +323,7 @@ def _num_devices() -> int:
 
 
 class StandIn(NamedTuple):
-    """One faked name, how its replacement is built from the original, and the code that needs it."""
+    """One faked name, how its replacement is built from the original, and what needs it."""
 
     name: str
     build: _Builder
@@ -339,13 +356,13 @@ STAND_INS: tuple[StandIn, ...] = (
     StandIn(
         "torch.cuda._initialized",
         _replaced_by(True),
-        "torch/cuda/__init__.py:_lazy_init, _lazy_call",
+        "torch/cuda/__init__.py:is_initialized",
     ),
     # Asking for a GPU once forbids CUDA in forked children; here there is no context to spoil.
     StandIn(
         "torch.cuda._is_in_bad_fork",
         _returns(False),
-        "training/checkpointing.py:save_checkpoint, forked data loader workers",
+        "torch/cuda/__init__.py:is_initialized",
     ),
     StandIn(
         "torch.cuda.device_count",
@@ -423,6 +440,12 @@ STAND_INS: tuple[StandIn, ...] = (
         "core/fusions/fused_bias_dropout.py, torch/nn/modules/dropout.py",
     ),
     *_group(
+        "training/datasets/data_samplers.py:build_pretraining_data_loader",
+        _draws_from_data_generator,
+        "torch.utils.data.dataloader._BaseDataLoaderIter.__init__",
+        "torch.utils.data.dataloader._BaseDataLoaderIter.__next__",
+    ),
+    *_group(
         "training/initialize.py:_warmup_jit_function", _random_on_cpu, "torch.rand", "torch.randn"
     ),
     *_group(
@@ -447,7 +470,6 @@ STAND_INS: tuple[StandIn, ...] = (
         "torch.cuda.reset_peak_memory_stats",
         "torch.cuda.memory.reset_peak_memory_stats",
     ),
-    StandIn("torch.cuda.mem_get_info", _returns((80 * 2**30, 80 * 2**30)), "core/resharding"),
     StandIn(
         "torch.cuda.device_memory_used", _returns(0), "training/utils/common_utils.py:report_memory"
     ),
@@ -462,7 +484,7 @@ STAND_INS: tuple[StandIn, ...] = (
     StandIn(
         "torch.utils._device.DeviceContext.__init__",
         _device_context_init,
-        "torch/csrc/Device.cpp: `with torch.device('cuda')`",
+        "torch/utils/_device.py:DeviceContext",
     ),
     # Tensors.
     StandIn(
@@ -476,7 +498,7 @@ STAND_INS: tuple[StandIn, ...] = (
     StandIn(
         "torch.Tensor.cuda",
         _returns_self,
-        "training/training.py:get_model, through torch.nn.Module.cuda",
+        "training/training.py:get_model",
     ),
     StandIn("torch.Tensor.pin_memory", _returns_self, "torch/utils/data/_utils/pin_memory.py"),
     StandIn(
@@ -511,7 +533,7 @@ def install(*, force: bool = False) -> None:
         return
     if torch.cuda.is_available() and not force:
         raise RehearsalError(
-            f"{torch.cuda.device_count()} GPUs are visible, and a CPU rehearsal would not use them: "
+            f"{torch.cuda.device_count()} GPU(s) visible, which a CPU rehearsal would not use: "
             "run without --cpu-rehearsal, hide them (CUDA_VISIBLE_DEVICES=), or give "
             "--force-cpu-rehearsal"
         )
@@ -561,11 +583,10 @@ _NEEDED_FLAGS = (
 _LOCAL_LAYERS = "Megatron's local layers need TransformerEngine or Apex for it"
 _TE_KERNELS = "it selects TransformerEngine's or other GPU kernels"
 _CUDA_GRAPHS = "there is no CUDA graph to capture"
-_NCCL = "it configures NCCL, and gloo runs instead"
+_NCCL = "it needs NCCL, and gloo runs instead"
 _PROFILES_GPU = "it records what a GPU does"
 
-# Flag -> why it cannot be rehearsed. Flags that Megatron itself refuses without a GPU's packages,
-# with a sentence, are left to it.
+# Flag -> why it cannot be rehearsed: without a GPU Megatron 0.19.2 fails on it, or ignores it.
 _REFUSED_FLAGS = {
     "--sequence-parallel": _LOCAL_LAYERS,
     "--context-parallel-size": _LOCAL_LAYERS,
@@ -593,8 +614,6 @@ _REFUSED_FLAGS = {
     "--cuda-graph-impl": _CUDA_GRAPHS,
     "--optimizer-cuda-graph": _CUDA_GRAPHS,
     "--pipeline-model-parallel-comm-backend": _NCCL,
-    "--nccl-communicator-config-path": _NCCL,
-    "--high-priority-stream-groups": _NCCL,
     "--use-nccl-ub": _NCCL,
     "--use-sharp": _NCCL,
     "--profile": _PROFILES_GPU,

@@ -226,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Now, and not after the seconds that the set-up takes.
             io.open_code(os.path.abspath(target)).close()
         if job.rehearse:
-            cpu_rehearsal.install(force=job.force_rehearsal)
             added = cpu_rehearsal.rehearsal_flags(script_args)
+            cpu_rehearsal.install(force=job.force_rehearsal)
             script_args += added
             if added and os.environ.get("RANK", "0") == "0":
                 print("CPU rehearsal: added", *added, file=sys.stderr, flush=True)

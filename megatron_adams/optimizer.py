@@ -331,11 +331,15 @@ def _refuse_unsupported(options: Mapping[str, Any]) -> None:
 
 def _refuse_other_optimizer(where: str, keys: set[str], known: set[str]) -> None:
     if unknown := sorted(keys - known):
-        raise ValueError(
-            f"this checkpoint was written by Adam or another optimizer: {where} has {unknown}, and "
-            "AdamS keeps exp_avg alone; load the model's weights only and let the optimizer start "
-            "anew (Megatron: --no-load-optim, or --finetune)"
-        )
+        raise _written_by_another(f"{where} has {unknown}")
+
+
+def _written_by_another(evidence: str) -> ValueError:
+    return ValueError(
+        f"this checkpoint was written by Adam or another optimizer: {evidence}, and "
+        "AdamS keeps exp_avg alone; load the model's weights only and let the optimizer start "
+        "anew (Megatron: --no-load-optim, or --finetune)"
+    )
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

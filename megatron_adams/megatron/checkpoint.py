@@ -1,7 +1,8 @@
-"""Checks of a checkpoint before Megatron loads it: torch_dist and the legacy torch format.
+"""Checkpoints that are whole: checked before Megatron loads one, marked while it overwrites one.
 
 Megatron (0.19) reports a truncated file as whatever error its reader stumbles over, and exits
-with status 0 where a legacy file or the tracker file is damaged. Runs only for adams.
+with status 0 where a legacy file or the tracker file is damaged. Both formats, torch_dist and the
+legacy torch. Runs only for adams.
 """
 
 import logging
@@ -20,9 +21,58 @@ from megatron_adams.megatron.config import ADAMS
 
 logger = logging.getLogger(__name__)
 
+_WRITTEN_LAST = "metadata.json"
+
+
+# What unpickling raises on bytes that are no pickle, or half of one (Python's documentation).
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    TypeError,
+)
+
 
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint lacks a file or a part of one."""
+
+
+def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Take a checkpoint that is about to be overwritten out of use."""
+
+    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        settings = get_args()
+        # Non-persistent checkpoints lie elsewhere and are not overwritten.
+        persistent = not kwargs.get("non_persistent_ckpt", False)
+        if settings.optimizer == ADAMS and persistent and torch.distributed.get_rank() == 0:
+            withdraw(Path(settings.save), iteration)
+        return original(iteration, *args, **kwargs)
+
+    return save_checkpoint
+
+
+def withdraw(save_dir: Path, step: int) -> None:
+    """Mark the checkpoint of an iteration as incomplete before it is written anew.
+
+    A run that went back to an earlier iteration overwrites the later ones, file by file: killed
+    meanwhile, it would leave one that looks whole and mixes two. metadata.json, which Megatron
+    writes last, goes first; the tracker file goes back to the newest complete earlier checkpoint.
+    """
+    folder = _folder(save_dir, step)
+    tracker = _tracker(save_dir)
+    if not folder.is_dir():
+        return
+    if tracker.is_file() and tracker.read_text().strip() == str(step):
+        earlier = [known for known in _complete_steps(save_dir) if known < step]
+        if earlier:
+            _write_tracker(tracker, max(earlier))
+    (folder / _WRITTEN_LAST).unlink(missing_ok=True)
 
 
 def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +103,7 @@ def _on_rank_0(check: Callable[[], None]) -> None:
     if torch.distributed.get_rank() == 0:
         try:
             check()
-        except (DamagedCheckpointError, ValueError) as exc:
+        except (DamagedCheckpointError, OSError, ValueError) as exc:
             error[0] = exc
     torch.distributed.broadcast_object_list(error, src=0)
     if error[0] is not None:
@@ -70,48 +120,61 @@ def check_checkpoint(load_dir: Path, args: Any) -> None:
         DamagedCheckpointError: a file is missing, truncated or unreadable.
         ValueError: the checkpoint cannot be loaded at the run's expert parallel size.
     """
-    tracker = load_dir / "latest_checkpointed_iteration.txt"
-    if not tracker.exists():
-        return  # A new run, or --exit-on-missing-checkpoint: Megatron's own affair.
-    _mend_tracker(tracker)
-    text = tracker.read_text().strip()
+    tracker = _tracker(load_dir)
     if args.ckpt_step:
         text = str(args.ckpt_step)
-    folder = load_dir / ("release" if text == "release" else f"iter_{int(text):07d}")
+    elif tracker.exists():
+        text = _read_tracker(tracker)
+    else:
+        return  # A new run, or --exit-on-missing-checkpoint: Megatron's own affair.
+    folder = load_dir / text if text == "release" else _folder(load_dir, int(text))
     if not folder.is_dir():
         raise DamagedCheckpointError(
-            f"{folder}: not found, although {tracker} names it; restore it, or choose another "
-            f"checkpoint with --ckpt-step ({_known_steps(load_dir)})"
+            f"{folder}: not found, although {'--ckpt-step' if args.ckpt_step else tracker} names "
+            f"it; restore it, or {_choose_another(load_dir)}"
         )
-    legacy = any(folder.glob("mp_rank_*"))
-    damage = _damage_of_legacy(folder) if legacy else _damage_of_torch_dist(folder)
+    damage = _damage(folder)
     if damage:
         raise DamagedCheckpointError(
-            f"{folder}: {damage}; the checkpoint is incomplete. Restore it, or resume from "
-            f"another one with --ckpt-step ({_known_steps(load_dir)})"
+            f"{folder}: {damage}; the checkpoint is incomplete. Restore it, or "
+            f"{_choose_another(load_dir)}"
         )
-    if not legacy:
+    if _is_legacy(folder):
+        _check_legacy_step(tracker, args)
+    else:
         _check_expert_parallel_size(folder, args)
 
 
-def _mend_tracker(tracker: Path) -> None:
-    # Megatron truncates the tracker and then writes it, after the save that it names is
-    # complete: a run killed in between leaves it empty, and its newest checkpoint is whole.
-    if tracker.read_text().strip():
-        return
-    complete = [
-        step
-        for step in _steps(tracker.parent)
-        if _damage_of_torch_dist(tracker.parent / f"iter_{step:07d}") is None
-    ]
-    if not complete:
+def _tracker(load_dir: Path) -> Path:
+    return load_dir / "latest_checkpointed_iteration.txt"
+
+
+def _folder(load_dir: Path, step: int) -> Path:
+    return load_dir / f"iter_{step:07d}"
+
+
+def _read_tracker(tracker: Path) -> str:
+    """The tracker's text: digits or "release"; one that a killed run left empty is mended."""
+    text = tracker.read_text(errors="replace").strip()
+    if not text:
+        # Megatron truncates the tracker and then writes it, after the save that it names is
+        # complete: a run killed in between leaves it empty, and its newest checkpoint is whole.
+        complete = _complete_steps(tracker.parent)
+        if complete:
+            logger.warning("%s was empty; resuming from iteration %d", tracker, complete[-1])
+            _write_tracker(tracker, complete[-1])
+            return str(complete[-1])
+    if text != "release" and not text.isdecimal():
         raise DamagedCheckpointError(
-            f"{tracker}: empty, and no complete torch_dist checkpoint beside it; write the "
-            f"iteration to resume from into it ({_known_steps(tracker.parent)})"
+            f"{tracker}: contains {text!r}, must be an iteration or 'release'; "
+            f"{_choose_another(tracker.parent)}"
         )
-    logger.warning("%s was empty; resuming from iteration %d", tracker, max(complete))
+    return text
+
+
+def _write_tracker(tracker: Path, step: int) -> None:
     written = tracker.with_suffix(".tmp")
-    written.write_text(str(max(complete)))
+    written.write_text(str(step))
     os.replace(written, tracker)
 
 
@@ -119,19 +182,35 @@ def _steps(load_dir: Path) -> list[int]:
     return sorted(int(folder.name[len("iter_") :]) for folder in load_dir.glob("iter_[0-9]*"))
 
 
-def _known_steps(load_dir: Path) -> str:
-    steps = ", ".join(str(step) for step in _steps(load_dir))
-    return f"iterations there: {steps}" if steps else "there is none"
+def _complete_steps(load_dir: Path) -> list[int]:
+    return [step for step in _steps(load_dir) if _damage(_folder(load_dir, step)) is None]
+
+
+def _choose_another(load_dir: Path) -> str:
+    steps = ", ".join(str(step) for step in _complete_steps(load_dir))
+    return (
+        f"write the iteration to resume from into {_tracker(load_dir)} (complete ones there: "
+        f"{steps or 'none'})"
+    )
+
+
+def _is_legacy(folder: Path) -> bool:
+    return any(folder.glob("mp_rank_*"))
+
+
+def _damage(folder: Path) -> str | None:
+    """What is missing of a checkpoint, None if nothing is."""
+    return _damage_of_legacy(folder) if _is_legacy(folder) else _damage_of_torch_dist(folder)
 
 
 def _damage_of_torch_dist(folder: Path) -> str | None:
-    """What is missing of a torch_dist checkpoint, from its metadata and its files' sizes."""
-    for name in ("metadata.json", ".metadata"):
+    """From the metadata and the files' sizes."""
+    for name in (_WRITTEN_LAST, ".metadata"):
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
         metadata = FileSystemReader(folder).read_metadata()
-    except (EOFError, pickle.UnpicklingError, ValueError) as exc:
+    except _UNREADABLE as exc:
         return f".metadata is unreadable ({exc})"
     sizes: dict[str, int] = {}
     for stored in metadata.storage_data.values():
@@ -147,19 +226,43 @@ def _damage_of_torch_dist(folder: Path) -> str | None:
 
 
 def _damage_of_legacy(folder: Path) -> str | None:
-    """What is missing of a legacy checkpoint: its files are zip archives, indexed at the end."""
-    for path in sorted(folder.glob("mp_rank_*/*.pt")):
-        if not zipfile.is_zipfile(path):
-            return f"{path.relative_to(folder)} is truncated"
+    """From the files' ends: they are zip archives, whose index comes last."""
+    for model_parallel_rank in sorted(folder.glob("mp_rank_*")):
+        model = model_parallel_rank / "model_optim_rng.pt"
+        for path in sorted({model, *model_parallel_rank.glob("*.pt")}):
+            if not path.is_file():
+                return f"{path.relative_to(folder)} is missing"
+            if not zipfile.is_zipfile(path):
+                return f"{path.relative_to(folder)} is truncated"
     return None
 
 
+def _check_legacy_step(tracker: Path, args: Any) -> None:
+    # megatron.training.checkpointing.load_checkpoint (0.19) takes the model of --ckpt-step, and
+    # the distributed optimizer's part, and with it the iteration, of the tracker file.
+    if not (args.ckpt_step and args.use_distributed_optimizer and _loads_optimizer(args)):
+        return
+    text = _read_tracker(tracker) if tracker.exists() else "nothing"
+    if text != str(args.ckpt_step):
+        raise ValueError(
+            f"--ckpt-step {args.ckpt_step} with --ckpt-format torch: Megatron would load the "
+            f"distributed optimizer's part of the iteration in {tracker} ({text}); write "
+            f"{args.ckpt_step} into that file"
+        )
+
+
+def _loads_optimizer(args: Any) -> bool:
+    return not (args.finetune or args.no_load_optim)
+
+
 def _check_expert_parallel_size(folder: Path, args: Any) -> None:
+    if not _loads_optimizer(args):
+        return
     state = dist_checkpointing.load_common_state_dict(str(folder))
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=state) or {}
     kind = metadata.get("distrib_optim_sharding_type")
     saved, current = state["args"].expert_model_parallel_size, args.expert_model_parallel_size
-    if kind == "dp_reshardable" and saved != current and not args.no_load_optim:
+    if kind == "dp_reshardable" and saved != current:
         raise ValueError(
             f"--expert-model-parallel-size {current}: the checkpoint {folder} was saved at "
             f"{saved}, in a format that keeps it; resume at {saved}, or save with "

@@ -35,6 +35,11 @@ class AdamSOptimizerConfig(OptimizerConfig):
     adams_bias_correction: bool = False
     """Divide the old and the new exp_avg by 1 - beta1^step (the authors' released code)."""
 
+    def __post_init__(self) -> None:
+        # Before Megatron's own checks, which name other flags.
+        check_config(self)
+        super().__post_init__()
+
     def __repr__(self) -> str:
         # Megatron logs the configuration while `stated_as_adam` holds.
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -102,16 +102,20 @@ def resolve(symbol: Symbol, version: str) -> tuple[Any, str, Any]:
     return owner, parts[-1], value
 
 
-def attach(hooks: Iterable[Hook], relied_on: Iterable[Symbol], version: str) -> list[str]:
+def require(symbols: Iterable[Symbol], version: str) -> None:
+    """Raise UnsupportedMegatronError unless every symbol is as it is expected to be."""
+    for symbol in symbols:
+        resolve(symbol, version)
+
+
+def attach(hooks: Iterable[Hook], version: str) -> list[str]:
     """Wrap every hooked function wherever Megatron has imported it; idempotent.
 
     Returns:
         Dotted paths that were wrapped now, without those that were wrapped before.
     Raises:
-        UnsupportedMegatronError: before anything is wrapped, if any symbol is missing.
+        UnsupportedMegatronError: before anything is wrapped, if any function is missing.
     """
-    for symbol in relied_on:
-        resolve(symbol, version)
     found = [(hook, resolve(hook.symbol, version)) for hook in hooks]
     attached = []
     for hook, (_, name, original) in found:

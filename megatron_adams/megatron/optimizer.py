@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.optimizer import (
     ChainedOptimizer,
     DistributedOptimizer,
@@ -37,8 +38,10 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
     def get_megatron_optimizer(
         config: Any, model_chunks: Sequence[Any], *args: Any, **kwargs: Any
     ) -> Any:
-        # A MIMO model comes with a configuration of another class, without this field.
-        if getattr(config, "optimizer", None) != ADAMS:
+        # A MIMO model's optimizer is built module by module: each comes back here. Its
+        # configuration can be of another class, without this field.
+        is_mimo = isinstance(model_chunks[0], MimoModel)
+        if is_mimo or getattr(config, "optimizer", None) != ADAMS:
             return original(config, model_chunks, *args, **kwargs)
         check_config(config)
         if not isinstance(config, AdamSOptimizerConfig):
@@ -187,7 +190,11 @@ class AdamSDistributedOptimizer(DistributedOptimizer):
         state = super().sharded_param_state_dp_reshardable(*args, **kwargs)
         for buckets in self._buckets_of(state):
             for entries in buckets:
-                entries[:] = [entry for entry in entries if not _is_placeholder(entry)]
+                # Its tensors go, and the entry stays: dist_checkpointing drops empty lists.
+                entries[:] = [
+                    {"padding": entry["padding"]} if _is_placeholder(entry) else entry
+                    for entry in entries
+                ]
         return state
 
     def get_parameter_state_dp_reshardable(self) -> Any:
@@ -234,14 +241,16 @@ def regroup_parts(state_dict: dict[Any, Any], num_parts: int) -> dict[Any, Any]:
     """Give a loaded state dict as many parts as the current chain has.
 
     Args:
-        state_dict: of one part, {"optimizer": ..., "param_state": ...}, or of several,
-            {0: part, 1: part}; its "param_state" already has the current structure, because
-            dist_checkpointing loads what the current chain asked for.
+        state_dict: of one part, {"optimizer": ..., "param_state": ...} (of Megatron's
+            FP32Optimizer {"param_groups": ..., "state": ...}), or of several, {0: part, 1: part};
+            its "param_state" already has the current structure, because dist_checkpointing loads
+            what the current chain asked for.
         num_parts: length of the current chain.
     Raises:
         ValueError: the state has another structure and is not of the fully_reshardable kind.
     """
-    saved = [state_dict] if "optimizer" in state_dict else _numbered_parts(state_dict)
+    is_single = "optimizer" in state_dict or "param_groups" in state_dict
+    saved = [state_dict] if is_single else _numbered_parts(state_dict)
     if len(saved) == num_parts:
         return state_dict
     kinds = {part.get("param_state_sharding_type") for part in saved}

@@ -2,16 +2,18 @@
 
 import importlib.util
 import logging
+import os
 
 import megatron.core
 
-from megatron_adams.megatron.hooks import Hook, Symbol, attach, check_version
+from megatron_adams.megatron.hooks import Hook, Symbol, attach, check_version, require
 
 logger = logging.getLogger(__name__)
 
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 
-# What AdamSDistributedOptimizer and AdamSChainedOptimizer override, and what they read.
+# What AdamSDistributedOptimizer and AdamSChainedOptimizer override, and what this package's
+# modules import by name.
 _RELIED_ON = (
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.optimizer_state_keys"),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.state_dict", ("self",)),
@@ -45,6 +47,12 @@ _RELIED_ON = (
         ("self", "state_dict"),
     ),
     Symbol("megatron.core.optimizer.optimizer.param_group_identifier_keys"),
+    Symbol("megatron.core.optimizer.ChainedOptimizer"),
+    Symbol("megatron.core.optimizer.DistributedOptimizer"),
+    Symbol("megatron.core.models.mimo.model.base.MimoModel"),
+    Symbol("megatron.core.utils.log_single_rank"),
+    Symbol("megatron.core.dist_checkpointing.load_common_state_dict", ("checkpoint_dir",)),
+    Symbol("megatron.core.dist_checkpointing.load_content_metadata"),
 )
 
 
@@ -95,6 +103,10 @@ def _training_hooks() -> list[Hook]:
             Symbol(f"{training}.checkpointing.load_checkpoint", ("ddp_model", "optimizer")),
             checkpoint.wrap_load_checkpoint,
         ),
+        Hook(
+            Symbol(f"{training}.checkpointing.save_checkpoint", ("iteration",)),
+            checkpoint.wrap_save_checkpoint,
+        ),
     ]
 
 
@@ -112,12 +124,14 @@ def register() -> None:
     """
     version = megatron.core.__version__
     check_version(version)
+    # Before the hooks, whose modules import some of these by name: they would fail with less.
+    require(_RELIED_ON, version)
     hooks = _core_hooks()
     with_training = importlib.util.find_spec("megatron.training") is not None
     if with_training:
         hooks += _training_hooks()
-    attached = attach(hooks, _RELIED_ON, version)
-    if attached:
+    attached = attach(hooks, version)
+    if attached and os.environ.get("RANK", "0") == "0":
         where = "megatron.core and megatron.training" if with_training else "megatron.core alone"
         logger.info(
             "registered --optimizer adams with %s %s (wrapped: %s)",
