@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -30,6 +31,11 @@ def import_megatron(*, register: bool) -> None:
         import megatron_adams
 
         megatron_adams.register()
+    else:
+        from megatron.core.datasets import utils
+
+        # Compiled in the wheel, which has no Makefile: Megatron would exit. The plugin minds it.
+        utils.compile_helpers = lambda: None
     # What every rank would otherwise import for itself after the fork.
     import megatron.core.tokenizers.text
     import megatron.training.training
@@ -44,9 +50,15 @@ def import_megatron(*, register: bool) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Below the range that outgoing connections take theirs from: it stays free until used."""
+    while True:
+        port = random.randrange(10000, 30000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def run_rank(request: dict[str, Any], rank: int, port: int, folder: Path) -> None:
@@ -104,6 +116,9 @@ def run_case(request: dict[str, Any]) -> dict[str, Any]:
             if done:
                 codes[rank] = os.waitstatus_to_exitcode(status)
                 if codes[rank] != 0:
+                    # What it forked has copies of its connections: the other ranks would not
+                    # see that it is gone.
+                    kill_group(pid)
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         if time.monotonic() > deadline:
             timed_out = all(code == 0 for code in codes.values())

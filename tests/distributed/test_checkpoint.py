@@ -1,0 +1,321 @@
+"""Save and resume: the same run goes on, in every format, layout and environment."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.cluster import Cluster
+from tests.distributed.test_parity import MOE, assert_close
+
+TRAIN = "tests.distributed.cases:train"
+LOAD = "tests.distributed.cases:load_plain"
+PLACE = "tests.distributed.checkpoint_cases:train_and_place"
+COMMON = "tests.distributed.checkpoint_cases:read_common"
+SAVE_FIRST = "tests.distributed.checkpoint_cases:save_before_first_step"
+
+NUM_STEPS, SAVED_AT = 6, 3
+STEPS = f"--train-iters {NUM_STEPS} --save-interval {SAVED_AT}"
+ADAMS = "--optimizer adams"
+DISTRIBUTED = f"{ADAMS} --use-distributed-optimizer"
+RESHARDABLE = f"{DISTRIBUTED} --dist-ckpt-optim-fully-reshardable"
+
+FAMILIES = {
+    "dp2": DISTRIBUTED,
+    "dp2_bf16_overlap": f"{DISTRIBUTED} --bf16 --overlap-grad-reduce --overlap-param-gather",
+    # A scale that overflows at first and grows soon: steps are skipped before the save, and a
+    # run that forgot its scale would skip them again.
+    "dp2_fp16": f"{DISTRIBUTED} --fp16 --initial-loss-scale 1048576 --hysteresis 1 "
+    "--loss-scale-window 2",
+    "dp2_bias_correction": f"{DISTRIBUTED} --adams-bias-correction",
+    "tp2_bf16_fully_reshardable": f"{RESHARDABLE} --bf16 --tensor-model-parallel-size 2",
+    "pp2_fully_reshardable": f"{RESHARDABLE} --pipeline-model-parallel-size 2",
+    "ep2": f"{DISTRIBUTED} {MOE} --disable-bias-linear --expert-model-parallel-size 2",
+    "dp2_legacy": f"{DISTRIBUTED} --ckpt-format torch",
+    "plain": ADAMS,
+    "plain_bf16": f"{ADAMS} --bf16",
+    "plain_legacy": f"{ADAMS} --ckpt-format torch",
+}
+
+
+def choose(root: Path, step: int) -> str:
+    """The flag that resumes from a checkpoint in the middle; --ckpt-step is tested elsewhere."""
+    (root / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return f"--load {root}"
+
+
+def folder_of(root: Path, step: int) -> str:
+    return str(root / f"iter_{step:07d}")
+
+
+def assert_continues(
+    resumed: list[dict[str, Any]], whole: list[dict[str, Any]], steps_before: int = SAVED_AT
+) -> None:
+    """Every rank of a resumed run took the rest of the whole run's steps, bit for bit."""
+    for mine, theirs in zip(resumed, whole, strict=True):
+        assert len(mine["grad_norms"]) == len(theirs["grad_norms"]) - steps_before
+        assert mine["grad_norms"] == theirs["grad_norms"][steps_before:]
+        assert mine["skipped"] == theirs["skipped"][steps_before:]
+        # Fewer where steps were skipped, none on pipeline stages before the last.
+        assert mine["losses"] == theirs["losses"][len(theirs["losses"]) - len(mine["losses"]) :]
+        assert mine["model"].keys() == theirs["model"].keys()
+        for name, tensor in theirs["model"].items():
+            assert torch.equal(mine["model"][name], tensor), name
+        for part, whole_part in zip(mine["parts"], theirs["parts"], strict=True):
+            assert part["groups"] == whole_part["groups"]
+            assert part["groups"][0]["step"] == theirs["skipped"].count(0)
+            for shard, whole_shard in zip(part["shards"], whole_part["shards"], strict=True):
+                assert torch.equal(shard["param"], whole_shard["param"])
+                assert set(shard["state"]) == {"exp_avg"}
+                assert torch.equal(shard["state"]["exp_avg"], whole_shard["state"]["exp_avg"])
+    assert any(rank["losses"] for rank in resumed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resumed_run_equals_uninterrupted_one(
+    cluster: Cluster, checkpoints: Path, family: str
+) -> None:
+    base = f"{FAMILIES[family]} {STEPS}"
+    whole = cluster.run(TRAIN, 2, argv=f"{base} --save {checkpoints}").results
+    resumed = cluster.run(TRAIN, 2, argv=f"{base} {choose(checkpoints, SAVED_AT)}")
+    assert_continues(resumed.results, whole)
+    if family == "dp2_fp16":
+        assert {0, 1} == set(whole[0]["skipped"][:SAVED_AT])
+
+
+@pytest.mark.parametrize("family", ["dp2", "dp2_legacy", "plain"])
+def test_checkpoint_crosses_between_worlds_with_and_without_apex(
+    cluster: Cluster, apex_cluster: Cluster, tmp_path: Path, family: str
+) -> None:
+    """Megatron keeps Adam's step elsewhere where it finds TransformerEngine or Apex."""
+    base = f"{FAMILIES[family]} {STEPS}"
+    without, within = tmp_path / "without", tmp_path / "with"
+    whole = cluster.run(TRAIN, 2, argv=f"{base} --save {without}").results
+    assert_continues(apex_cluster.run(TRAIN, 2, argv=f"{base} --save {within}").results, whole, 0)
+    for there, saved in ((apex_cluster, without), (cluster, within)):
+        run = there.run(TRAIN, 2, argv=f"{base} {choose(saved, SAVED_AT)}")
+        assert_continues(run.results, whole)
+
+
+RESHARDINGS = {
+    "tp2_pp2_to_dp2": (
+        "--num-layers 4 --hidden-size 128",
+        (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+        (2, ""),
+    ),
+    "dp2_to_tp2": ("--num-layers 4", (2, ""), (2, "--tensor-model-parallel-size 2")),
+    "pp2_to_single": ("--num-layers 4", (2, "--pipeline-model-parallel-size 2"), (1, "")),
+    "ep2_to_ep1": (MOE, (2, "--expert-model-parallel-size 2"), (2, "")),
+    "ep1_to_ep2": (MOE, (2, ""), (2, "--expert-model-parallel-size 2")),
+    "ep2_to_pp2": (
+        MOE,
+        (2, "--expert-model-parallel-size 2"),
+        (2, "--pipeline-model-parallel-size 2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("resharding", RESHARDINGS)
+def test_resharded_run_continues(cluster: Cluster, tmp_path: Path, resharding: str) -> None:
+    """To rounding of sums in another order, as between layouts in test_parity.py."""
+    model, (num_before, before), (num_after, after) = RESHARDINGS[resharding]
+    base = f"{RESHARDABLE} --disable-bias-linear --adam-eps 1e-6 {model} {STEPS}"
+    source, end = tmp_path / "source", tmp_path / "end"
+    whole = cluster.run(TRAIN, num_before, argv=f"{base} {before} --save {source}")
+    resumed = cluster.run(
+        TRAIN,
+        num_after,
+        argv=f"{base} {after} {choose(source, SAVED_AT)} --save {end}",
+    )
+    losses = resumed.results[-1]["losses"]
+    assert len(losses) == NUM_STEPS - SAVED_AT
+    np.testing.assert_allclose(losses, whole.results[-1]["losses"][SAVED_AT:], rtol=1e-5)
+    expected, actual = (
+        cluster.run(LOAD, checkpoint=folder_of(root, NUM_STEPS)).results[0]
+        for root in (source, end)
+    )
+    assert_close(actual, expected)
+    for rank in resumed.results:
+        assert [g["step"] for part in rank["parts"] for g in part["groups"]] == [
+            NUM_STEPS for part in rank["parts"] for _ in part["groups"]
+        ]
+
+
+@pytest.mark.parametrize("dtype", ["", "--bf16"])
+def test_resharding_loses_no_bit(cluster: Cluster, tmp_path: Path, dtype: str) -> None:
+    """Loaded at another layout and saved at once, every tensor is what it was."""
+    base = f"{RESHARDABLE} {MOE} --disable-bias-linear {dtype} --train-iters {SAVED_AT}"
+    layouts = [
+        "--expert-model-parallel-size 2",
+        "--pipeline-model-parallel-size 2",
+        "--tensor-model-parallel-size 2",
+    ]
+    source = tmp_path / "0"
+    cluster.run(TRAIN, 2, argv=f"{base} {layouts[0]} --save {source}")
+    for index, layout in enumerate(layouts[1:], 1):
+        end = tmp_path / str(index)
+        # With no step left to take, Megatron loads, and saves at the end.
+        cluster.run(TRAIN, 2, argv=f"{base} {layout} --load {source} --save {end}")
+        before, after = (
+            cluster.run(LOAD, checkpoint=folder_of(root, SAVED_AT)).results[0]
+            for root in (source, end)
+        )
+        assert before.keys() == after.keys()
+        for key, tensor in before.items():
+            assert torch.equal(after[key], tensor), key
+        source = end
+
+
+def test_dp_reshardable_at_another_expert_size_is_refused(
+    cluster: Cluster, checkpoints: Path
+) -> None:
+    base = f"{DISTRIBUTED} {MOE} --disable-bias-linear {STEPS}"
+    ep2 = "--expert-model-parallel-size 2"
+    cluster.run(TRAIN, 2, argv=f"{base} {ep2} --exit-interval {SAVED_AT} --save {checkpoints}")
+    run = cluster.run(TRAIN, 2, argv=f"{base} --load {checkpoints}", check=False)
+    assert all(run.codes)
+    for log in run.logs:
+        assert "--expert-model-parallel-size 1: the checkpoint" in log
+        assert "--dist-ckpt-optim-fully-reshardable" in log
+
+
+# Sizes at which a buffer has two buckets and the first is padded at its end.
+PADDED = {
+    "hidden64_pp2": (2, "--hidden-size 64 --pipeline-model-parallel-size 2"),
+    "hidden128_tp2_pp2": (
+        4,
+        "--hidden-size 128 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+    ),
+}
+UPSTREAMS_WARNING = "param range exceeds"
+
+
+@pytest.mark.parametrize("size", PADDED)
+def test_saved_tensors_are_the_live_ones_behind_padded_buckets(
+    cluster: Cluster, plain_cluster: Cluster, tmp_path: Path, size: str
+) -> None:
+    num_ranks, flags = PADDED[size]
+    base = f"{flags} --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
+    base += f"--train-iters {SAVED_AT}"
+    stock = plain_cluster.run(
+        TRAIN, num_ranks, argv=f"{base} --optimizer adam --save {tmp_path / 'stock'}"
+    )
+    assert UPSTREAMS_WARNING in stock.log, "no longer the sizes that trigger it"
+    ranks = cluster.run(PLACE, num_ranks, argv=f"{base} {ADAMS} --save {tmp_path / 'adams'}")
+    assert UPSTREAMS_WARNING not in ranks.log
+    saved = cluster.run(LOAD, checkpoint=folder_of(tmp_path / "adams", SAVED_AT)).results[0]
+    live = assemble([shard for rank in ranks.results for shard in rank])
+    optimizer_keys = {key for key in saved if key.startswith("optimizer.state.")}
+    assert optimizer_keys == set(live)
+    for key, tensor in live.items():
+        assert torch.equal(saved[key], tensor), key
+        if key.startswith("optimizer.state.param."):
+            assert torch.equal(saved[key.removeprefix("optimizer.state.param.")], tensor), key
+
+
+def assemble(shards: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Whole tensors, under a checkpoint's keys, from the shards of all ranks."""
+    whole: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        for state in ("param", "exp_avg"):
+            tensor = whole.setdefault(
+                f"optimizer.state.{state}.{shard['key']}",
+                torch.full(shard["global_shape"], math.nan),
+            )
+            num_stacked = len(shard["global_offset"]) - len(shard["local_shape"])
+            for offset in shard["global_offset"][:num_stacked]:
+                tensor = tensor[offset]
+            for axis, size in enumerate(shard["local_shape"]):
+                tensor = tensor.narrow(axis, shard["global_offset"][num_stacked + axis], size)
+            local = tensor.clone().flatten()
+            local[shard["start"] : shard["start"] + shard[state].numel()] = shard[state]
+            tensor.copy_(local.view_as(tensor))
+    return whole
+
+
+STOCK_FORMATS = {
+    "torch_dist": "--use-distributed-optimizer",
+    "fully_reshardable": "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
+    "legacy": "--use-distributed-optimizer --ckpt-format torch",
+    "plain": "",
+}
+REFUSAL = "ValueError: this checkpoint was written by Adam or another optimizer"
+
+
+def _refused_then_taken_without_state(cluster: Cluster, base: str, saved: Path) -> None:
+    refused = cluster.run(TRAIN, 2, argv=f"{base} {ADAMS} --load {saved}", check=False)
+    assert all(refused.codes)
+    for log in refused.logs:
+        assert REFUSAL in log
+    taken = cluster.run(TRAIN, 2, argv=f"{base} {ADAMS} --load {saved} --no-load-optim")
+    for rank in taken.results:
+        assert len(rank["grad_norms"]) == NUM_STEPS - SAVED_AT
+        for part in rank["parts"]:
+            assert {group["step"] for group in part["groups"]} == {NUM_STEPS - SAVED_AT}
+            assert {tuple(group["betas"]) for group in part["groups"]} == {(0.9, 0.95)}
+
+
+@pytest.mark.parametrize("ckpt_format", STOCK_FORMATS)
+def test_stock_adam_checkpoint_is_refused(
+    cluster: Cluster, plain_cluster: Cluster, checkpoints: Path, ckpt_format: str
+) -> None:
+    base = f"{STOCK_FORMATS[ckpt_format]} {STEPS}"
+    save = f"{base} --optimizer adam --exit-interval {SAVED_AT} --save {checkpoints}"
+    plain_cluster.run(TRAIN, 2, argv=save)
+    _refused_then_taken_without_state(cluster, base, checkpoints)
+
+
+def test_adam_checkpoint_from_the_world_with_apex_is_refused(
+    cluster: Cluster, apex_cluster: Cluster, checkpoints: Path
+) -> None:
+    """Its groups look like ours, step and all."""
+    base = f"--use-distributed-optimizer {STEPS}"
+    save = f"{base} --optimizer adam --exit-interval {SAVED_AT} --save {checkpoints}"
+    apex_cluster.run(TRAIN, 2, argv=save)
+    _refused_then_taken_without_state(cluster, base, checkpoints)
+
+
+def test_finetune_from_stock_adam_checkpoint(
+    cluster: Cluster, plain_cluster: Cluster, checkpoints: Path
+) -> None:
+    base = f"--use-distributed-optimizer {STEPS}"
+    plain_cluster.run(TRAIN, 2, argv=f"{base} --optimizer adam --save {checkpoints}")
+    run = cluster.run(TRAIN, 2, argv=f"{base} {ADAMS} --load {checkpoints} --finetune")
+    for rank in run.results:
+        assert len(rank["grad_norms"]) == NUM_STEPS
+        assert {g["step"] for part in rank["parts"] for g in part["groups"]} == {NUM_STEPS}
+
+
+@pytest.mark.parametrize("family", ["dp2", "tp2_bf16_fully_reshardable", "dp2_legacy"])
+def test_save_before_first_step(cluster: Cluster, checkpoints: Path, family: str) -> None:
+    base = f"{FAMILIES[family]} --train-iters 2"
+    cluster.run(SAVE_FIRST, 2, argv=f"{base} --save {checkpoints}")
+    resumed = cluster.run(TRAIN, 2, argv=f"{base} --load {checkpoints}").results
+    assert_continues(resumed, cluster.run(TRAIN, 2, argv=base).results, 0)
+
+
+@pytest.mark.parametrize("family", ["dp2", "tp2_bf16_fully_reshardable", "plain"])
+def test_checkpoint_has_no_exp_avg_sq_and_says_adams(
+    cluster: Cluster, checkpoints: Path, family: str
+) -> None:
+    cluster.run(TRAIN, 2, argv=f"{FAMILIES[family]} --train-iters 1 --save {checkpoints}")
+    common = cluster.run(COMMON, checkpoint=folder_of(checkpoints, 1)).results[0]
+    assert any("exp_avg" in key for key in common["keys"])
+    assert not [key for key in common["keys"] if "exp_avg_sq" in key]
+    assert common["args"].optimizer == "adams"
+    assert common["args"].adam_beta2 == 0.95
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adams"])
+def test_checkpoint_needs_no_class_of_the_plugin(
+    cluster: Cluster, checkpoints: Path, optimizer: str
+) -> None:
+    """Megatron without it can read the checkpoint, Adam's above all."""
+    argv = f"--optimizer {optimizer} --use-distributed-optimizer --train-iters 1"
+    cluster.run(TRAIN, 1, argv=f"{argv} --save {checkpoints}")
+    common = cluster.run(COMMON, checkpoint=folder_of(checkpoints, 1)).results[0]
+    for name, value in vars(common["args"]).items():
+        assert not type(value).__module__.startswith("megatron_adams"), name
