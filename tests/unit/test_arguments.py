@@ -1,0 +1,133 @@
+"""The optimizer configuration of adams, and the wrappers of Megatron's reports, by themselves."""
+
+import argparse
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from megatron.core.optimizer import OptimizerConfig
+
+from megatron_adams.megatron import AdamSOptimizerConfig
+from megatron_adams.megatron.arguments import (
+    wrap_compute_weight_and_optimizer_memory,
+    wrap_print_args,
+    wrap_validate_args,
+)
+from megatron_adams.megatron.config import check_config, stated_as_adam
+
+
+def test_config_has_adams_beta2_and_name() -> None:
+    config = AdamSOptimizerConfig(lr=1e-3)
+    assert (config.optimizer, config.adam_beta2, config.adams_bias_correction) == (
+        "adams",
+        0.95,
+        False,
+    )
+
+
+def test_from_config_keeps_every_field() -> None:
+    plain = OptimizerConfig(optimizer="adams", lr=3e-4, adam_beta2=0.9, clip_grad=0.5, bf16=True)
+    config = AdamSOptimizerConfig.from_config(plain, adams_bias_correction=True)
+    assert {**vars(plain), "adams_bias_correction": True} == vars(config)
+
+
+def test_config_is_printed_as_adams_while_stated_as_adam() -> None:
+    config = AdamSOptimizerConfig(lr=1e-3)
+    with stated_as_adam(config):
+        assert config.optimizer == "adam"
+        assert " optimizer='adams'" in str(config)
+        assert " optimizer='adam'" not in str(config)
+    assert config.optimizer == "adams"
+
+
+def test_config_is_adams_again_where_megatron_raises() -> None:
+    config = AdamSOptimizerConfig(lr=1e-3)
+    with pytest.raises(RuntimeError, match="Megatron's"), stated_as_adam(config):
+        raise RuntimeError("Megatron's")
+    assert config.optimizer == "adams"
+
+
+@pytest.mark.parametrize(
+    "flag", ["use_precision_aware_optimizer", "optimizer_cpu_offload", "optimizer_cuda_graph"]
+)
+def test_config_refuses_what_is_not_supported(flag: str) -> None:
+    name = f"--{flag.replace('_', '-')} with --optimizer adams: not supported"
+    with pytest.raises(ValueError, match=name):
+        AdamSOptimizerConfig(lr=1e-3, **{flag: True})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"adam_eps": 0.0}, "eps=0.0: must be"),
+        ({"adam_beta1": 1.0}, "beta1=1.0: must be"),
+        ({"adam_beta2": 1.0}, "beta2=1.0: must be"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0: must be"),
+    ],
+)
+def test_config_refuses_hyperparameters_out_of_range(
+    values: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdamSOptimizerConfig(lr=1e-3, **values)
+    with pytest.raises(ValueError, match=message):
+        check_config(OptimizerConfig(optimizer="adams", lr=1e-3, **values))
+
+
+def test_argument_dump_shows_adams_only_while_that_namespace_is_validated() -> None:
+    printed: list[str] = []
+    print_args = wrap_print_args(lambda title, args: printed.append(args.optimizer))
+    other = argparse.Namespace(optimizer="adam")
+
+    def validate(args: argparse.Namespace) -> None:
+        assert args.optimizer == "adam"
+        print_args("arguments", args)
+        print_args("of another run", other)
+        raise AssertionError("Megatron's own check")
+
+    args = argparse.Namespace(
+        optimizer="adams",
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_eps=1e-8,
+        weight_decay=0.1,
+        use_precision_aware_optimizer=False,
+        optimizer_cpu_offload=False,
+        optimizer_cuda_graph=False,
+        use_megatron_fsdp=False,
+        use_torch_fsdp2=False,
+        ckpt_format="torch_dist",
+        exp_avg_dtype="fp32",
+        exp_avg_sq_dtype="fp32",
+        main_params_dtype="fp32",
+        main_grads_dtype="fp32",
+    )
+    with pytest.raises(AssertionError, match="Megatron's own check"):
+        wrap_validate_args(validate)(args)
+    assert printed == ["adams", "adam"]
+    assert args.optimizer == "adams"
+    args.optimizer = "adam"
+    print_args("later", args)
+    assert printed[-1] == "adam"
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adams"])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_memory_estimate_asks_megatron_to_print_once(optimizer: str, distributed: bool) -> None:
+    verbose_calls: list[bool] = []
+
+    def estimate(args: Any, verbose: bool = False) -> float:
+        verbose_calls.append(verbose)
+        return 100 * (6 + 12 / 4 if args.use_distributed_optimizer else 18)
+
+    args = SimpleNamespace(optimizer=optimizer, use_distributed_optimizer=distributed)
+    told = wrap_compute_weight_and_optimizer_memory(estimate)(args, verbose=True)
+    assert verbose_calls.count(True) == 1
+    expected = {
+        ("adam", True): 900.0,
+        ("adam", False): 1800.0,
+        ("adams", True): 800.0,
+        ("adams", False): 1400.0,
+    }
+    assert told == pytest.approx(expected[optimizer, distributed])
+    assert args.use_distributed_optimizer == distributed
