@@ -125,7 +125,7 @@ def test_changed_text_gives_another_dataset_and_the_same_text_the_same(
     first = prepare_data.prepare(folder_of_text, tmp_path / "data")
     assert prepare_data.prepare(folder_of_text, tmp_path / "data") == first
     assert len(written) == 2  # nothing was written the second time
-    (folder_of_text / "0.txt").write_text("something else\n" * 100)
+    (folder_of_text / "2.txt").write_text("something else\n" * 100)
     changed = prepare_data.prepare(folder_of_text, tmp_path / "data")
     assert changed.train_prefix != first.train_prefix
     assert len(written) == 4
@@ -232,6 +232,7 @@ def test_run_collects_losses_and_keeps_the_log(tmp_path: Path) -> None:
     [
         ("raise SystemExit('no such flag')", r"exit code 1(?s:.*)no such flag"),
         ("print('done')", "it logged no loss"),
+        (f"print({ITERATION_LINE + VALIDATION_LINE!r}); raise SystemExit(3)", "exit code 3"),
         # torchrun's own report, longer than what is shown, must not hide what the rank said
         (
             "print('the reason'); print('E torch/distributed/elastic/multiprocessing/api.py:1]');"
