@@ -37,9 +37,8 @@ def import_megatron(*, register: bool) -> None:
         # Compiled in the wheel, which has no Makefile: Megatron would exit. The plugin minds it.
         utils.compile_helpers = lambda: None
     # What every rank would otherwise import for itself after the fork.
-    import megatron.core.tokenizers.text
-    import megatron.training.training
-    import torch._dynamo
+    for module in ("megatron.training.training", "megatron.core.tokenizers.text", "torch._dynamo"):
+        importlib.import_module(module)
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     # The process that a save collects its results in: forked, not spawned, which would import
