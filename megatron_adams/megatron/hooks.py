@@ -15,6 +15,7 @@ from typing import Any
 
 SUPPORTED_MEGATRON = ">=0.19,<0.20"
 
+_MISSING: Any = object()
 _WRAPPED_MARK = "__megatron_adams_original__"
 
 
@@ -87,9 +88,9 @@ def resolve(symbol: Symbol, version: str) -> tuple[Any, str, Any]:
             raise
         break
     for name in parts[length:-1]:
-        owner = inspect.getattr_static(owner, name, None)
-    value = None if owner is None else inspect.getattr_static(owner, parts[-1], None)
-    if value is None:
+        owner = inspect.getattr_static(owner, name, _MISSING)
+    value = inspect.getattr_static(owner, parts[-1], _MISSING)
+    if value is _MISSING:
         raise refuse(symbol.path, "not found", version)
     if symbol.parameters:
         names = tuple(inspect.signature(value).parameters)

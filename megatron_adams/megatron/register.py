@@ -53,6 +53,10 @@ _RELIED_ON = (
     Symbol("megatron.core.utils.log_single_rank"),
     Symbol("megatron.core.dist_checkpointing.load_common_state_dict", ("checkpoint_dir",)),
     Symbol("megatron.core.dist_checkpointing.load_content_metadata"),
+    Symbol(
+        "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
+        "._persistent_process"
+    ),
 )
 
 
@@ -72,7 +76,7 @@ def _core_hooks() -> list[Hook]:
 
 
 def _training_hooks() -> list[Hook]:
-    from megatron_adams.megatron import arguments, checkpoint
+    from megatron_adams.megatron import arguments, async_save, checkpoint
 
     training = "megatron.training"
     return [
@@ -106,6 +110,10 @@ def _training_hooks() -> list[Hook]:
         Hook(
             Symbol(f"{training}.checkpointing.save_checkpoint", ("iteration",)),
             checkpoint.wrap_save_checkpoint,
+        ),
+        Hook(
+            Symbol(f"{training}.async_utils.init_persistent_async_worker", ("rank", "mp_mode")),
+            async_save.wrap_init_persistent_async_worker,
         ),
     ]
 

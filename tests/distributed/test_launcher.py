@@ -13,9 +13,9 @@ from tests.distributed.cluster import REPO
 TIMEOUT_S = 240
 
 
-def torchrun(*arguments: str, num_ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_ranks), *arguments]
+    command += ["--nproc-per-node", "2", *arguments]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -23,14 +23,21 @@ def torchrun(*arguments: str, num_ranks: int = 2) -> subprocess.CompletedProcess
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
     }
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its ranks, which a kill would leave behind
+            process.wait()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def launch(flags: str, num_ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def launch(flags: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "megatron_adams.launch", "--cpu-rehearsal"]
-    return torchrun(*launcher, str(SCRIPT), *TINY_GPT.split(), *flags.split(), num_ranks=num_ranks)
+    return torchrun(*launcher, str(script), *TINY_GPT.split(), *flags.split())
 
 
 def losses(log: str) -> list[str]:
@@ -38,18 +45,52 @@ def losses(log: str) -> list[str]:
     return [line.partition("lm loss:")[2].split()[0] for line in lines]
 
 
+ASYNCHRONOUS = (
+    "--optimizer adams --use-distributed-optimizer --train-iters 6 --save-interval 3 "
+    "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+)
+
+KILLS_ITS_WORKER = f"""
+import os, runpy, signal
+
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.training import training
+
+if __name__ == "__main__":
+    train_step = training.train_step
+
+    def train_step_after_kill(*args, iteration, **kwargs):
+        if iteration == 5 and os.environ["RANK"] == "1":
+            os.kill(PersistentAsyncCaller._persistent_process.pid, signal.SIGKILL)
+        return train_step(*args, iteration=iteration, **kwargs)
+
+    training.train_step = train_step_after_kill
+    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
 @pytest.mark.timeout(3 * TIMEOUT_S)
 def test_asynchronous_save_and_resume_under_torchrun(tmp_path: Path) -> None:
-    base = "--optimizer adams --use-distributed-optimizer --train-iters 6 "
-    whole = launch(f"{base} --save {tmp_path} --save-interval 3 --async-save")
+    whole = launch(f"{ASYNCHRONOUS} --save {tmp_path}")
     assert whole.returncode == 0, whole.stderr[-4000:]
+    assert "scheduled an async checkpoint save at iteration       3" in whole.stdout
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "6"
     assert "optimizer ....................................... adams" in whole.stdout
-    resumed = launch(f"{base} --load {tmp_path} --ckpt-step 3")
+    resumed = launch(f"{ASYNCHRONOUS} --load {tmp_path} --ckpt-step 3")
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     assert len(losses(whole.stdout)) == 6
     # Megatron logs the first iterations after a resume as a mean over two.
     assert losses(resumed.stdout)[2:] == losses(whole.stdout)[5:] != []
+
+
+def test_death_of_the_checkpoint_worker_ends_the_job(tmp_path: Path) -> None:
+    script = tmp_path / "kills_its_worker.py"
+    script.write_text(KILLS_ITS_WORKER)
+    checkpoints = tmp_path / "checkpoints"
+    run = launch(f"{ASYNCHRONOUS} --save {checkpoints}", script=script)
+    assert run.returncode != 0
+    assert "the checkpoint worker (pid" in run.stdout + run.stderr
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
 def test_unsupported_flag_ends_the_job_with_its_sentence() -> None:
