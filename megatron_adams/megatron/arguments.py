@@ -74,6 +74,20 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_args
 
 
+def wrap_validate_yaml(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse adams in a YAML configuration, which never passes `validate_args`."""
+
+    def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        if getattr(args, "optimizer", None) == ADAMS:
+            raise ValueError(
+                f"--yaml-cfg with optimizer: {ADAMS}: not supported; give Megatron's flags on the "
+                f"command line instead"
+            )
+        return original(args, *rest, **kwargs)
+
+    return validate_yaml
+
+
 # The namespace whose validation is under way: `_print_args` is called from inside it.
 _being_validated: list[argparse.Namespace] = []
 

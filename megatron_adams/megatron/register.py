@@ -89,6 +89,10 @@ def _training_hooks() -> list[Hook]:
             arguments.wrap_validate_args,
         ),
         Hook(
+            Symbol(f"{training}.yaml_arguments.validate_yaml", ("args", "defaults")),
+            arguments.wrap_validate_yaml,
+        ),
+        Hook(
             Symbol(f"{training}.arguments._print_args", ("title", "args")),
             arguments.wrap_print_args,
         ),

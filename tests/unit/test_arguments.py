@@ -12,6 +12,7 @@ from megatron_adams.megatron.arguments import (
     wrap_compute_weight_and_optimizer_memory,
     wrap_print_args,
     wrap_validate_args,
+    wrap_validate_yaml,
 )
 from megatron_adams.megatron.config import check_config, stated_as_adam
 
@@ -72,6 +73,13 @@ def test_config_refuses_hyperparameters_out_of_range(
         AdamSOptimizerConfig(lr=1e-3, **values)
     with pytest.raises(ValueError, match=message):
         check_config(OptimizerConfig(optimizer="adams", lr=1e-3, **values))
+
+
+def test_adams_in_a_yaml_configuration_is_refused() -> None:
+    validate_yaml = wrap_validate_yaml(lambda args, defaults: args.optimizer)
+    assert validate_yaml(argparse.Namespace(optimizer="adam"), {}) == "adam"
+    with pytest.raises(ValueError, match="--yaml-cfg with optimizer: adams: not supported"):
+        validate_yaml(argparse.Namespace(optimizer="adams"), {})
 
 
 def test_argument_dump_shows_adams_only_while_that_namespace_is_validated() -> None:
