@@ -243,7 +243,8 @@ class AdamS(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; exp_avg keeps its dtype, and its bits.
 
-        Hyperparameters that a group of the checkpoint lacks keep their current values. A "step"
+        Hyperparameters that a group of the checkpoint lacks keep their current values, but for
+        adam_w_mode: no group of another optimizer has it, and every one of AdamS's. A "step"
         beside exp_avg (Megatron's DistributedOptimizer writes one) is used where the group has
         none, and dropped. As in torch, a tensor whose device and dtype fit is taken over, not
         copied.

@@ -556,21 +556,31 @@ def test_step_beside_exp_avg_is_used_where_the_group_has_none():
 
 def test_missing_hyperparameters_keep_current_values_and_bad_ones_are_refused():
     (param,) = parameters((3,))
-    optimizer = AdamS([param], bias_correction=True, adam_w_mode=False)
+    optimizer = AdamS([param], bias_correction=True, eps=1e-6)
     train(optimizer, 1)
     state_dict = saved(optimizer)
     group = state_dict["param_groups"][0]
-    del group["bias_correction"], group["adam_w_mode"]
+    del group["bias_correction"], group["eps"]
     group["lr"], group["foreign"] = 0.125, "kept"
     optimizer.load_state_dict(state_dict)
     loaded = optimizer.param_groups[0]
-    assert (loaded["bias_correction"], loaded["adam_w_mode"]) == (True, False)
+    assert (loaded["bias_correction"], loaded["eps"]) == (True, 1e-6)
     assert (loaded["lr"], loaded["foreign"]) == (0.125, "kept")
     assert "bias_correction" not in group  # the caller's dict stays as it was
     group["betas"] = (0.9, 1.5)
     with pytest.raises(ValueError, match=r"beta2=1.5"):
         optimizer.load_state_dict(state_dict)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
+def test_groups_of_transformer_engines_adam_are_refused():
+    # They have the names of ours but one, and Megatron hands on no exp_avg_sq.
+    optimizer = AdamS(parameters((3,)))
+    train(optimizer, 1)
+    state_dict = saved(optimizer)
+    del state_dict["param_groups"][0]["adam_w_mode"]
+    with pytest.raises(ValueError, match=r"written by Adam .*adam_w_mode"):
+        optimizer.load_state_dict(state_dict)
 
 
 def test_checkpoint_of_another_model_is_refused():
