@@ -215,14 +215,33 @@ def _running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
                 process.kill()
 
 
-def exit_on_termination() -> None:
-    """Make SIGTERM and SIGHUP end this program as Ctrl-C does, through every `finally`."""
+def exit_code_of(program: Callable[[], object]) -> int:
+    """Run a command-line program to its end, and say on stderr what stopped it.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, through every `finally`.
+
+    Returns:
+        0, 2 for what the user has to change (ValueError), 1 for a failed run, 130 if stopped.
+    """
 
     def stop(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
+    name = Path(sys.argv[0]).name
+    try:
+        program()
+    except ValueError as exc:
+        print(f"{name}: {exc}", file=sys.stderr)
+        return 2
+    except RunError as exc:
+        print(f"{name}: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+    return 0
 
 
 def run(command: list[str], log: Path, report: Callable[[str], None]) -> Curves:

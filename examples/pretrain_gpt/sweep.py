@@ -197,19 +197,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="results (%(default)s)")
     args = parser.parse_args()
-    job.exit_on_termination()
-    try:
-        sweep(args)
-    except ValueError as exc:
-        print(f"sweep.py: {exc}", file=sys.stderr)
-        return 2
-    except job.RunError as exc:
-        print(f"sweep.py: {exc}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("sweep.py: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return job.exit_code_of(lambda: sweep(args))
 
 
 if __name__ == "__main__":

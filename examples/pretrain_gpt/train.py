@@ -214,19 +214,7 @@ def run_job(args: argparse.Namespace) -> Path:
 def main() -> int:
     """Run the job from the command line; 2 for what the user has to change, 1 for a failed run."""
     args = parse_arguments()
-    job.exit_on_termination()
-    try:
-        run_job(args)
-    except ValueError as exc:
-        print(f"train.py: {exc}", file=sys.stderr)
-        return 2
-    except job.RunError as exc:
-        print(f"train.py: {exc}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("train.py: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return job.exit_code_of(lambda: run_job(args))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def train(argv: str, base: str = TINY_GPT, record_grads: bool = False) -> dict[s
     setup, train_step = training.setup_model_and_optimizer, training.train_step
 
     def recorded_setup(*args: Any, **kwargs: Any) -> Any:
-        held["model"], held["optimizer"], held["scheduler"] = built = setup(*args, **kwargs)
+        held["model"], held["optimizer"], _ = built = setup(*args, **kwargs)
         if record_grads:
             held["recorded"] = record_steps(held["optimizer"].optimizer)
         return built
@@ -64,7 +64,6 @@ def train(argv: str, base: str = TINY_GPT, record_grads: bool = False) -> dict[s
         if exc.code not in (None, 0):
             raise
     model, optimizer = held.pop("model"), held.pop("optimizer")
-    del held["scheduler"]
     if record_grads:
         held["recorded"]["end"] = snapshot(optimizer.optimizer)
     named = [
