@@ -1,0 +1,292 @@
+"""What one call of `multi_tensor_adams` works on: the tensors, checked, and the scalars.
+
+Called by the backends beside it. Imports torch and modes.py.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_adams.kernels.modes import ALL_MODES, Mode
+from megatron_adams.kernels.table import PointerTable
+
+_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+}
+_MAIN_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.int16: "remainder"}
+_MODES = frozenset(ALL_MODES)
+# Decay in source/element.h.
+_NO_DECAY, _DECOUPLED, _L2 = 0, 1, 2
+
+
+class Fp8Scaling(NamedTuple):
+    """The three numbers of delayed scaling of an fp8 param; each is a one-element fp32 tensor.
+
+    Attributes:
+        scale: only read; the master is multiplied by it before it is cast.
+        amax: raised to the largest magnitude of the master.
+        scale_inv: set to 1 / scale.
+    """
+
+    scale: Tensor
+    amax: Tensor
+    scale_inv: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors with the same index belong together; `multi_tensor_adams` describes the lists."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    main_params: Sequence[Tensor] | None = None
+    exp_avg_scales: Sequence[Tensor] | None = None
+    main_scales: Sequence[Tensor] | None = None
+    fp8_scaling: Sequence[Fp8Scaling] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The first param's; `check` compares the others'."""
+        return self.params[0].device
+
+    @cached_property
+    def mode(self) -> Mode:
+        """The dtypes, by the first tensor of each list.
+
+        Raises:
+            ValueError: no kernel is for them.
+        """
+        mode = mode_of(
+            self.grads[0].dtype,
+            self.params[0].dtype,
+            self.exp_avgs[0].dtype,
+            self.main_params[0].dtype if self.main_params is not None else None,
+        )
+        if mode is None:
+            main = self.main_params[0].dtype if self.main_params is not None else None
+            raise ValueError(
+                f"grads {self.grads[0].dtype}, params {self.params[0].dtype}, exp_avgs "
+                f"{self.exp_avgs[0].dtype}, main_params {main}: no kernel is for these; grads are "
+                "fp32, bf16 or fp16; exp_avgs fp32, bf16, fp16 or float8_e4m3fn; params without "
+                "main_params fp32, bf16 or fp16, with fp32 or fp16 ones bf16, fp16 or fp8, and "
+                "bf16 beside int16 remainders"
+            )
+        return mode
+
+    def columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
+        """The lists of full-size tensors, by name."""
+        yield "grads", self.grads
+        yield "params", self.params
+        yield "exp_avgs", self.exp_avgs
+        yield "main_params", self.main_params
+
+    def scale_columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
+        """The lists of one-element tensors, by name, in the order of table.POINTERS."""
+        fp8 = self.fp8_scaling
+        for field in Fp8Scaling._fields:
+            column = None if fp8 is None else [getattr(scaling, field) for scaling in fp8]
+            yield f"fp8_scaling.{field}", column
+        yield "exp_avg_scales", self.exp_avg_scales
+        yield "main_scales", self.main_scales
+
+    def check(self) -> None:
+        """Refuse lists that do not fit together.
+
+        Raises:
+            ValueError: lists of different lengths, dtypes or devices, unequal shapes; state that
+                is scaled without scales, or scales without such state.
+        """
+        num_tensors = len(self.params)
+        for name, column in (*self.columns(), *self.scale_columns()):
+            if column is None:
+                continue
+            if len(column) != num_tensors:
+                raise ValueError(
+                    f"{len(column)} {name} for {num_tensors} params: must be one for each"
+                )
+            dtypes = {tensor.dtype for tensor in column}
+            if len(dtypes) > 1:
+                raise ValueError(
+                    f"{name} have dtypes {sorted(map(str, dtypes))}: must be one; call once for "
+                    "each"
+                )
+            devices = {tensor.device for tensor in column}
+            if devices != {self.device}:
+                raise ValueError(
+                    f"{name} lie on {sorted(map(str, devices))} and params[0] on {self.device}: "
+                    "all must be on one device"
+                )
+        shapes = [param.shape for param in self.params]
+        for name, column in self.columns():
+            if column is not None and (other := [tensor.shape for tensor in column]) != shapes:
+                index = next(i for i in range(num_tensors) if other[i] != shapes[i])
+                raise ValueError(
+                    f"{name}[{index}] has shape {tuple(other[index])} and its param "
+                    f"{tuple(shapes[index])}: must be equal"
+                )
+        needed = {
+            "exp_avg_scales": self.exp_avgs[0].dtype in (torch.float16, torch.float8_e4m3fn),
+            "main_scales": self.main_params is not None
+            and self.main_params[0].dtype == torch.float16,
+        }
+        is_fp8 = self.params[0].dtype.itemsize == 1
+        for name, column in self.scale_columns():
+            if (column is not None) != needed.get(name, is_fp8):
+                found = "missing" if column is None else "given"
+                raise ValueError(
+                    f"{name.partition('.')[0]} {found}: fp16 and fp8 exp_avgs, fp16 main_params "
+                    "and fp8 params need their scales, others have none"
+                )
+            if column is not None and any(
+                scale.numel() != 1 or scale.dtype != torch.float32 for scale in column
+            ):
+                raise ValueError(f"{name}: each must have one fp32 element")
+
+    def check_layout(self) -> None:
+        """Refuse what a kernel, which walks through memory, cannot read.
+
+        Raises:
+            ValueError: strides that differ among tensors of one index, or leave holes.
+        """
+        for name, column in self.columns():
+            for param, tensor in zip(self.params, column or (), strict=False):
+                if tensor.stride() != param.stride() or not is_dense(tensor):
+                    raise ValueError(
+                        f"{name} of shape {tuple(tensor.shape)} with strides {tensor.stride()}, "
+                        f"param's {param.stride()}: must be equal and without holes; use "
+                        "backend='foreach'"
+                    )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill a stretch of memory, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def mode_of(
+    grad: torch.dtype, param: torch.dtype, exp_avg: torch.dtype, main: torch.dtype | None
+) -> Mode | None:
+    """Return the mode of these dtypes, or None where no kernel is for them."""
+    mode = Mode(
+        _NAMES.get(grad, "?"),
+        _NAMES.get(param, "?"),
+        _NAMES.get(exp_avg, "?"),
+        "none" if main is None else _MAIN_NAMES.get(main, "?"),
+    )
+    return mode if mode in _MODES else None
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The scalars of a step, as `multi_tensor_adams` takes them."""
+
+    lr: float | Tensor
+    grad_scale: float | Tensor
+    correction: float | Tensor
+    found_inf: Tensor | None
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+
+    def check(self, device: torch.device) -> None:
+        """Refuse tensors that are no scalars.
+
+        Args:
+            device: of the batch.
+        Raises:
+            ValueError: more or fewer than one element; found_inf is not fp32 on `device`.
+        """
+        for name in ("lr", "grad_scale", "correction", "found_inf"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{name} has {value.numel()} elements: must have one")
+        found_inf = self.found_inf
+        if found_inf is not None and (
+            found_inf.dtype != torch.float32 or found_inf.device != device
+        ):
+            raise ValueError(
+                f"found_inf is {found_inf.dtype} on {found_inf.device}: must be torch.float32 on "
+                f"{device}"
+            )
+
+    @property
+    def decay(self) -> int:
+        """Which of `Decay` in source/element.h."""
+        if self.weight_decay == 0:
+            return _NO_DECAY
+        return _DECOUPLED if self.decoupled_weight_decay else _L2
+
+
+def update_table(batch: Batch, table: PointerTable, *, is_capturing: bool = False) -> None:
+    """Make `table` describe the tensors of `batch`."""
+    columns = [column for _, column in (*batch.columns(), *batch.scale_columns())]
+    table.update(columns, device=batch.device, is_capturing=is_capturing)
+
+
+type Argument = ctypes._SimpleCData[Any]
+
+
+class Arguments(NamedTuple):
+    """The arguments of an entry point (ADAMS_PARAMETERS in source/multi_tensor.h).
+
+    Attributes:
+        values: as ctypes; pointers as c_void_p.
+        keepalive: tensors that they point to.
+    """
+
+    values: list[Argument]
+    keepalive: list[Tensor]
+
+
+def kernel_arguments(batch: Batch, scalars: Scalars, table: PointerTable) -> Arguments:
+    """Build the arguments of an entry point for `batch`, described by `table`."""
+    keepalive = []
+
+    def scalar(value: float | Tensor) -> tuple[ctypes.c_float, ctypes.c_void_p]:
+        if not isinstance(value, Tensor):
+            return ctypes.c_float(value), ctypes.c_void_p(0)
+        if value.device != batch.device:
+            # Reading a CPU tensor does not wait for a device.
+            return ctypes.c_float(value.item()), ctypes.c_void_p(0)
+        value = value.to(torch.float32)
+        keepalive.append(value)
+        return ctypes.c_float(0.0), ctypes.c_void_p(value.data_ptr())
+
+    found_inf = scalars.found_inf
+    values: list[Argument] = [
+        ctypes.c_void_p(table.rows.data_ptr()),
+        ctypes.c_int(table.num_tensors),
+        ctypes.c_void_p(table.amax.data_ptr()),
+        *scalar(scalars.lr),
+        *scalar(scalars.grad_scale),
+        *scalar(scalars.correction),
+        ctypes.c_void_p(0 if found_inf is None else found_inf.data_ptr()),
+        ctypes.c_float(scalars.beta1),
+        ctypes.c_float(1 - scalars.beta1),
+        ctypes.c_float(scalars.beta2),
+        ctypes.c_float(1 - scalars.beta2),
+        ctypes.c_float(scalars.eps),
+        ctypes.c_float(scalars.weight_decay),
+        ctypes.c_int(scalars.decay),
+    ]
+    return Arguments(values, keepalive)

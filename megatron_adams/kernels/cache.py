@@ -1,0 +1,225 @@
+"""A folder of compiled kernels, shared by the processes of a user, or by the users of an image.
+
+Called by compile.py and cli.py; imports the standard library alone.
+
+What is read here is executed: a folder or an entry counts only where this user or root owns it
+and nobody else can write it. The check and all that follows go through one open descriptor of the
+folder, so that it cannot be exchanged in between. An entry is a kernel and its SHA-256. It is
+written under another name and then renamed, so that a killed process leaves no half of one, and
+where locks do not work (some NFS) two processes that build the same entry do no harm.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "MEGATRON_ADAMS_CACHE_DIR"
+# Far more than a compiler takes. A lock outlives a living holder that was stopped, and one that
+# forked while it compiled.
+_LOCK_TIMEOUT_S = 60.0
+_LOCK_POLL_S = 0.01
+_DIGEST_BYTES = 32
+
+
+def default_folder() -> Path | None:
+    """Return $MEGATRON_ADAMS_CACHE_DIR, else megatron-adams in $XDG_CACHE_HOME or ~/.cache.
+
+    None: this user has no home folder, as under `docker run --user 12345`.
+    """
+    if folder := os.environ.get(ENVIRONMENT_VARIABLE):
+        return Path(folder)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the XDG specification: a relative path is ignored
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return base / "megatron-adams"
+
+
+class KernelCache:
+    """Compiled kernels by name. Whatever is wrong with the folder, a kernel is returned.
+
+    Args:
+        folder: None for `default_folder()`. Made where missing, with its parents, mode 0700.
+        for_others: all users can read the folder if it is made here, and what is written: for
+            container images.
+    """
+
+    def __init__(self, folder: Path | None = None, *, for_others: bool = False) -> None:
+        self.folder = folder or default_folder()
+        self._folder_mode = 0o755 if for_others else 0o700
+        self._entry_mode = 0o644 if for_others else 0o600
+
+    def get(self, name: str, build: Callable[[], bytes]) -> bytes:
+        """Return the entry `name`, built and kept where there is no sound one.
+
+        Of the processes that ask for it at once, one builds and the others wait. Where the folder
+        cannot be used (untrusted, read-only, full), one warning says why, and each process builds
+        its own.
+
+        Args:
+            name: the entry's file name; it must say all that the kernel depends on.
+            build: returns the kernel; what it raises is passed on, and must not be an OSError.
+        """
+        image = None
+        try:
+            with self._open_folder() as folder:
+                image = _read(folder, name)
+                if image is None:
+                    with _lock(folder, name) as is_alone:
+                        # The one who had the lock before has built it.
+                        image = _read(folder, name)
+                        if image is None:
+                            if is_alone:
+                                _remove_leftovers(folder, name)
+                            image = build()
+                            self._write(folder, name, image)
+        except OSError as exc:
+            self._warn(exc)
+        return build() if image is None else image
+
+    def find(self, pattern: str) -> bytes | None:
+        """Return a sound entry whose name matches the shell pattern, or None."""
+        try:
+            with self._open_folder() as folder:
+                for name in sorted(os.listdir(folder)):
+                    if fnmatchcase(name, pattern):
+                        image = _read(folder, name)
+                        if image is not None:
+                            return image
+        except OSError as exc:
+            self._warn(exc)
+        return None
+
+    def _warn(self, exc: OSError) -> None:
+        _warn_once(
+            f"kernel cache {self.folder}: {exc.strerror}. It is not used: every process compiles "
+            f"its own kernels. Set {ENVIRONMENT_VARIABLE} to a folder that you own, that nobody "
+            "else can write, and that has room"
+        )
+
+    @contextmanager
+    def _open_folder(self) -> Iterator[int]:
+        """Yield a descriptor of the folder, made where missing.
+
+        Raises:
+            OSError: it cannot be made or opened, or others can write it.
+        """
+        if self.folder is None:
+            raise FileNotFoundError(errno.ENOENT, "this user has no home folder")
+        missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            with suppress(FileExistsError):
+                path.mkdir(self._folder_mode)
+                path.chmod(self._folder_mode)  # what the umask took away
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if problem := _distrust(os.fstat(folder)):
+                raise PermissionError(errno.EPERM, problem)
+            yield folder
+        finally:
+            os.close(folder)
+
+    def _write(self, folder: int, name: str, image: bytes) -> None:
+        temporary = f"{name}.{secrets.token_hex(8)}.tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            with open(os.open(temporary, flags, 0o600, dir_fd=folder), "wb") as file:
+                file.write(image + hashlib.sha256(image).digest())
+                os.fchmod(file.fileno(), self._entry_mode)
+            os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+
+
+def _read(folder: int, name: str) -> bytes | None:
+    """Return the kernel in an entry; None, and a log line, where it is not sound."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    with open(descriptor, "rb") as file:
+        problem = _distrust(os.fstat(descriptor))
+        data = file.read()
+    image, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if not problem and hashlib.sha256(image).digest() != digest:
+        problem = f"{len(data)} bytes that do not have the SHA-256 at their end: damaged"
+    if problem:
+        logger.warning("kernel cache entry %s: %s; not used", name, problem)
+        return None
+    return image
+
+
+def _distrust(status: os.stat_result) -> str | None:
+    """Return why what lies there must not be executed, or None."""
+    if status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return None
+    return (
+        f"owned by uid {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}: must be owned "
+        f"by this user ({os.geteuid()}) or root, and not writable by group or others (chmod go-w)"
+    )
+
+
+@contextmanager
+def _lock(folder: int, name: str) -> Iterator[bool]:
+    """Hold an entry's lock; yield whether it is held, or does not work here."""
+    path = f"{name}.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600, dir_fd=folder)
+    is_held = False
+    try:
+        is_held = _flock(descriptor, name)
+        yield is_held
+    finally:
+        if is_held:
+            # Those who wait for the file that is gone look for the entry before they build, as
+            # do those who come later and make another.
+            with suppress(FileNotFoundError):
+                os.unlink(path, dir_fd=folder)
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, name: str) -> bool:
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                logger.warning(
+                    "kernel cache entry %s: locked for %.0f s; not waiting for it any longer",
+                    name,
+                    _LOCK_TIMEOUT_S,
+                )
+                return False
+            time.sleep(_LOCK_POLL_S)
+        except OSError:  # no locks on this file system
+            return False
+
+
+def _remove_leftovers(folder: int, name: str) -> None:
+    """Remove what killed writers of an entry left; under its lock."""
+    for leftover in os.listdir(folder):
+        if fnmatchcase(leftover, f"{name}.*.tmp"):
+            with suppress(FileNotFoundError):
+                os.unlink(leftover, dir_fd=folder)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,139 @@
+"""The step in torch operations, for other devices and machines without a compiler.
+
+Slower than a kernel, and the temporary tensors are several times as large as a batch: it is split
+into parts. The operations, and so the bits, are those of `megatron_adams.update`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_adams.kernels.batch import Batch, Scalars
+from megatron_adams.precision import decode_scaled, encode_scaled, join_master, split_master, to_fp8
+from megatron_adams.update import exp_avg_dtype
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+# Elements that are worked on at once: 64 MiB a temporary list.
+_PART = 2**24
+
+
+def run(batch: Batch, scalars: Scalars) -> None:
+    """Update `batch`. On a GPU, found_inf is waited for."""
+    if scalars.found_inf is not None and scalars.found_inf.item() != 0:
+        return
+    for indices in _parts(batch.params):
+        _update(batch, indices, scalars)
+
+
+def _parts(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    part: list[int] = []
+    size = 0
+    for index, param in enumerate(params):
+        if part and size + param.numel() > _PART:
+            yield part
+            part, size = [], 0
+        part.append(index)
+        size += param.numel()
+    yield part
+
+
+def _update(batch: Batch, indices: list[int], scalars: Scalars) -> None:
+    dtype = exp_avg_dtype(batch.params[0])
+    lr, grad_scale, correction = (
+        value.to(dtype).reshape(()) if isinstance(value, Tensor) else value
+        for value in (scalars.lr, scalars.grad_scale, scalars.correction)
+    )
+    beta1, beta2 = scalars.beta1, scalars.beta2
+    masters: Tensors = [_read_master(batch, i, dtype) for i in indices]
+    exp_avgs: Tensors = [_read_exp_avg(batch, i, dtype) for i in indices]
+
+    decay: Tensors | None = None
+    if scalars.weight_decay != 0:
+        decay = torch._foreach_mul(masters, scalars.weight_decay)
+    grads: Tensors = torch._foreach_mul([batch.grads[i].to(dtype) for i in indices], grad_scale)
+    if decay is not None and not scalars.decoupled_weight_decay:
+        grads = torch._foreach_add(grads, decay)
+    v = torch._foreach_mul(exp_avgs, correction)
+    v = torch._foreach_mul(v, v)
+    torch._foreach_mul_(v, beta2)
+    squares = torch._foreach_mul(grads, grads)
+    torch._foreach_mul_(squares, 1 - beta2)
+    torch._foreach_add_(v, squares)
+    torch._foreach_mul_(grads, 1 - beta1)
+    exp_avgs = torch._foreach_mul(exp_avgs, beta1)
+    torch._foreach_add_(exp_avgs, grads)
+    updates = torch._foreach_mul(exp_avgs, correction)
+    torch._foreach_div_(updates, _denominators(v, scalars.eps))
+    if decay is not None and scalars.decoupled_weight_decay:
+        torch._foreach_add_(updates, decay)
+    torch._foreach_mul_(updates, lr)
+    masters = torch._foreach_sub(masters, updates)
+
+    for i, master, exp_avg in zip(indices, masters, exp_avgs, strict=True):
+        _write_master(batch, i, master)
+        _write_exp_avg(batch, i, exp_avg)
+
+
+def _denominators(v: Tensors, eps: float) -> Tensors:
+    if v[0].device.type == "cpu" and v[0].dtype == torch.float32:
+        # torch's sqrt is not correctly rounded there: see megatron_adams.update.
+        roots = tuple(x.double().sqrt().to(x.dtype) for x in v)
+    else:
+        roots = torch._foreach_sqrt(v)
+    torch._foreach_add_(roots, eps)
+    return roots
+
+
+def _read_master(batch: Batch, i: int, dtype: torch.dtype) -> Tensor:
+    if batch.main_params is None:
+        return batch.params[i].to(dtype)
+    main = batch.main_params[i]
+    if main.dtype == torch.int16:
+        return join_master(batch.params[i], main)
+    return main if batch.main_scales is None else decode_scaled(main, batch.main_scales[i])
+
+
+def _write_master(batch: Batch, i: int, master: Tensor) -> None:
+    param = batch.params[i]
+    if batch.main_params is None:
+        param.copy_(master)
+        return
+    main = batch.main_params[i]
+    if main.dtype == torch.int16:
+        high, low = split_master(master)
+        param.copy_(high)
+        main.copy_(low)
+        return
+    if batch.main_scales is None:
+        main.copy_(master)
+    else:
+        stored, scale = encode_scaled(master, main.dtype)
+        main.copy_(stored)
+        batch.main_scales[i].copy_(scale)
+    if batch.fp8_scaling is None:
+        param.copy_(master)
+        return
+    fp8 = batch.fp8_scaling[i]
+    param.copy_(to_fp8(master * fp8.scale, param.dtype))
+    if master.numel():
+        fp8.amax.copy_(torch.maximum(fp8.amax, master.abs().max().reshape(fp8.amax.shape)))
+        fp8.scale_inv.copy_(1 / fp8.scale)
+
+
+def _read_exp_avg(batch: Batch, i: int, dtype: torch.dtype) -> Tensor:
+    exp_avg = batch.exp_avgs[i]
+    if batch.exp_avg_scales is None:
+        return exp_avg.to(dtype)
+    return decode_scaled(exp_avg, batch.exp_avg_scales[i])
+
+
+def _write_exp_avg(batch: Batch, i: int, exp_avg: Tensor) -> None:
+    stored = batch.exp_avgs[i]
+    if batch.exp_avg_scales is None:
+        stored.copy_(exp_avg)
+    else:
+        encoded, scale = encode_scaled(exp_avg, stored.dtype)
+        stored.copy_(encoded)
+        batch.exp_avg_scales[i].copy_(scale)

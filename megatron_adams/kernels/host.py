@@ -1,0 +1,31 @@
+"""The kernel on the CPU: compiled for this machine at first use, run by OpenMP threads."""
+
+import ctypes
+from functools import cache
+
+import torch
+
+from megatron_adams.kernels.batch import Batch, Scalars, kernel_arguments, update_table
+from megatron_adams.kernels.compile import host_library
+from megatron_adams.kernels.modes import Mode
+from megatron_adams.kernels.table import PointerTable
+
+
+@cache
+def load(mode: Mode) -> ctypes.CDLL:
+    """Return the library of a mode, compiled if it is not in the cache.
+
+    Raises:
+        CompileError: there is no compiler, or it fails.
+    """
+    return host_library(mode)
+
+
+def run(batch: Batch, scalars: Scalars, table: PointerTable) -> None:
+    """Update `batch` on as many threads as torch uses, as far as there are chunks for them."""
+    library = load(batch.mode)
+    update_table(batch, table)
+    arguments = kernel_arguments(batch, scalars, table)
+    num_threads = max(1, min(torch.get_num_threads(), table.num_chunks))
+    for entry_point in batch.mode.entry_points:
+        library[entry_point](*arguments.values, ctypes.c_int(num_threads))

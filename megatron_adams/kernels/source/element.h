@@ -1,0 +1,251 @@
+// One element's AdamS step, and the dtypes it is read from and written to.
+//
+// Compiled by NVRTC for a GPU and by g++ or clang++ for the host, without any header, so that what
+// the CPU tests execute is what a GPU executes. Every operation is rounded on its own: build with
+// -fmad=false (NVRTC) or -ffp-contract=off (host). The order is that of megatron_adams/update.py.
+
+#ifdef __CUDACC__
+#define ADAMS_FUNCTION static __device__ __forceinline__
+#else
+#define ADAMS_FUNCTION static inline __attribute__((always_inline))
+#endif
+
+namespace adams {
+
+#ifdef __CUDACC__
+ADAMS_FUNCTION int bits_of(float x) { return __float_as_int(x); }
+ADAMS_FUNCTION float float_of(int bits) { return __int_as_float(bits); }
+ADAMS_FUNCTION float square_root(float x) { return __fsqrt_rn(x); }
+ADAMS_FUNCTION void atomic_max(int* address, int value) { atomicMax(address, value); }
+#else
+ADAMS_FUNCTION int bits_of(float x) { return __builtin_bit_cast(int, x); }
+ADAMS_FUNCTION float float_of(int bits) { return __builtin_bit_cast(float, bits); }
+ADAMS_FUNCTION float square_root(float x) { return __builtin_sqrtf(x); }
+ADAMS_FUNCTION void atomic_max(int* address, int value) {
+    int seen = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (seen < value && !__atomic_compare_exchange_n(address, &seen, value, true,
+                                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+}
+#endif
+
+// |x| as an integer: the order of non-negative floats is that of their bits, with NaN above inf, so
+// that a maximum of magnitudes shows a NaN.
+ADAMS_FUNCTION int magnitude(float x) { return bits_of(x) & 0x7fffffff; }
+ADAMS_FUNCTION int larger(int a, int b) { return a > b ? a : b; }
+ADAMS_FUNCTION int smaller(int a, int b) { return a < b ? a : b; }
+
+struct F32 {
+    using Storage = float;
+    static constexpr bool is_fp8 = false;
+    ADAMS_FUNCTION float decode(Storage stored) { return stored; }
+    ADAMS_FUNCTION Storage encode(float x) { return x; }
+};
+
+struct BF16 {
+    using Storage = unsigned short;
+    static constexpr bool is_fp8 = false;
+    ADAMS_FUNCTION float decode(Storage stored) { return float_of(int(unsigned(stored) << 16)); }
+    ADAMS_FUNCTION Storage encode(float x) {
+        const unsigned bits = unsigned(bits_of(x));
+        const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        return Storage(magnitude(x) > 0x7f800000 ? 0x7fc0u : rounded);
+    }
+};
+
+// A float of 1 + EXPONENT + MANTISSA bits, rounded to nearest even. What is too large becomes LIMIT
+// (infinity, or the largest finite number of a dtype that saturates), a NaN becomes NAN_BITS.
+// FIRST_SPECIAL is the lowest magnitude that is not finite; with infinities, it is infinity.
+// Branch-free, and right under flush-to-zero: no fp32 subnormal is an operand that matters.
+template <class StorageType, int EXPONENT, int MANTISSA, int LIMIT, int FIRST_SPECIAL, int NAN_BITS>
+struct SmallFloat {
+    using Storage = StorageType;
+    static constexpr bool is_fp8 = sizeof(Storage) == 1;
+    static constexpr int bias = (1 << (EXPONENT - 1)) - 1;
+    static constexpr int shift = 23 - MANTISSA;
+    static constexpr int rebias = 127 - bias;
+
+    ADAMS_FUNCTION float decode(Storage stored) {
+        const int magnitude_bits = int(stored) & ((1 << (EXPONENT + MANTISSA)) - 1);
+        const int sign = int(unsigned(stored) << (31 - EXPONENT - MANTISSA)) & int(0x80000000u);
+        const float unit = float_of((128 - bias - MANTISSA) << 23);  // the smallest subnormal
+        const float subnormal = float(magnitude_bits) * unit;
+        const int normal = (magnitude_bits << shift) + (rebias << 23);
+        const int special = (magnitude_bits << shift) | 0x7f800000;
+        const int finite = magnitude_bits < (1 << MANTISSA) ? bits_of(subnormal) : normal;
+        return float_of((magnitude_bits >= FIRST_SPECIAL ? special : finite) | sign);
+    }
+
+    ADAMS_FUNCTION Storage encode(float x) {
+        const int size = magnitude(x);
+        const int sign = int(unsigned(bits_of(x) & int(0x80000000u)) >> (31 - EXPONENT - MANTISSA));
+        // Larger magnitudes than infinity's are cut off before the addition, which could overflow.
+        const int finite = smaller(size, 0x7f800000);
+        const int half = (1 << (shift - 1)) - 1 + ((finite >> shift) & 1);
+        const int normal = ((finite + half) >> shift) - (rebias << MANTISSA);
+        // Adding 2^23 times the smallest subnormal leaves what is to be stored in the low bits.
+        const int magic = (128 - bias - MANTISSA + 23) << 23;
+        const int subnormal = bits_of(float_of(finite) + float_of(magic)) - magic;
+        const int rounded = finite < ((rebias + 1) << 23) ? subnormal : smaller(normal, LIMIT);
+        return Storage((size > 0x7f800000 ? NAN_BITS : rounded) | sign);
+    }
+};
+
+using F16 = SmallFloat<unsigned short, 5, 10, 0x7c00, 0x7c00, 0x7e00>;
+using E4M3 = SmallFloat<unsigned char, 4, 3, 0x7e, 0x7f, 0x7f>;
+using E5M2 = SmallFloat<unsigned char, 5, 2, 0x7b, 0x7c, 0x7f>;
+
+// The largest magnitude that state is scaled to, as the bits of an fp32 number; 0: not scaled.
+template <class Codec>
+constexpr int largest_scaled = 0;
+template <>
+constexpr int largest_scaled<F16> = 0x47000000;  // 2^15
+template <>
+constexpr int largest_scaled<E4M3> = 0x43e00000;  // 448
+
+// Tags in place of a codec: no master weights beside param; or their low 16 bits.
+struct NoMain {
+    using Storage = unsigned char;
+};
+struct Remainder {
+    using Storage = short;
+};
+
+using Grad = ADAMS_GRAD;
+using Param = ADAMS_PARAM;
+using ExpAvg = ADAMS_EXP_AVG;
+using Main = ADAMS_MAIN;
+
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
+constexpr bool has_main = !is_same<Main, NoMain>;
+constexpr bool main_is_scaled = largest_scaled<Main> != 0;
+constexpr bool exp_avg_is_scaled = largest_scaled<ExpAvg> != 0;
+static_assert(ADAMS_SCALED == (main_is_scaled || exp_avg_is_scaled), "modes.py: is_scaled");
+
+// An fp32 master as bf16 `high`, rounded half away from zero, and the 16 bits that it lacks; exact
+// for all numbers. A NaN whose low half is negative would carry into the sign: it becomes 0x7fff.
+ADAMS_FUNCTION float join(unsigned short high, short low) {
+    const unsigned truncated = (unsigned(high) - (low < 0 ? 1u : 0u)) << 16;
+    return float_of(int(truncated | (unsigned(low) & 0xffffu)));
+}
+ADAMS_FUNCTION void split(float master, unsigned short& high, short& low) {
+    const unsigned bits = unsigned(bits_of(master));
+    const bool is_nan = magnitude(master) > 0x7f800000;
+    high = (unsigned short)(is_nan ? 0x7fffu : (bits >> 16) + ((bits >> 15) & 1u));
+    low = short(is_nan ? 0u : bits & 0xffffu);
+}
+
+// A power of two, so that scaling loses nothing: the largest value lands in (limit / 2, limit].
+struct Scale {
+    float forward;  // what a stored number is multiplied by
+    float inverse;
+};
+ADAMS_FUNCTION Scale scale_for(int amax, int limit) {
+    amax = smaller(amax, 0x7f800000);  // a NaN, whose payload is nobody's, as infinity
+    const bool is_above = (amax & 0x7fffff) > (limit & 0x7fffff);
+    const int exponent = (amax >> 23) - (limit >> 23) + 127 + (is_above ? 1 : 0);
+    // Within [1, 253] both the scale and its inverse are normal.
+    const int field = amax == 0 ? 127 : smaller(larger(exponent, 1), 253);
+    return {float_of(field << 23), float_of((254 - field) << 23)};
+}
+
+enum Decay { NO_DECAY = 0, DECOUPLED = 1, L2 = 2 };
+
+struct Scalars {
+    float lr, grad_scale, correction;
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay;
+    int decay;
+};
+
+// Per tensor; 1 where the dtype has none.
+struct TensorScales {
+    float param;
+    Scale exp_avg_old, exp_avg_new, main_old, main_new;
+};
+
+// The largest magnitudes seen, as integers.
+struct Amax {
+    int param, exp_avg, main;
+};
+
+ADAMS_FUNCTION void update(float& param, float grad, float& exp_avg, const Scalars& s) {
+    float g = grad * s.grad_scale;
+    g = s.decay == L2 ? g + param * s.weight_decay : g;
+    const float a = exp_avg * s.correction;
+    const float v = (a * a) * s.beta2 + (g * g) * s.one_minus_beta2;
+    exp_avg = exp_avg * s.beta1 + g * s.one_minus_beta1;
+    float u = (exp_avg * s.correction) / (square_root(v) + s.eps);
+    u = s.decay == DECOUPLED ? u + param * s.weight_decay : u;
+    param = param - u * s.lr;
+}
+
+// Where the master of an element is: beside param,
+template <class ParamCodec, class MainCodec>
+struct Master {
+    static constexpr bool reads_param = false;
+    ADAMS_FUNCTION float read(int i, const typename ParamCodec::Storage*,
+                              const typename MainCodec::Storage* main, const TensorScales& scales) {
+        const float master = MainCodec::decode(main[i]);
+        return main_is_scaled ? master * scales.main_old.forward : master;
+    }
+    ADAMS_FUNCTION void write(int i, float master, typename ParamCodec::Storage* param,
+                              typename MainCodec::Storage* main, const TensorScales& scales) {
+        main[i] = MainCodec::encode(main_is_scaled ? master * scales.main_new.inverse : master);
+        param[i] = ParamCodec::encode(ParamCodec::is_fp8 ? master * scales.param : master);
+    }
+};
+// param itself,
+template <class ParamCodec>
+struct Master<ParamCodec, NoMain> {
+    static_assert(!ParamCodec::is_fp8, "an fp8 param needs a master");
+    static constexpr bool reads_param = true;
+    ADAMS_FUNCTION float read(int i, const typename ParamCodec::Storage* param,
+                              const NoMain::Storage*, const TensorScales&) {
+        return ParamCodec::decode(param[i]);
+    }
+    ADAMS_FUNCTION void write(int i, float master, typename ParamCodec::Storage* param,
+                              NoMain::Storage*, const TensorScales&) {
+        param[i] = ParamCodec::encode(master);
+    }
+};
+// or in both.
+template <>
+struct Master<BF16, Remainder> {
+    static constexpr bool reads_param = true;
+    ADAMS_FUNCTION float read(int i, const BF16::Storage* param, const Remainder::Storage* main,
+                              const TensorScales&) {
+        return join(param[i], main[i]);
+    }
+    ADAMS_FUNCTION void write(int i, float master, BF16::Storage* param, Remainder::Storage* main,
+                              const TensorScales&) {
+        split(master, param[i], main[i]);
+    }
+};
+
+// Update element i of the four arrays, or with STORE false only see how large its state becomes.
+template <bool STORE>
+ADAMS_FUNCTION void update_element(int i, const Grad::Storage* grad, Param::Storage* param,
+                                   ExpAvg::Storage* exp_avg, Main::Storage* main, const Scalars& s,
+                                   const TensorScales& scales, Amax& amax) {
+    const float g = Grad::decode(grad[i]);
+    float m = ExpAvg::decode(exp_avg[i]);
+    if (exp_avg_is_scaled) m = m * scales.exp_avg_old.forward;
+    float p = Master<Param, Main>::read(i, param, main, scales);
+
+    update(p, g, m, s);
+
+    if (!STORE) {
+        if (exp_avg_is_scaled) amax.exp_avg = larger(amax.exp_avg, magnitude(m));
+        if (main_is_scaled) amax.main = larger(amax.main, magnitude(p));
+        return;
+    }
+    if (Param::is_fp8) amax.param = larger(amax.param, magnitude(p));
+    exp_avg[i] = ExpAvg::encode(exp_avg_is_scaled ? m * scales.exp_avg_new.inverse : m);
+    Master<Param, Main>::write(i, p, param, main, scales);
+}
+
+}  // namespace adams

@@ -1,0 +1,153 @@
+// Many tensors in one launch: the table of tensors, and what a chunk of one of them needs.
+//
+// The table is an array of NUM_FIELDS rows of num_tensors 64-bit integers, in the memory of the
+// device that reads it; megatron_adams/kernels/table.py writes it.
+
+namespace adams {
+
+enum Field {
+    NUMEL,
+    CHUNK_END,  // chunks of this tensor and all before it
+    GRAD,       // pointers from here on; 0 where the mode has no such tensor
+    PARAM,
+    EXP_AVG,
+    MAIN,
+    PARAM_SCALE,  // fp8 param: one fp32 number each; param_scale is only read
+    PARAM_AMAX,
+    PARAM_SCALE_INV,
+    EXP_AVG_SCALE,  // scaled state: one fp32 number each
+    MAIN_SCALE,
+    NUM_FIELDS
+};
+
+// Elements of a chunk. A block of a GPU, or an iteration of the host's loop, takes one.
+constexpr int CHUNK = 16384;
+
+// The arguments of every entry point. A scalar with a pointer is read through it, unless it is null:
+// so that a CUDA graph replays with new values. amax: (2, num_tensors), zero between steps.
+#define ADAMS_PARAMETERS                                                                        \
+    const long long *table, int num_tensors, int *amax, float lr, const float *lr_pointer,      \
+        float grad_scale, const float *grad_scale_pointer, float correction,                    \
+        const float *correction_pointer, const float *found_inf, float beta1,                   \
+        float one_minus_beta1, float beta2, float one_minus_beta2, float eps,                   \
+        float weight_decay, int decay
+
+#define ADAMS_SCALARS                                                                           \
+    adams::Scalars {                                                                            \
+        lr_pointer ? *lr_pointer : lr, grad_scale_pointer ? *grad_scale_pointer : grad_scale,   \
+            correction_pointer ? *correction_pointer : correction, beta1, one_minus_beta1,      \
+            beta2, one_minus_beta2, eps, weight_decay, decay                                    \
+    }
+
+#define ADAMS_IS_SKIPPED (found_inf && *found_inf != 0.0f)
+
+struct Table {
+    const long long* rows;
+    int num_tensors;
+    int* amax;
+
+    ADAMS_FUNCTION long long get(const Table& table, Field field, int tensor) {
+        return table.rows[(long long)field * table.num_tensors + tensor];
+    }
+    template <class T>
+    ADAMS_FUNCTION T* pointer(const Table& table, Field field, int tensor, long long offset = 0) {
+        T* address = reinterpret_cast<T*>(get(table, field, tensor)) + offset;
+#ifdef __CUDACC__
+        // Of an address that was a number, the compiler knows no memory space.
+        __builtin_assume(__isGlobal(address));
+#endif
+        return address;
+    }
+};
+
+// `count` elements of one tensor.
+struct Chunk {
+    int tensor;
+    bool is_first;  // of its tensor
+    int count;
+    const Grad::Storage* grad;
+    Param::Storage* param;
+    ExpAvg::Storage* exp_avg;
+    Main::Storage* main;
+    TensorScales scales;
+};
+
+ADAMS_FUNCTION Chunk chunk_at(const Table& table, long long index) {
+    // The first tensor whose last chunk lies behind `index`; those without elements have none.
+    int low = 0, high = table.num_tensors - 1;
+    while (low < high) {
+        const int middle = low + (high - low) / 2;
+        if (Table::get(table, CHUNK_END, middle) > index) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    const int t = low;
+    const long long begin = t == 0 ? 0 : Table::get(table, CHUNK_END, t - 1);
+    const long long offset = (index - begin) * CHUNK;
+    const long long rest = Table::get(table, NUMEL, t) - offset;
+
+    Chunk chunk;
+    chunk.tensor = t;
+    chunk.is_first = index == begin;
+    chunk.count = rest < CHUNK ? int(rest) : CHUNK;
+    chunk.grad = Table::pointer<const Grad::Storage>(table, GRAD, t, offset);
+    chunk.param = Table::pointer<Param::Storage>(table, PARAM, t, offset);
+    chunk.exp_avg = Table::pointer<ExpAvg::Storage>(table, EXP_AVG, t, offset);
+    chunk.main = has_main ? Table::pointer<Main::Storage>(table, MAIN, t, offset) : nullptr;
+    chunk.scales = {1.0f, {1.0f, 1.0f}, {1.0f, 1.0f}, {1.0f, 1.0f}, {1.0f, 1.0f}};
+    if (Param::is_fp8) {
+        chunk.scales.param = *Table::pointer<const float>(table, PARAM_SCALE, t);
+    }
+    if (exp_avg_is_scaled) {
+        chunk.scales.exp_avg_old.forward = *Table::pointer<const float>(table, EXP_AVG_SCALE, t);
+        chunk.scales.exp_avg_new = scale_for(table.amax[t], largest_scaled<ExpAvg>);
+    }
+    if (main_is_scaled) {
+        chunk.scales.main_old.forward = *Table::pointer<const float>(table, MAIN_SCALE, t);
+        chunk.scales.main_new =
+            scale_for(table.amax[table.num_tensors + t], largest_scaled<Main>);
+    }
+    return chunk;
+}
+
+// What a tensor's first chunk writes for all of it.
+ADAMS_FUNCTION void write_param_scale_inv(const Table& table, const Chunk& chunk) {
+    if (Param::is_fp8) {
+        *Table::pointer<float>(table, PARAM_SCALE_INV, chunk.tensor) = 1.0f / chunk.scales.param;
+    }
+}
+
+// The maxima of a part of a chunk. Reading first spares most of the atomic operations.
+ADAMS_FUNCTION void raise(int* address, int value) {
+    if (value > *(volatile int*)address) atomic_max(address, value);
+}
+template <bool STORE>
+ADAMS_FUNCTION void merge_amax(const Table& table, int tensor, const Amax& amax) {
+    if (STORE) {
+        if (Param::is_fp8) {
+            raise(Table::pointer<int>(table, PARAM_AMAX, tensor), amax.param);
+        }
+    } else {
+        if (exp_avg_is_scaled) raise(table.amax + tensor, amax.exp_avg);
+        if (main_is_scaled) raise(table.amax + table.num_tensors + tensor, amax.main);
+    }
+}
+
+// After all chunks are written: the new scales, and amax zero for the next step.
+ADAMS_FUNCTION void finish_tensor(const Table& table, int t) {
+    if (exp_avg_is_scaled) {
+        *Table::pointer<float>(table, EXP_AVG_SCALE, t) =
+            scale_for(table.amax[t], largest_scaled<ExpAvg>).forward;
+        table.amax[t] = 0;
+    }
+    if (main_is_scaled) {
+        int& amax = table.amax[table.num_tensors + t];
+        *Table::pointer<float>(table, MAIN_SCALE, t) =
+            scale_for(amax, largest_scaled<Main>).forward;
+        amax = 0;
+    }
+}
+
+}  // namespace adams

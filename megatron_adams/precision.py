@@ -1,0 +1,97 @@
+"""How optimizer state is stored in fewer bits: pure functions, the oracle of the kernels.
+
+Called by kernels/foreach.py and by tests. Imports torch alone.
+
+- remainder: an fp32 master weight is its bf16 param and the 16 bits that the param lacks.
+- scaled: fp16 or fp8 (e4m3) state is stored with one fp32 scale per tensor; TransformerEngine's
+  FusedAdam keeps state in the same form (state = stored * scale), with another choice of scale.
+- fp8 params: cast with saturation, as TransformerEngine does.
+"""
+
+import torch
+from torch import Tensor
+
+# The largest magnitude that scaled state takes: e4m3's largest number; half of fp16's range, so
+# that rounding cannot overflow.
+_LARGEST_SCALED = {torch.float16: 2.0**15, torch.float8_e4m3fn: 448.0}
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Split an fp32 master weight into its bf16 param and the remainder.
+
+    Exact for every number: `join_master` returns the same bits. The param is the master rounded
+    to the nearest bf16, ties away from zero; of a NaN, both halves are a canonical NaN's.
+
+    Args:
+        master: any shape, fp32.
+    Returns:
+        (param, remainder): bf16 and int16, of master's shape.
+    """
+    bits = master.view(torch.int32)
+    low = bits & 0xFFFF
+    high = (bits >> 16) + (low >> 15)
+    is_nan = master.isnan()
+    high = torch.where(is_nan, 0x7FFF, high)
+    low = torch.where(is_nan, 0, low)
+    return _to_int16(high).view(torch.bfloat16), _to_int16(low)
+
+
+def join_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """Put together what `split_master` took apart.
+
+    Args:
+        param: any shape, bf16.
+        remainder: param's shape, int16.
+    Returns:
+        The master weight, fp32.
+    """
+    high = param.view(torch.int16).to(torch.int32) - (remainder < 0).to(torch.int32)
+    return ((high << 16) | (remainder.to(torch.int32) & 0xFFFF)).view(torch.float32)
+
+
+def _to_int16(low_bits: Tensor) -> Tensor:
+    # A conversion of a number outside int16's range is not defined everywhere.
+    low_bits = low_bits & 0xFFFF
+    return torch.where(low_bits >= 0x8000, low_bits - 0x10000, low_bits).to(torch.int16)
+
+
+def encode_scaled(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Store fp32 state in fp16 or fp8 with one scale.
+
+    The scale is a power of two, so that scaling itself rounds nothing: the largest magnitude
+    lands in (L/2, L], L being 448 for e4m3 and 32768 for fp16. The scale of zeros is 1.
+
+    Args:
+        state: any shape, fp32.
+        dtype: torch.float16 or torch.float8_e4m3fn.
+    Returns:
+        (stored, scale): of state's shape in `dtype`; () fp32. state is near stored * scale.
+    """
+    amax = state.abs().max() if state.numel() else state.new_zeros(())
+    limit = int(torch.tensor(_LARGEST_SCALED[dtype]).view(torch.int32).item())
+    # Of a NaN only that it is not finite counts; the numbers beside it are lost, as beside an inf.
+    bits = (amax.view(torch.int32) & 0x7FFFFFFF).clamp(max=0x7F800000)
+    is_above = (bits & 0x7FFFFF) > (limit & 0x7FFFFF)
+    field = (bits >> 23) - (limit >> 23) + 127 + is_above.to(torch.int32)
+    # Both the scale and its inverse are normal numbers.
+    field = torch.where(bits == 0, 127, field.clamp(1, 253))
+    scale = (field << 23).view(torch.float32)
+    inverse = ((254 - field) << 23).view(torch.float32)
+    scaled = state * inverse
+    return (to_fp8(scaled, dtype) if dtype.itemsize == 1 else scaled.to(dtype)), scale
+
+
+def decode_scaled(stored: Tensor, scale: Tensor) -> Tensor:
+    """Return the fp32 state that `encode_scaled` stored."""
+    return stored.to(torch.float32) * scale
+
+
+def to_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp32 values to fp8, to nearest even; what is too large becomes the largest number.
+
+    Args:
+        values: any shape, fp32.
+        dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+    """
+    limit = torch.finfo(dtype).max
+    return values.clamp(-limit, limit).to(dtype)

@@ -1,0 +1,75 @@
+"""Every backend gives the bits of update.py: host, foreach, and the GPU's kernel, emulated."""
+
+import pytest
+import torch
+from checks import SIZES, check, check_all, make_batch, scalar_cases
+from emulator import EmulatedDriver
+
+from megatron_adams.kernels import PointerTable, cuda, foreach, host
+from megatron_adams.kernels.modes import ALL_MODES, Mode
+
+# Every kind of state, and of the tensors' widths.
+REPRESENTATIVES = (
+    Mode("fp32", "fp32", "fp32", "none"),
+    Mode("bf16", "bf16", "bf16", "remainder"),
+    Mode("fp16", "fp16", "e4m3", "none"),
+    Mode("bf16", "bf16", "fp32", "fp32"),
+    Mode("fp32", "e4m3", "fp16", "fp16"),
+    Mode("bf16", "e5m2", "e4m3", "fp32"),
+)
+
+
+def run_emulated(batch, scalars):
+    cuda.run(batch, scalars, PointerTable(), EmulatedDriver())
+
+
+def run_host(batch, scalars):
+    host.run(batch, scalars, PointerTable())
+
+
+BACKENDS = {"host": run_host, "foreach": foreach.run, "emulated": run_emulated}
+
+
+@pytest.mark.parametrize("mode", ALL_MODES, ids=lambda mode: mode.name)
+@pytest.mark.usefixtures("compiled")
+@torch.no_grad()
+def test_every_mode_gives_the_bits_of_the_oracle(mode):
+    cases = scalar_cases()
+    for name, misaligned in (("device_scalars", False), ("l2", True)):
+        wrong = check_all(
+            BACKENDS,
+            lambda misaligned=misaligned: make_batch(mode, misaligned=misaligned, seed=1),
+            cases[name],
+        )
+        assert not wrong, name
+
+
+@pytest.mark.parametrize("mode", ALL_MODES, ids=lambda mode: mode.name)
+@pytest.mark.usefixtures("compiled")
+@torch.no_grad()
+def test_special_numbers_give_the_bits_of_the_oracle(mode):
+    scalars = scalar_cases()["decoupled"]
+    assert not check_all(
+        BACKENDS, lambda: make_batch(mode, (4096, 17), special=True, seed=2), scalars, steps=1
+    )
+
+
+@pytest.mark.parametrize("case", scalar_cases())
+@pytest.mark.parametrize("mode", REPRESENTATIVES, ids=lambda mode: mode.name)
+@torch.no_grad()
+def test_every_way_of_asking_for_a_step_gives_the_bits_of_the_oracle(mode, case):
+    scalars = scalar_cases()[case]
+    assert not check_all(BACKENDS, lambda: make_batch(mode, seed=3), scalars)
+
+
+@pytest.mark.parametrize("num_threads", [2, 7])
+@torch.no_grad()
+def test_threads_of_the_host_do_not_show_in_the_bits(num_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for mode in REPRESENTATIVES:
+            batch = make_batch(mode, (100_000, *SIZES), misaligned=True, seed=4)
+            assert not check(run_host, batch, scalar_cases()["decoupled"]), mode.name
+    finally:
+        torch.set_num_threads(before)
