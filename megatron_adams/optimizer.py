@@ -1,20 +1,32 @@
 """AdamS as a torch optimizer, with the constructor of TransformerEngine's FusedAdam.
 
 Used alone in any PyTorch training loop, and by megatron_adams.megatron inside Megatron's
-optimizers. Imports torch and update.py; it must not import Megatron, TransformerEngine or Apex.
+optimizers. Imports torch, kernels and update.py; it must not import Megatron, TransformerEngine or
+Apex.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Real
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, Self, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from megatron_adams.update import adams_update_, exp_avg_dtype
+from megatron_adams.kernels import (
+    BACKENDS,
+    Mode,
+    PointerTable,
+    is_dense,
+    mode_of,
+    multi_tensor_adams,
+    select_backend,
+)
+from megatron_adams.update import exp_avg_dtype
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,6 +72,16 @@ _UNSUPPORTED = {
 }
 
 
+@dataclass
+class _Lists:
+    """Tensors of one group that one call of `multi_tensor_adams` takes."""
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    main_params: list[Tensor] = field(default_factory=list)
+
+
 class AdamS(Optimizer):
     """AdamS: the normalizer is made of the momentum and the gradient, so exp_avg is the only state.
 
@@ -84,14 +106,23 @@ class AdamS(Optimizer):
         bias_correction: True is the authors' released form (first step 4.47 lr), False the
             paper's (0.447 lr). They agree after about 50 steps.
         adam_w_mode: decoupled weight decay.
+        kernel: which implementation of `megatron_adams.kernels` runs: "auto", the one of the
+            params' device; or "cuda", "host", "foreach".
         amsgrad, capturable, master_weights, master_weight_dtype, exp_avg_dtype, exp_avg_sq_dtype,
         use_decoupled_grad, store_param_remainders, set_grad_none: FusedAdam's; at their defaults
         only.
+
+    Attributes:
+        model_params: main param -> the model's bf16 or fp16 copy of it, of the same shape; `step`
+            writes the copy in the same pass. Empty, unless the owner of both fills it, as
+            Megatron's distributed optimizer does.
 
     Raises:
         ValueError: a hyperparameter outside its range, an argument that is not supported, or a
             parameter that is complex, sparse or not floating.
     """
+
+    model_params: dict[Tensor, Tensor]
 
     def __init__(
         self,
@@ -103,6 +134,7 @@ class AdamS(Optimizer):
         *,
         bias_correction: bool = False,
         adam_w_mode: bool = True,
+        kernel: str = "auto",
         amsgrad: bool = False,
         capturable: bool = False,
         master_weights: bool = False,
@@ -135,6 +167,12 @@ class AdamS(Optimizer):
             "adam_w_mode": adam_w_mode,
         }
         _check_hyperparameters(defaults)
+        if kernel not in ("auto", *BACKENDS):
+            raise ValueError(f"kernel={kernel!r}: must be one of {('auto', *BACKENDS)}")
+        self.kernel = kernel
+        self.model_params = {}
+        # Of each batch of each group, so that a step finds the table of the step before.
+        self._tables: dict[Any, PointerTable] = {}
         super().__init__(params, defaults)
 
     @classmethod
@@ -182,6 +220,23 @@ class AdamS(Optimizer):
             self.param_groups.pop()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's has the state and the groups alone.
+        own = {"kernel": self.kernel, "model_params": self.model_params, "_tables": {}}
+        return {**super().__getstate__(), **own}
+
+    def compile_kernels(self) -> None:
+        """Compile, before the first step, what it needs if gradients have their params' dtypes.
+
+        Raises:
+            CompileError: the backend asked for by name has no compiler, or it fails.
+            ValueError: that backend is another device's.
+        """
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            mode = self._mode(param, param.dtype)
+            if mode is not None:
+                select_backend(param.device, mode, self.kernel)
+
     def initialize_state(self, param: Tensor) -> None:
         """Allocate `state[param]`, zeros, where `step` has not done so yet."""
         state = self.state[param]
@@ -189,17 +244,39 @@ class AdamS(Optimizer):
             state["exp_avg"] = torch.zeros_like(param, dtype=exp_avg_dtype(param))
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(
+        self,
+        closure: None = None,
+        *,
+        grad_scale: float | Tensor = 1.0,
+        found_inf: Tensor | None = None,
+    ) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(
+        self,
+        closure: Callable[[], float],
+        *,
+        grad_scale: float | Tensor = 1.0,
+        found_inf: Tensor | None = None,
+    ) -> float: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_scale: float | Tensor = 1.0,
+        found_inf: Tensor | None = None,
+    ) -> float | None:
+        """Update every parameter that has a gradient; gradients are only read.
 
         Args:
             closure: evaluates the model anew, with gradients enabled, and returns the loss.
+            grad_scale: what the gradients are multiplied by, in fp32: the inverse of a loss scale,
+                a clip coefficient, or their product. A number or a one-element tensor.
+            found_inf: one fp32 element on the params' device; where it is not 0 no tensor is
+                written. Nobody waits for it, so group["step"] counts this step too.
 
         Returns:
             The closure's loss, or None.
@@ -216,19 +293,17 @@ class AdamS(Optimizer):
             if param.grad is not None:
                 _check_tensor("gradient", param.grad)
 
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             # Advance step before skipping what has no gradients: a group can be empty on some dp
             # ranks, and step would differ between ranks on resume.
             group["step"] += 1
             beta1, beta2 = group["betas"]
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                self.initialize_state(param)
-                adams_update_(
-                    param,
-                    param.grad,
-                    self.state[param]["exp_avg"],
+            for key, backend, lists in self._batches(group):
+                multi_tensor_adams(
+                    lists.params,
+                    lists.grads,
+                    lists.exp_avgs,
+                    lists.main_params or None,
                     lr=group["lr"],
                     beta1=beta1,
                     beta2=beta2,
@@ -237,8 +312,52 @@ class AdamS(Optimizer):
                     step=group["step"],
                     bias_correction=group["bias_correction"],
                     decoupled_weight_decay=group["adam_w_mode"],
+                    grad_scale=grad_scale,
+                    found_inf=found_inf,
+                    backend=backend,
+                    table=self._tables.setdefault((index, key), PointerTable()),
                 )
         return loss
+
+    def _batches(self, group: Mapping[str, Any]) -> Iterator[tuple[Any, str, _Lists]]:
+        """Sort a group's tensors into what one launch takes; with a key that lasts."""
+        batches: dict[Any, tuple[str, _Lists]] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            self.initialize_state(param)
+            tensors = [param, param.grad, self.state[param]["exp_avg"]]
+            if param in self.model_params:
+                tensors.append(self.model_params[param])
+            tensors = [_local(tensor) for tensor in tensors]
+            main, grad, exp_avg, *model = tensors
+            mode = self._mode(param, grad.dtype)
+            if mode is None or not all(
+                type(tensor) in (Tensor, torch.nn.Parameter)
+                and tensor.stride() == main.stride()
+                and is_dense(tensor)
+                for tensor in tensors
+            ):
+                # fp64, tensors with holes or of unlike layouts, subclasses of Tensor. Named by the
+                # dtypes, as one call takes one of each.
+                key, backend = (main.device, *(tensor.dtype for tensor in tensors)), "foreach"
+            else:
+                key = (main.device, mode)
+                backend = select_backend(main.device, mode, self.kernel)
+            _, lists = batches.setdefault(key, (backend, _Lists()))
+            lists.params.append(model[0] if model else main)
+            lists.grads.append(grad)
+            lists.exp_avgs.append(exp_avg)
+            if model:
+                lists.main_params.append(main)
+        for key, (backend, lists) in batches.items():
+            yield key, backend, lists
+
+    def _mode(self, param: Tensor, grad_dtype: torch.dtype) -> Mode | None:
+        model_param = self.model_params.get(param)
+        if model_param is None:
+            return mode_of(grad_dtype, param.dtype, exp_avg_dtype(param), None)
+        return mode_of(grad_dtype, model_param.dtype, exp_avg_dtype(param), param.dtype)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; exp_avg keeps its dtype, and its bits.
@@ -322,6 +441,15 @@ class AdamS(Optimizer):
             _check_hyperparameters(group)
             groups.append(group)
         return groups
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A rank's part of a DTensor, as FSDP2 has them; any other tensor as it is."""
+    # Whoever made a DTensor has imported the module, which takes long.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and isinstance(tensor, module.DTensor):
+        return cast(Tensor, tensor.to_local())
+    return tensor
 
 
 def _refuse_unsupported(options: Mapping[str, Any]) -> None:

@@ -15,8 +15,11 @@ PACKAGE = Path(__file__).parents[2] / "megatron_adams"
 TOP = {
     "__init__": {"optimizer"},
     "update": set(),
-    "optimizer": {"update"},
-    "megatron": {"__init__", "optimizer", "update"},
+    "precision": set(),
+    "kernels": {"precision", "update"},
+    "optimizer": {"kernels", "update"},
+    "megatron": {"__init__", "kernels", "optimizer", "update"},
+    "cli": {"kernels"},
     "cpu_rehearsal": set(),
     "launch": {"__init__", "cpu_rehearsal", "optimizer", "update"},
 }

@@ -1,0 +1,214 @@
+"""How AdamS hands its tensors to the kernels: batches, layouts, copies for the model, scalars."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import megatron_adams.optimizer
+from megatron_adams.kernels import PointerTable, multi_tensor_adams
+from megatron_adams.optimizer import AdamS
+from megatron_adams.update import adams_update_
+
+KERNELS = ["host", "foreach"]
+
+
+def oracle_(param, grad, exp_avg, step, **options):
+    adams_update_(
+        param,
+        grad,
+        exp_avg,
+        lr=0.01,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        weight_decay=0.1,
+        step=step,
+        **options,
+    )
+
+
+def build(params, **kwargs):
+    return AdamS(params, lr=0.01, weight_decay=0.1, **kwargs)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The backend and the number of tensors of each call of the kernels."""
+    seen = []
+
+    def record(params, *args, backend, **kwargs):
+        seen.append((backend, len(params)))
+        multi_tensor_adams(params, *args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(megatron_adams.optimizer, "multi_tensor_adams", record)
+    return seen
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_model_param_is_written_beside_its_main_param(kernel, dtype):
+    main, plain = (torch.randn(1000) for _ in range(2))
+    model = torch.zeros(1000, dtype=dtype)
+    optimizer = build([main, plain], kernel=kernel)
+    optimizer.model_params[main] = model
+    expected = main.clone()
+    exp_avg = torch.zeros(1000)
+    for step in (1, 2):
+        main.grad, plain.grad = torch.randn(1000), torch.randn(1000)
+        grad = main.grad.clone()
+        oracle_(expected, grad, exp_avg, step)
+        optimizer.step()
+        assert torch.equal(main, expected)
+        assert torch.equal(model, expected.to(dtype))
+        assert torch.equal(main.grad, grad)
+    assert torch.equal(optimizer.state[main]["exp_avg"], exp_avg)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("grad_scale", [0.25, 0.3, torch.tensor([0.3])])
+def test_grad_scale_multiplies_the_gradients_and_does_not_write_them(kernel, grad_scale):
+    param = nn.Parameter(torch.randn(50))
+    expected, exp_avg = param.detach().clone(), torch.zeros(50)
+    optimizer = build([param], kernel=kernel)
+    param.grad = torch.randn(50)
+    grad = param.grad.clone()
+    oracle_(expected, grad * grad_scale, exp_avg, 1)
+    optimizer.step(grad_scale=grad_scale)
+    assert torch.equal(param, expected)
+    assert torch.equal(param.grad, grad)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_found_inf_leaves_everything_as_it_is(kernel):
+    param = nn.Parameter(torch.randn(50))
+    before = param.detach().clone()
+    optimizer = build([param], kernel=kernel)
+    param.grad = torch.full((50,), torch.inf)
+    optimizer.step(found_inf=torch.ones(1))
+    assert torch.equal(param, before)
+    assert not optimizer.state[param]["exp_avg"].any()
+    param.grad = torch.randn(50)
+    optimizer.step(found_inf=torch.zeros(1))
+    assert not torch.equal(param, before)
+
+
+LAYOUTS = {
+    "contiguous": (lambda: torch.randn(4, 6), "host"),
+    "transposed": (lambda: torch.randn(6, 4).t(), "host"),
+    "channels last": (
+        lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "host",
+    ),
+    "with holes": (lambda: torch.randn(4, 12)[:, ::2], "foreach"),
+    "scalar": (lambda: torch.randn(()), "host"),
+    "empty": (lambda: torch.randn(0, 3), "host"),
+    "fp64": (lambda: torch.randn(4, 6).double(), "foreach"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("contiguous_grad", [False, True])
+def test_every_layout_follows_the_oracle(layout, contiguous_grad, calls):
+    make, backend = LAYOUTS[layout]
+    param = make()
+    expected = param.clone()
+    exp_avg = torch.zeros_like(param)
+    optimizer = AdamS.from_param_groups([{"params": [param]}], lr=0.01, weight_decay=0.1)
+    for step in (1, 2):
+        grad = torch.randn(param.shape, dtype=param.dtype)
+        param.grad = grad if contiguous_grad else torch.empty_like(param).copy_(grad)
+        oracle_(expected, grad, exp_avg, step)
+        optimizer.step()
+    assert torch.equal(param, expected)
+    if not contiguous_grad or layout == "contiguous":
+        assert {name for name, _ in calls} == {backend}
+
+
+def test_one_call_for_each_kind_of_tensors_of_a_group(calls):
+    params = [nn.Parameter(torch.randn(5)) for _ in range(40)]
+    params += [nn.Parameter(torch.randn(5, dtype=torch.bfloat16)) for _ in range(3)]
+    params += [nn.Parameter(torch.randn(5, dtype=torch.float64)) for _ in range(2)]
+    optimizer = AdamS(params)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert calls == [("host", 40), ("host", 3), ("foreach", 2)]
+
+
+def test_tables_are_kept_from_step_to_step(monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        PointerTable,
+        "__init__",
+        lambda self, original=PointerTable.__init__: [original(self), built.append(self)][0],
+    )
+    params = [nn.Parameter(torch.randn(5)) for _ in range(4)]
+    optimizer = AdamS([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}])
+    for param in params:
+        param.grad = torch.randn_like(param)
+    for _ in range(3):
+        optimizer.step()
+    assert [table.num_builds for table in optimizer._tables.values()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
+def test_copies_keep_their_kernel_and_write_their_own_model_params(duplicate):
+    main, model = torch.randn(6), torch.zeros(6, dtype=torch.bfloat16)
+    optimizer = build([main], kernel="foreach")
+    optimizer.model_params[main] = model
+    twin = duplicate(optimizer)
+    assert twin.kernel == "foreach"
+    (twin_main,) = twin.param_groups[0]["params"]
+    twin_main.grad = torch.randn(6)
+    twin.step()
+    assert torch.equal(twin.model_params[twin_main], twin_main.bfloat16())
+    assert not model.any()
+
+
+def test_load_state_dict_keeps_kernel_and_model_params():
+    main, model = torch.randn(6), torch.zeros(6, dtype=torch.bfloat16)
+    optimizer = build([main], kernel="foreach")
+    optimizer.model_params[main] = model
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.kernel == "foreach"
+    assert optimizer.model_params == {main: model}
+
+
+def test_unknown_kernel_is_refused():
+    with pytest.raises(ValueError, match=r"kernel='triton': must be one of \('auto', 'cuda'"):
+        AdamS([torch.randn(3)], kernel="triton")
+
+
+def test_kernel_of_another_device_is_refused_before_the_first_step():
+    optimizer = AdamS([torch.randn(3)], kernel="cuda")
+    with pytest.raises(ValueError, match=r"kernel='cuda' for tensors on cpu: must be 'host'"):
+        optimizer.compile_kernels()
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_dtensors_take_the_kernel_on_their_local_part(mesh, calls):
+    local = torch.randn(6, 4)
+    param = nn.Parameter(distribute_tensor(local.clone(), mesh, [Shard(0)]))
+    optimizer = build([param])
+    expected, exp_avg = local.clone(), torch.zeros_like(local)
+    for step in (1, 2):
+        grad = torch.randn(6, 4)
+        param.grad = distribute_tensor(grad.clone(), mesh, [Shard(0)])
+        oracle_(expected, grad, exp_avg, step)
+        optimizer.step()
+    assert torch.equal(param.to_local(), expected)
+    assert calls == [("host", 1)] * 2
