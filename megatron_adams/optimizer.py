@@ -19,11 +19,15 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from megatron_adams.kernels import (
     BACKENDS,
+    Batch,
     Mode,
     PointerTable,
+    Scalars,
+    correction_of,
     is_dense,
+    launch,
     mode_of,
-    multi_tensor_adams,
+    run,
     select_backend,
 )
 from megatron_adams.update import exp_avg_dtype
@@ -74,12 +78,25 @@ _UNSUPPORTED = {
 
 @dataclass
 class _Lists:
-    """Tensors of one group that one call of `multi_tensor_adams` takes."""
+    """Tensors of one group that a batch is made of."""
 
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
     main_params: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class _Plan:
+    """What a group's last step launched, to be launched again while no tensor has moved.
+
+    Attributes:
+        signature: where its tensors were; None: it has no tables for all of them.
+        tables: by backend and kind of tensors.
+    """
+
+    signature: list[object] | None = None
+    tables: dict[tuple[str, Any], PointerTable] = field(default_factory=dict)
 
 
 class AdamS(Optimizer):
@@ -171,8 +188,8 @@ class AdamS(Optimizer):
             raise ValueError(f"kernel={kernel!r}: must be one of {('auto', *BACKENDS)}")
         self.kernel = kernel
         self.model_params = {}
-        # Of each batch of each group, so that a step finds the table of the step before.
-        self._tables: dict[Any, PointerTable] = {}
+        # By the index of the group.
+        self._plans: dict[int, _Plan] = {}
         super().__init__(params, defaults)
 
     @classmethod
@@ -222,7 +239,7 @@ class AdamS(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's has the state and the groups alone.
-        own = {"kernel": self.kernel, "model_params": self.model_params, "_tables": {}}
+        own = {"kernel": self.kernel, "model_params": self.model_params, "_plans": {}}
         return {**super().__getstate__(), **own}
 
     def compile_kernels(self) -> None:
@@ -289,39 +306,73 @@ class AdamS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            if param.grad is not None:
-                _check_tensor("gradient", param.grad)
-
-        for index, group in enumerate(self.param_groups):
+        # All gradients are looked at before the first parameter is written.
+        signatures = [self._signature(group) for group in self.param_groups]
+        for index, (group, signature) in enumerate(zip(self.param_groups, signatures, strict=True)):
             # Advance step before skipping what has no gradients: a group can be empty on some dp
             # ranks, and step would differ between ranks on resume.
             group["step"] += 1
             beta1, beta2 = group["betas"]
-            for key, backend, lists in self._batches(group):
-                multi_tensor_adams(
-                    lists.params,
-                    lists.grads,
-                    lists.exp_avgs,
-                    lists.main_params or None,
-                    lr=group["lr"],
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    step=group["step"],
-                    bias_correction=group["bias_correction"],
-                    decoupled_weight_decay=group["adam_w_mode"],
-                    grad_scale=grad_scale,
-                    found_inf=found_inf,
-                    backend=backend,
-                    table=self._tables.setdefault((index, key), PointerTable()),
-                )
+            scalars = Scalars(
+                lr=group["lr"],
+                grad_scale=grad_scale,
+                correction=correction_of(group["bias_correction"], beta1, group["step"]),
+                found_inf=found_inf,
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decoupled_weight_decay=group["adam_w_mode"],
+            )
+            plan = self._plans.setdefault(index, _Plan())
+            if signature is not None and signature == plan.signature:
+                for (backend, _), table in plan.tables.items():
+                    launch(table, scalars, backend)
+                continue
+            plan.signature, tables, plan.tables = signature, plan.tables, {}
+            for key, batch in self._batches(group):
+                backend, _ = key
+                table = plan.tables[key] = tables.get(key) or PointerTable()
+                run(batch, scalars, backend, table)
+                if backend == "foreach":
+                    plan.signature = None
         return loss
 
-    def _batches(self, group: Mapping[str, Any]) -> Iterator[tuple[Any, str, _Lists]]:
-        """Sort a group's tensors into what one launch takes; with a key that lasts."""
-        batches: dict[Any, tuple[str, _Lists]] = {}
+    def _signature(self, group: Mapping[str, Any]) -> list[object] | None:
+        """Return where a group's tensors are: while it stays the same, so do the tables of them.
+
+        None: there are subclasses of Tensor, whose data is elsewhere.
+
+        Raises:
+            ValueError: a gradient is sparse or complex.
+        """
+        signature: list[object] = []
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            _check_tensor("gradient", grad)
+            self.initialize_state(param)
+            exp_avg = self.state[param]["exp_avg"]
+            if not type(grad) is type(exp_avg) is Tensor:
+                return None
+            model_param = self.model_params.get(param) if self.model_params else None
+            signature.append(
+                (
+                    param.shape,
+                    param.data_ptr(),
+                    grad.data_ptr(),
+                    grad.dtype,
+                    grad.is_contiguous(),
+                    exp_avg.data_ptr(),
+                    0 if model_param is None else model_param.data_ptr(),
+                )
+            )
+        return signature
+
+    def _batches(self, group: Mapping[str, Any]) -> Iterator[tuple[tuple[str, Any], Batch]]:
+        """Sort a group's tensors into what one launch takes, with its backend and a key."""
+        batches: dict[tuple[str, Any], _Lists] = {}
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -332,6 +383,7 @@ class AdamS(Optimizer):
             tensors = [_local(tensor) for tensor in tensors]
             main, grad, exp_avg, *model = tensors
             mode = self._mode(param, grad.dtype)
+            key: tuple[str, Any]
             if mode is None or not all(
                 type(tensor) in (Tensor, torch.nn.Parameter)
                 and tensor.stride() == main.stride()
@@ -340,18 +392,17 @@ class AdamS(Optimizer):
             ):
                 # fp64, tensors with holes or of unlike layouts, subclasses of Tensor. Named by the
                 # dtypes, as one call takes one of each.
-                key, backend = (main.device, *(tensor.dtype for tensor in tensors)), "foreach"
+                key = "foreach", (main.device, *(tensor.dtype for tensor in tensors))
             else:
-                key = (main.device, mode)
-                backend = select_backend(main.device, mode, self.kernel)
-            _, lists = batches.setdefault(key, (backend, _Lists()))
+                key = select_backend(main.device, mode, self.kernel), (main.device, mode)
+            lists = batches.setdefault(key, _Lists())
             lists.params.append(model[0] if model else main)
             lists.grads.append(grad)
             lists.exp_avgs.append(exp_avg)
             if model:
                 lists.main_params.append(main)
-        for key, (backend, lists) in batches.items():
-            yield key, backend, lists
+        for key, lists in batches.items():
+            yield key, Batch(lists.params, lists.grads, lists.exp_avgs, lists.main_params or None)
 
     def _mode(self, param: Tensor, grad_dtype: torch.dtype) -> Mode | None:
         model_param = self.model_params.get(param)

@@ -16,21 +16,32 @@ import torch
 from torch import Tensor
 
 from megatron_adams.kernels import foreach, host
-from megatron_adams.kernels.batch import Batch, Fp8Scaling, Scalars, is_dense, mode_of
+from megatron_adams.kernels.batch import (
+    Batch,
+    Fp8Scaling,
+    Scalars,
+    correction_of,
+    is_dense,
+    mode_of,
+)
 from megatron_adams.kernels.compile import CompileError
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.table import PointerTable
-from megatron_adams.update import bias_correction_factor
 
 __all__ = [
     "BACKENDS",
+    "Batch",
     "CompileError",
     "Fp8Scaling",
     "Mode",
     "PointerTable",
+    "Scalars",
+    "correction_of",
     "is_dense",
+    "launch",
     "mode_of",
     "multi_tensor_adams",
+    "run",
     "select_backend",
 ]
 
@@ -98,15 +109,10 @@ def multi_tensor_adams(
         CompileError: the kernel cannot be compiled.
     """
     batch = Batch(params, grads, exp_avgs, main_params, exp_avg_scales, main_scales, fp8_scaling)
-    batch.check()
-    if isinstance(bias_correction, Tensor):
-        correction: float | Tensor = bias_correction
-    else:
-        correction = bias_correction_factor(beta1, step) if bias_correction else 1.0
     scalars = Scalars(
         lr=lr,
         grad_scale=grad_scale,
-        correction=correction,
+        correction=correction_of(bias_correction, beta1, step),
         found_inf=found_inf,
         beta1=beta1,
         beta2=beta2,
@@ -114,19 +120,43 @@ def multi_tensor_adams(
         weight_decay=weight_decay,
         decoupled_weight_decay=decoupled_weight_decay,
     )
+    run(batch, scalars, backend, PointerTable() if table is None else table)
+
+
+def run(batch: Batch, scalars: Scalars, backend: str, table: PointerTable) -> None:
+    """As `multi_tensor_adams`, which gives names to what a batch and its scalars are made of."""
+    batch.check()
     scalars.check(batch.device)
     if backend == "foreach":
         foreach.run(batch, scalars)
         return
     _check_device(backend, batch.device)
     batch.check_layout()
-    table = PointerTable() if table is None else table
     if backend == "cuda":
         from megatron_adams.kernels import cuda
 
         cuda.run(batch, scalars, table, cuda.CudaDriver())
     else:
         host.run(batch, scalars, table)
+
+
+def launch(table: PointerTable, scalars: Scalars, backend: str) -> None:
+    """Repeat the last `run` with this table, with other scalars.
+
+    Args:
+        table: its tensors must still be where they were.
+        scalars: of this step.
+        backend: of that run, "cuda" or "host".
+    Raises:
+        ValueError: as `run`, of the scalars.
+    """
+    scalars.check(table.device)
+    if backend == "cuda":
+        from megatron_adams.kernels import cuda
+
+        cuda.launch(table, scalars, cuda.CudaDriver())
+    else:
+        host.launch(table, scalars)
 
 
 @functools.cache

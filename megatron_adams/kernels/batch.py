@@ -1,6 +1,6 @@
 """What one call of `multi_tensor_adams` works on: the tensors, checked, and the scalars.
 
-Called by the backends beside it. Imports torch and modes.py.
+Called by the backends beside it. Imports torch, modes.py, table.py and update.py.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_adams.kernels.modes import ALL_MODES, Mode
 from megatron_adams.kernels.table import PointerTable
+from megatron_adams.update import bias_correction_factor
 
 _NAMES = {
     torch.float32: "fp32",
@@ -237,10 +238,17 @@ class Scalars:
         return _DECOUPLED if self.decoupled_weight_decay else _L2
 
 
+def correction_of(bias_correction: bool | Tensor, beta1: float, step: int) -> float | Tensor:
+    """Return what exp_avg is multiplied by, as `multi_tensor_adams` is told it."""
+    if isinstance(bias_correction, Tensor):
+        return bias_correction
+    return bias_correction_factor(beta1, step) if bias_correction else 1.0
+
+
 def update_table(batch: Batch, table: PointerTable, *, is_capturing: bool = False) -> None:
     """Make `table` describe the tensors of `batch`."""
     columns = [column for _, column in (*batch.columns(), *batch.scale_columns())]
-    table.update(columns, device=batch.device, is_capturing=is_capturing)
+    table.update(columns, mode=batch.mode, device=batch.device, is_capturing=is_capturing)
 
 
 type Argument = ctypes._SimpleCData[Any]
@@ -258,14 +266,14 @@ class Arguments(NamedTuple):
     keepalive: list[Tensor]
 
 
-def kernel_arguments(batch: Batch, scalars: Scalars, table: PointerTable) -> Arguments:
-    """Build the arguments of an entry point for `batch`, described by `table`."""
+def kernel_arguments(table: PointerTable, scalars: Scalars) -> Arguments:
+    """Build the arguments of an entry point for the tensors that `table` describes."""
     keepalive = []
 
     def scalar(value: float | Tensor) -> tuple[ctypes.c_float, ctypes.c_void_p]:
         if not isinstance(value, Tensor):
             return ctypes.c_float(value), ctypes.c_void_p(0)
-        if value.device != batch.device:
+        if value.device != table.device:
             # Reading a CPU tensor does not wait for a device.
             return ctypes.c_float(value.item()), ctypes.c_void_p(0)
         value = value.to(torch.float32)

@@ -7,8 +7,9 @@ import ctypes
 from functools import cache
 from typing import Protocol
 
+import cuda.core
 import torch
-from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Stream, launch
+from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Stream
 
 from megatron_adams.kernels.batch import Argument, Batch, Scalars, kernel_arguments, update_table
 from megatron_adams.kernels.compile import cubin
@@ -61,7 +62,7 @@ class CudaDriver:
                 argument.value or 0 if isinstance(argument, ctypes.c_void_p) else argument
                 for argument in arguments
             ]
-            launch(stream, config, kernel, *values)
+            cuda.core.launch(stream, config, kernel, *values)
 
 
 def arch_of(device: torch.device | int) -> str:
@@ -92,12 +93,17 @@ def _kernel(mode: Mode, entry_point: str, device_index: int) -> Kernel:
 
 
 def run(batch: Batch, scalars: Scalars, table: PointerTable, driver: Driver) -> None:
-    """Update `batch` by one launch, or, with scaled state, by three."""
+    """Update `batch`; `table` describes it then."""
     update_table(batch, table, is_capturing=driver.is_capturing())
+    launch(table, scalars, driver)
+
+
+def launch(table: PointerTable, scalars: Scalars, driver: Driver) -> None:
+    """Update what `table` describes by one launch, or, with scaled state, by three."""
     if table.num_chunks == 0:
         return
-    arguments = kernel_arguments(batch, scalars, table)
-    for entry_point in batch.mode.entry_points:
+    arguments = kernel_arguments(table, scalars)
+    for entry_point in table.mode.entry_points:
         per_tensor = entry_point == "adams_finish"
         num_blocks = -(-table.num_tensors // BLOCK) if per_tensor else table.num_chunks
-        driver.launch(batch.mode, entry_point, num_blocks, arguments.values, batch.device)
+        driver.launch(table.mode, entry_point, num_blocks, arguments.values, table.device)

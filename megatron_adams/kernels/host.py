@@ -22,10 +22,15 @@ def load(mode: Mode) -> ctypes.CDLL:
 
 
 def run(batch: Batch, scalars: Scalars, table: PointerTable) -> None:
-    """Update `batch` on as many threads as torch uses, as far as there are chunks for them."""
-    library = load(batch.mode)
+    """Update `batch`; `table` describes it then."""
     update_table(batch, table)
-    arguments = kernel_arguments(batch, scalars, table)
+    launch(table, scalars)
+
+
+def launch(table: PointerTable, scalars: Scalars) -> None:
+    """Update what `table` describes, on torch's number of threads or one for each chunk."""
+    library = load(table.mode)
+    arguments = kernel_arguments(table, scalars)
     num_threads = max(1, min(torch.get_num_threads(), table.num_chunks))
-    for entry_point in batch.mode.entry_points:
+    for entry_point in table.mode.entry_points:
         library[entry_point](*arguments.values, ctypes.c_int(num_threads))

@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_adams.kernels.modes import Mode
+
 # Elements of a chunk; CHUNK in source/multi_tensor.h.
 CHUNK = 16384
 
@@ -29,22 +31,30 @@ POINTERS = (
 class PointerTable:
     """The table of one call site; it is written again only when a pointer or a size changed.
 
+    It keeps no tensor alive.
+
     Attributes:
+        mode: the dtypes of the tensors.
+        device: where they are, and `rows`.
         rows: (2 + len(POINTERS), num_tensors) int64 on the kernel's device.
         amax: (2, num_tensors) int32 there; the kernel's workspace, zero between steps.
         num_chunks: of all tensors together.
         num_builds: how often the table was written.
     """
 
+    mode: Mode
+    device: torch.device
+
     def __init__(self) -> None:
         self.rows = self.amax = torch.empty(0)
         self.num_tensors = self.num_chunks = self.num_builds = 0
-        self._signature: tuple[torch.device, list[int], list[list[int] | None]] | None = None
+        self._signature: object = None
 
     def update(
         self,
         tensors: Sequence[Sequence[Tensor] | None],
         *,
+        mode: Mode,
         device: torch.device,
         is_capturing: bool = False,
     ) -> None:
@@ -53,6 +63,7 @@ class PointerTable:
         Args:
             tensors: for each name of POINTERS, the tensors, or None where the mode has none. They
                 must outlive the launch.
+            mode: their dtypes.
             device: whose memory the table lies in.
             is_capturing: whether a CUDA graph is being captured on the current stream.
         Raises:
@@ -65,7 +76,7 @@ class PointerTable:
             None if column is None else [tensor.data_ptr() for tensor in column]
             for column in tensors
         ]
-        signature = (device, sizes, pointers)
+        signature = (mode, device, sizes, pointers)
         if signature == self._signature:
             return
         if is_capturing:
@@ -81,7 +92,7 @@ class PointerTable:
         if device.type == "cuda":
             # The host allocator keeps the pinned memory until the copy is done.
             table = table.pin_memory().to(device, non_blocking=True)
-        self.rows = table
+        self.mode, self.device, self.rows = mode, device, table
         self.amax = torch.zeros(2, len(sizes), dtype=torch.int32, device=device)
         self.num_tensors, self.num_chunks = len(sizes), chunk_ends[-1]
         self.num_builds += 1

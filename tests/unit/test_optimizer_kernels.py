@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import megatron_adams.optimizer
-from megatron_adams.kernels import PointerTable, multi_tensor_adams
+from megatron_adams.kernels import launch, run
 from megatron_adams.optimizer import AdamS
 from megatron_adams.update import adams_update_
 
@@ -42,11 +43,16 @@ def calls(monkeypatch):
     """The backend and the number of tensors of each call of the kernels."""
     seen = []
 
-    def record(params, *args, backend, **kwargs):
-        seen.append((backend, len(params)))
-        multi_tensor_adams(params, *args, backend=backend, **kwargs)
+    def record_run(batch, scalars, backend, table):
+        run(batch, scalars, backend, table)
+        seen.append((backend, len(batch.params)))
 
-    monkeypatch.setattr(megatron_adams.optimizer, "multi_tensor_adams", record)
+    def record_launch(table, scalars, backend):
+        launch(table, scalars, backend)
+        seen.append((backend, table.num_tensors))
+
+    monkeypatch.setattr(megatron_adams.optimizer, "run", record_run)
+    monkeypatch.setattr(megatron_adams.optimizer, "launch", record_launch)
     return seen
 
 
@@ -141,20 +147,100 @@ def test_one_call_for_each_kind_of_tensors_of_a_group(calls):
     assert calls == [("host", 40), ("host", 3), ("foreach", 2)]
 
 
-def test_tables_are_kept_from_step_to_step(monkeypatch):
-    built = []
-    monkeypatch.setattr(
-        PointerTable,
-        "__init__",
-        lambda self, original=PointerTable.__init__: [original(self), built.append(self)][0],
-    )
+def test_tables_are_built_once_while_nothing_moves():
     params = [nn.Parameter(torch.randn(5)) for _ in range(4)]
     optimizer = AdamS([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}])
     for param in params:
         param.grad = torch.randn_like(param)
     for _ in range(3):
         optimizer.step()
-    assert [table.num_builds for table in optimizer._tables.values()] == [1, 1]
+    builds = [t.num_builds for plan in optimizer._plans.values() for t in plan.tables.values()]
+    assert builds == [1, 1]
+
+
+def new_grad(optimizer, param):
+    param.grad = torch.randn(50)
+
+
+def no_grad(optimizer, param):
+    param.grad = None
+
+
+def new_data(optimizer, param):
+    param.data = param.data.clone()
+
+
+def new_exp_avg(optimizer, param):
+    optimizer.state[param]["exp_avg"] = torch.randn(50)
+
+
+def new_state(optimizer, param):
+    optimizer.state[param] = {"exp_avg": torch.randn(50)}
+
+
+def other_grad_dtype(optimizer, param):
+    grad = param.grad.view(torch.bfloat16)[:50]
+    param.grad = None
+    param.grad_dtype = None
+    param.grad = grad
+
+
+def loaded(optimizer, param):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def new_model_param(optimizer, param):
+    optimizer.model_params[param] = torch.zeros(50, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        new_grad,
+        no_grad,
+        new_data,
+        new_exp_avg,
+        new_state,
+        other_grad_dtype,
+        loaded,
+        new_model_param,
+    ],
+)
+def test_tensors_that_moved_between_steps_are_followed(move):
+    """What a step launches again from the step before is what is there now."""
+    torch.manual_seed(0)
+    moved, other = nn.Parameter(torch.randn(50)), nn.Parameter(torch.randn(20))
+    optimizer = build([moved, other])
+    kept = []  # so that no address is used twice
+    for step in (1, 2, 3):
+        kept.append([moved.data, moved.grad, optimizer.state[moved].get("exp_avg")])
+        if step == 2:
+            move(optimizer, moved)
+        else:
+            moved.grad = torch.randn(50) if moved.grad is None else moved.grad
+        other.grad = torch.randn(20) if other.grad is None else other.grad
+        want = []
+        for param in (moved, other):
+            exp_avg = optimizer.state[param].get("exp_avg", torch.zeros_like(param)).clone()
+            want.append((param.detach().clone(), exp_avg))
+            if param.grad is not None:
+                oracle_(*want[-1][:1], param.grad, exp_avg, step)
+        optimizer.step()
+        for param, (expected, exp_avg) in zip((moved, other), want, strict=True):
+            assert torch.equal(param, expected)
+            assert torch.equal(optimizer.state[param]["exp_avg"], exp_avg)
+    if move is new_model_param:
+        assert torch.equal(optimizer.model_params[moved], moved.bfloat16())
+
+
+def test_gradients_are_freed_between_steps():
+    param = nn.Parameter(torch.randn(50))
+    optimizer = build([param])
+    param.grad = torch.randn(50)
+    alive = weakref.ref(param.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert alive() is None
 
 
 @pytest.mark.parametrize(
