@@ -106,9 +106,9 @@ class KernelCache:
 
     def _warn(self, exc: OSError) -> None:
         _warn_once(
-            f"kernel cache {self.folder}: {exc.strerror}. It is not used: every process compiles "
-            f"its own kernels. Set {ENVIRONMENT_VARIABLE} to a folder that you own, that nobody "
-            "else can write, and that has room"
+            f"kernel cache {self.folder}: {exc.strerror}. Every process compiles what it cannot "
+            f"find there for itself. Set {ENVIRONMENT_VARIABLE} to a folder that you own, that "
+            "nobody else can write, and that has room"
         )
 
     @contextmanager

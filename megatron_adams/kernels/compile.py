@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -28,6 +29,9 @@ _FORMAT = 1
 _SOURCE = Path(__file__).parent / "source"
 _CPUINFO = Path("/proc/cpuinfo")
 _COMPILER_TIMEOUT_S = 300
+# cuda.core 1.2.2 replaces its own __spec__ while it is being imported, so that Python lets a second
+# thread import from half of it.
+_cuda_core_import = threading.Lock()
 _INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)"')
 
 # The x86-64 psABI's levels, by the names of /proc/cpuinfo; each needs those before it.
@@ -269,7 +273,8 @@ def compile_cuda(text: str, defines: Mapping[str, str], arch: str) -> bytes:
         CompileError: no NVRTC, or it fails.
     """
     try:
-        from cuda.core import Program, ProgramOptions
+        with _cuda_core_import:
+            from cuda.core import Program, ProgramOptions
     except ImportError as exc:
         raise _no_nvrtc(exc) from exc
     macros = list(defines.items()) or None  # it refuses an empty list
