@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_adams.megatron.config import (
     ADAMS,
     DEFAULT_BETA2,
+    KERNELS,
     AdamSOptimizerConfig,
     check_config,
     stated_as_adam,
@@ -42,6 +43,13 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             help="Divide the old and the new exp_avg by 1 - beta1^step, as the authors' released "
             "code does; the paper, and the default, has no bias correction.",
         )
+        group.add_argument(
+            "--adams-kernel",
+            choices=KERNELS,
+            default=KERNELS[0],
+            help="What computes the step: a CUDA kernel, the same kernel compiled for the CPU, or "
+            "PyTorch operations; auto is the first of them that the parameters' device has.",
+        )
         return parser
 
     return add_megatron_arguments
@@ -59,11 +67,7 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         # Saved with the checkpoint: a plain float, loadable without this package.
         args.adam_beta2 = float(args.adam_beta2)
         if args.optimizer != ADAMS:
-            if args.adams_bias_correction:
-                raise ValueError(
-                    f"--adams-bias-correction with --optimizer {args.optimizer}: it belongs to "
-                    f"--optimizer {ADAMS}; remove it or change the optimizer"
-                )
+            _refuse_own_flags(args)
             return original(args, *rest, **kwargs)
         if not beta2_given:
             args.adam_beta2 = DEFAULT_BETA2
@@ -72,6 +76,19 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(args, *rest, **kwargs)
 
     return validate_args
+
+
+def _refuse_own_flags(args: argparse.Namespace) -> None:
+    given = {
+        "--adams-bias-correction": args.adams_bias_correction,
+        f"--adams-kernel {args.adams_kernel}": args.adams_kernel != KERNELS[0],
+    }
+    for flag, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"{flag} with --optimizer {args.optimizer}: it belongs to --optimizer {ADAMS}; "
+                f"remove it or change the optimizer"
+            )
 
 
 def wrap_validate_yaml(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +165,9 @@ def wrap_get_megatron_optimizer_config(original: Callable[..., Any]) -> Callable
         config, overrides = original(args)
         if config.optimizer == ADAMS:
             config = AdamSOptimizerConfig.from_config(
-                config, adams_bias_correction=args.adams_bias_correction
+                config,
+                adams_bias_correction=args.adams_bias_correction,
+                adams_kernel=args.adams_kernel,
             )
         return config, overrides
 

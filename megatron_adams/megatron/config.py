@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_adams.optimizer import AdamS
 
 ADAMS = "adams"
+KERNELS = ("auto", "cuda", "host", "foreach")
 DEFAULT_BETA2 = 0.95
 
 _NOT_SUPPORTED = {
@@ -35,6 +36,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
     adams_bias_correction: bool = False
     """Divide the old and the new exp_avg by 1 - beta1^step (the authors' released code)."""
 
+    adams_kernel: str = "auto"
+    """What computes the step: one of KERNELS."""
+
     def __post_init__(self) -> None:
         # Before Megatron's own checks, which name other flags.
         check_config(self)
@@ -47,10 +51,10 @@ class AdamSOptimizerConfig(OptimizerConfig):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     @classmethod
-    def from_config(cls, config: OptimizerConfig, *, adams_bias_correction: bool = False) -> Self:
+    def from_config(cls, config: OptimizerConfig, **own_fields: Any) -> Self:
         """The same configuration, with adams's own fields."""
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
-        return cls(**values, adams_bias_correction=adams_bias_correction)
+        return cls(**values, **own_fields)
 
 
 def check_config(config: Any) -> None:

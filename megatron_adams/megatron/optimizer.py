@@ -11,10 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.mimo.model.base import MimoModel
-from megatron.core.optimizer import (
-    ChainedOptimizer,
-    DistributedOptimizer,
-)
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.utils import log_single_rank
 
@@ -24,6 +21,7 @@ from megatron_adams.megatron.config import (
     check_config,
     stated_as_adam,
 )
+from megatron_adams.megatron.fused_step import FusedStepChain, FusedStepOptimizer, describe
 from megatron_adams.optimizer import AdamS
 
 logger = logging.getLogger(__name__)
@@ -74,13 +72,16 @@ def adopt(optimizer: ChainedOptimizer, config: AdamSOptimizerConfig) -> "AdamSCh
         if part.optimizer is not None:
             part.optimizer = _adams_from(part.optimizer, config)
             part.init_state_fn = init_state
+            if isinstance(part, AdamSDistributedOptimizer):
+                part.prepare_step()
+            part.optimizer.compile_kernels()
     optimizer.__class__ = AdamSChainedOptimizer
     num_params = sum(p.numel() for p in optimizer.get_parameters())
     log_single_rank(
         logger,
         logging.INFO,
         f"{ADAMS}: state is exp_avg, {4 * num_params} bytes for the {num_params} parameters "
-        f"of this rank",
+        f"of this rank; {describe(optimizer)}",
     )
     return optimizer
 
@@ -100,6 +101,7 @@ def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> Ad
         weight_decay=config.weight_decay,
         adam_w_mode=config.decoupled_weight_decay,
         bias_correction=config.adams_bias_correction,
+        kernel=config.adams_kernel,
     )
 
 
@@ -110,7 +112,7 @@ def init_state(optimizer: AdamS, config: Any = None) -> None:
             optimizer.initialize_state(param)
 
 
-class AdamSDistributedOptimizer(DistributedOptimizer):
+class AdamSDistributedOptimizer(FusedStepOptimizer):
     """Megatron's DistributedOptimizer (0.19) with `exp_avg` as the only state of a shard."""
 
     optimizer_state_keys = ("exp_avg",)
@@ -224,7 +226,7 @@ class AdamSDistributedOptimizer(DistributedOptimizer):
             yield from state[gbuf_idx].values()
 
 
-class AdamSChainedOptimizer(ChainedOptimizer):
+class AdamSChainedOptimizer(FusedStepChain):
     """Megatron's ChainedOptimizer (0.19), which also loads a chain of another length.
 
     With expert parallelism the experts have an optimizer of their own, without it they do not:

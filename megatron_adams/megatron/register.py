@@ -10,6 +10,7 @@ from megatron_adams.megatron.hooks import Hook, Symbol, attach, check_version, r
 
 logger = logging.getLogger(__name__)
 
+_OPTIMIZERS = "megatron.core.optimizer.optimizer"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 
 # What AdamSDistributedOptimizer and AdamSChainedOptimizer override, and what this package's
@@ -42,11 +43,16 @@ _RELIED_ON = (
         ("self", "use_gloo_comm", "empty_data", "return_on_all_ranks"),
     ),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.get_parameter_state_dp_reshardable", ("self",)),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}.step_with_ready_grads", ("self",)),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}._copy_main_params_to_model_params", ("self",)),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}._collect_main_grad_data_for_unscaling", ("self",)),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}._get_model_param_range_map", ("self", "param")),
     Symbol(
-        "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
-        ("self", "state_dict"),
+        f"{_OPTIMIZERS}.MixedPrecisionOptimizer._unscale_main_grads_and_check_for_nan", ("self",)
     ),
-    Symbol("megatron.core.optimizer.optimizer.param_group_identifier_keys"),
+    Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.step", ("self",)),
+    Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.load_state_dict", ("self", "state_dict")),
+    Symbol(f"{_OPTIMIZERS}.param_group_identifier_keys"),
     Symbol("megatron.core.optimizer.ChainedOptimizer"),
     Symbol("megatron.core.optimizer.DistributedOptimizer"),
     Symbol("megatron.core.models.mimo.model.base.MimoModel"),
@@ -61,12 +67,24 @@ _RELIED_ON = (
 
 
 def _core_hooks() -> list[Hook]:
-    from megatron_adams.megatron import datasets, optimizer
+    from megatron_adams.megatron import datasets, fused_step, optimizer
 
+    clip_grads = "megatron.core.optimizer.clip_grads"
     return [
         Hook(
             Symbol("megatron.core.optimizer.get_megatron_optimizer", ("config", "model_chunks")),
             optimizer.wrap_get_megatron_optimizer,
+        ),
+        Hook(
+            Symbol(f"{clip_grads}.get_grad_norm_fp32", ("grads_for_norm",)),
+            fused_step.wrap_get_grad_norm_fp32,
+        ),
+        Hook(
+            Symbol(
+                f"{clip_grads}.clip_grad_by_total_norm_fp32",
+                ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
+            ),
+            fused_step.wrap_clip_grad_by_total_norm_fp32,
         ),
         Hook(
             Symbol("megatron.core.datasets.utils.compile_helpers"),

@@ -91,14 +91,16 @@ def record_steps(inner: torch.optim.Optimizer) -> dict[str, Any]:
 
     Returns:
         "start": see `snapshot`; "steps": for every step and param, in the same order, the
-        group's hyperparameters and the gradient.
+        group's hyperparameters and the gradient, unscaled and clipped.
     """
     recorded: dict[str, Any] = {"start": snapshot(inner), "steps": []}
 
-    def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def record(optimizer: torch.optim.Optimizer, _: Any, kwargs: dict[str, Any]) -> None:
+        # Clipping is done inside the step, by this factor.
+        scale = kwargs.get("grad_scale", 1.0)
         recorded["steps"].append(
             [
-                ({k: v for k, v in group.items() if k != "params"}, param.grad.clone())
+                ({k: v for k, v in group.items() if k != "params"}, param.grad * scale)
                 for group in optimizer.param_groups
                 for param in group["params"]
             ]

@@ -37,9 +37,11 @@ def observe(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
         inners = [part.optimizer for part in chain.chained_optimizers if part.optimizer]
         grads: list[torch.Tensor] = []
 
-        def record(inner: torch.optim.Optimizer, *_: Any) -> None:
+        def record(inner: torch.optim.Optimizer, _: Any, kwargs: dict[str, Any]) -> None:
+            # Clipping is done inside the step, by this factor.
+            scale = kwargs.get("grad_scale", 1.0)
             grads.extend(
-                param.grad.clone() for group in inner.param_groups for param in group["params"]
+                param.grad * scale for group in inner.param_groups for param in group["params"]
             )
 
         handles = [inner.register_step_pre_hook(record) for inner in inners]

@@ -402,5 +402,6 @@ def test_other_optimizers_run_as_without_the_plugin(
                     assert torch.equal(my_shard["state"][key], tensor)
     mine, theirs = printed_arguments(registered.log), printed_arguments(plain.log)
     assert mine.pop("adams_bias_correction") == "False"
+    assert mine.pop("adams_kernel") == "auto"
     assert mine == theirs
     assert theirs["adam_beta2"] == "0.999"

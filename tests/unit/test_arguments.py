@@ -28,8 +28,11 @@ def test_config_has_adams_beta2_and_name() -> None:
 
 def test_from_config_keeps_every_field() -> None:
     plain = OptimizerConfig(optimizer="adams", lr=3e-4, adam_beta2=0.9, clip_grad=0.5, bf16=True)
-    config = AdamSOptimizerConfig.from_config(plain, adams_bias_correction=True)
-    assert {**vars(plain), "adams_bias_correction": True} == vars(config)
+    config = AdamSOptimizerConfig.from_config(
+        plain, adams_bias_correction=True, adams_kernel="host"
+    )
+    own = {"adams_bias_correction": True, "adams_kernel": "host"}
+    assert {**vars(plain), **own} == vars(config)
 
 
 def test_config_is_printed_as_adams_while_stated_as_adam() -> None:

@@ -1,0 +1,258 @@
+"""What AdamS.step does in the place of passes that Megatron makes over memory around it.
+
+Megatron (0.19) multiplies all gradients in place by 1 / loss scale, then by the clip coefficient,
+and after the step copies the main params to the model params. AdamS.step takes one factor for
+the gradients, which it only reads, and writes the model params beside the main params. The bits
+are the same: a loss scale that is a power of two changes no rounding, above fp32's smallest normal
+number, and Megatron's copy rounds as the step does.
+
+Megatron's own passes are kept where something needs them: see `why_gradients_are_scaled` and
+`FusedStepOptimizer.why_params_are_copied`. Used by optimizer.py, whose classes have these as bases.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
+from torch import Tensor
+
+_NOT_DISTRIBUTED = "the optimizer is not a distributed one"
+
+
+class FusedStepOptimizer(DistributedOptimizer):
+    """Megatron's DistributedOptimizer (0.19), whose inner step also scales and copies.
+
+    It gets its class by assignment, so that there is no constructor: `prepare_step` is called once
+    the inner optimizer is in place.
+    """
+
+    # What the gradients have still to be multiplied by, while a step leaves that to the inner
+    # optimizer.
+    _grad_scale: float | Tensor | None = None
+    # Set while a step runs whose inner optimizer writes the model params.
+    _params_are_written = False
+    # (shard of the model's param buffer, main param) of each fp32 param of this rank.
+    _fp32_params: Sequence[tuple[Tensor, Tensor]] = ()
+
+    def prepare_step(self) -> None:
+        """Tell the inner optimizer which model param belongs to each main param."""
+        self.optimizer.register_step_pre_hook(self._add_grad_scale)
+        if self.why_params_are_copied() is None:
+            # These tensors live as long as the model: where Megatron offloads param buffers or main
+            # params to the CPU, it exchanges the memory behind them.
+            self.optimizer.model_params = {
+                main_param: self._param_buffer_shard(model_param)
+                for model_param, main_param in _pairs(
+                    self.model_float16_groups, self.shard_fp32_from_float16_groups
+                )
+            }
+            self._fp32_params = [
+                (self._param_buffer_shard(model_param), main_param)
+                for model_param, main_param in _pairs(
+                    self.model_fp32_groups, self.shard_fp32_groups
+                )
+            ]
+
+    def why_params_are_copied(self) -> str | None:
+        """Why Megatron's own pass has to write the model params, None if the step can do it."""
+        if self.ddp_config.fp8_param_gather or self.ddp_config.fp4_param_gather:
+            return "the model params are quantized from the main params"
+        return None
+
+    def inv_scale(self) -> float:
+        """1 / loss scale; 1.0 without one."""
+        return float(self.grad_scaler.inv_scale) if self.grad_scaler else 1.0
+
+    def _param_buffer_shard(self, model_param: Tensor) -> Tensor:
+        """The part of the model's param buffer that `_copy_main_params_to_model_params` writes."""
+        world_range = self._get_model_param_range_map(model_param)["gbuf_world_in_bucket"]
+        gbuf_index, _, bucket_id = self.model_param_gbuf_map[model_param]
+        param_data = self.buffers[gbuf_index].buckets[bucket_id].param_data
+        return param_data.view(-1)[world_range.start : world_range.end]
+
+    def _add_grad_scale(
+        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._grad_scale is None:
+            return None
+        return args, {**kwargs, "grad_scale": self._grad_scale}
+
+    def _unscale_main_grads_and_check_for_nan(self) -> bool:
+        """As upstream: is a gradient of any rank inf or nan? The gradients are only read here."""
+        if self._grad_scale is None:
+            return super()._unscale_main_grads_and_check_for_nan()
+        grads = [] if self.is_stub_optimizer else self._collect_main_grad_data_for_unscaling()
+        # The maximum norm of gradients is finite where each of them is: it cannot overflow.
+        largest = torch.nn.utils.get_total_norm(grads, norm_type=math.inf)
+        self.found_inf.copy_(~largest.isfinite())
+        torch.distributed.all_reduce(
+            self.found_inf,
+            op=torch.distributed.ReduceOp.MAX,
+            group=self.get_grad_stats_parallel_group(),
+        )
+        return self.found_inf.item() > 0
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """As upstream, but for copying main params that the inner step has written."""
+        self._params_are_written = (
+            not self.is_stub_optimizer
+            and self.why_params_are_copied() is None
+            # Megatron's offload_to_cpu and restore_from_cpu give an fp32 shard memory of its own.
+            and all(shard.data_ptr() == param.data_ptr() for shard, param in self._fp32_params)
+        )
+        try:
+            return super().step_with_ready_grads()
+        finally:
+            self._params_are_written = False
+
+    def _copy_main_params_to_model_params(self) -> None:
+        if not self._params_are_written:
+            super()._copy_main_params_to_model_params()
+
+
+class FusedStepChain(ChainedOptimizer):
+    """Megatron's ChainedOptimizer (0.19), which leaves the gradients as they are where it can."""
+
+    @torch.no_grad()
+    def step(self) -> Any:
+        """As upstream, with the functions that are wrapped below."""
+        if why_gradients_are_scaled(self) is not None:
+            return super().step()
+        with _deferred(self.chained_optimizers):
+            return super().step()
+
+
+def why_gradients_are_scaled(chain: ChainedOptimizer) -> str | None:
+    """Why Megatron has to scale the gradients of a chain in place, None if the step can do it.
+
+    The same on all ranks: the grad norm is summed over gradients that are all scaled or all not.
+    """
+    parts = chain.chained_optimizers
+    if not all(isinstance(part, FusedStepOptimizer) for part in parts):
+        return _NOT_DISTRIBUTED
+    if any(part.config.log_num_zeros_in_grad for part in parts):
+        return "the zeros of scaled gradients are counted"
+    inv_scales = {part.inv_scale() for part in parts}
+    if len(inv_scales) != 1:
+        return "dense parameters and experts have loss scales of their own, which differ"
+    if math.frexp(*inv_scales)[0] != 0.5:
+        # gradient * inv_scale would be rounded before it is clipped.
+        return "the loss scale is not a power of two"
+    return None
+
+
+class _Deferral(NamedTuple):
+    parts: Sequence[FusedStepOptimizer]
+    inv_scale: float
+
+
+# The step that is under way and scales no gradient. Megatron's functions of gradients have no
+# argument that says for whom they are called.
+_deferral: ContextVar[_Deferral | None] = ContextVar("megatron_adams_deferral", default=None)
+
+
+@contextmanager
+def _deferred(parts: Sequence[FusedStepOptimizer]) -> Iterator[None]:
+    inv_scale = parts[0].inv_scale()
+    token = _deferral.set(_Deferral(parts, inv_scale))
+    try:
+        for part in parts:
+            part._grad_scale = inv_scale
+        yield
+    finally:
+        _deferral.reset(token)
+        for part in parts:
+            part._grad_scale = None
+
+
+def wrap_get_grad_norm_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the norm of unscaled gradients where a step has left them scaled."""
+
+    def get_grad_norm_fp32(*args: Any, **kwargs: Any) -> float | Tensor:
+        norm: float | Tensor = original(*args, **kwargs)
+        deferral = _deferral.get()
+        if deferral is None or deferral.inv_scale == 1:
+            return norm
+        return _unscaled_norm(norm, deferral.inv_scale)
+
+    return get_grad_norm_fp32
+
+
+def _unscaled_norm(norm: float | Tensor, inv_scale: float) -> float | Tensor:
+    """The bits of the norm that Megatron takes of gradients * inv_scale, a power of two.
+
+    The sum of squares is an fp32 number. A tensor is its fp32 root, which scales exactly. A float
+    is its ** 0.5 in double, which does not: 3 in 10,000 differ in the last bit. The sum itself
+    is the fp32 number next to the float's square, and scales exactly.
+    """
+    if isinstance(norm, Tensor):
+        return norm * inv_scale
+    sum_of_squares = torch.tensor(norm**2, dtype=torch.float32).item()
+    return float((sum_of_squares * inv_scale**2) ** 0.5)
+
+
+def wrap_clip_grad_by_total_norm_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave clipping to the inner step of the optimizer whose gradients are to be clipped.
+
+    The original clips where only some of an optimizer's parameters are given (parameters with a
+    grad norm of their own), or another optimizer's.
+    """
+
+    def clip_grad_by_total_norm_fp32(
+        parameters: Any, max_norm: float, total_norm: float | Tensor, *rest: Any, **kwargs: Any
+    ) -> None:
+        part = _deferring_part(parameters)
+        if part is None:
+            original(parameters, max_norm, total_norm, *rest, **kwargs)
+            return
+        # As upstream, up to the multiplication.
+        clip_coeff = max_norm / (total_norm + 1.0e-6)
+        assert part._grad_scale is not None
+        if isinstance(clip_coeff, Tensor):
+            part._grad_scale = clip_coeff.clamp_max_(1.0) * part._grad_scale
+        elif clip_coeff < 1.0:
+            part._grad_scale = clip_coeff * part._grad_scale
+
+    return clip_grad_by_total_norm_fp32
+
+
+def _deferring_part(parameters: Sequence[Tensor]) -> FusedStepOptimizer | None:
+    """The part of the step under way that has exactly these parameters."""
+    deferral = _deferral.get()
+    ids = [id(param) for param in parameters]
+    for part in deferral.parts if deferral is not None else ():
+        if ids == [id(param) for param in part.get_parameters()]:
+            return part
+    return None
+
+
+def describe(chain: ChainedOptimizer) -> str:
+    """Which of Megatron's passes the step of a chain takes over, and why not the others."""
+    scaled = why_gradients_are_scaled(chain)
+    copied = next(filter(None, map(_why_params_are_copied, chain.chained_optimizers)), None)
+    return (
+        f"gradients are clipped and unscaled {_where(scaled)}, model params are written "
+        f"{_where(copied)}"
+    )
+
+
+def _why_params_are_copied(part: Any) -> str | None:
+    if not isinstance(part, FusedStepOptimizer):
+        return _NOT_DISTRIBUTED
+    return None if part.is_stub_optimizer else part.why_params_are_copied()
+
+
+def _where(reason: str | None) -> str:
+    return "in the step" if reason is None else f"by Megatron ({reason})"
+
+
+def _pairs(
+    groups: Sequence[Sequence[Tensor]], other_groups: Sequence[Sequence[Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for group, other_group in zip(groups, other_groups, strict=True):
+        yield from zip(group, other_group, strict=True)
