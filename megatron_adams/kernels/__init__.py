@@ -199,8 +199,8 @@ def _load(backend: str, mode: Mode, device: torch.device) -> None:
         from megatron_adams.kernels import cuda
     except ImportError as exc:
         raise CompileError(
-            f"the CUDA kernel is compiled and launched through cuda.core, which cannot be imported "
-            f"({exc}): pip install cuda-core"
+            f"the CUDA kernel is launched through cuda.bindings, which cannot be imported ({exc}): "
+            "torch's CUDA builds bring it; or pip install cuda-core[cu13], [cu12] for CUDA 12"
         ) from exc
     cuda.load(mode, device)
 

@@ -1,17 +1,24 @@
-"""The kernel on a GPU: compiled by NVRTC at first use, launched through cuda.core.
+"""The kernel on a GPU: compiled by NVRTC at first use, launched on torch's current stream.
 
-`Driver` is the seam to the GPU: the tests put the same kernel, executed on the CPU, in its place.
+Compiled through cuda.core (compile.py), and loaded and launched through the driver's bindings below
+it, which torch has imported already: importing cuda.core takes longer than all else of a start with
+a filled cache. `Driver` is the seam to the GPU: the tests put the same kernel, executed on the CPU,
+in its place.
 """
 
-import ctypes
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
-import cuda.core
 import torch
-from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Stream
+from cuda.bindings import driver as bindings
 
-from megatron_adams.kernels.batch import Argument, Batch, Scalars, kernel_arguments, update_table
+from megatron_adams.kernels.batch import (
+    Argument,
+    Batch,
+    Scalars,
+    kernel_arguments,
+    update_table,
+)
 from megatron_adams.kernels.compile import cubin
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.table import PointerTable
@@ -40,7 +47,11 @@ class Driver(Protocol):
 
 
 class CudaDriver:
-    """The GPU."""
+    """The GPU.
+
+    Raises:
+        RuntimeError: the driver refuses; with its own words.
+    """
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -54,15 +65,26 @@ class CudaDriver:
         device: torch.device,
     ) -> None:
         with torch.cuda.device(device):
-            stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-            config = LaunchConfig(grid=num_blocks, block=BLOCK)
-            kernel = _kernel(mode, entry_point, torch.cuda.current_device())
-            # cuda.core takes a pointer as an int.
-            values = [
-                argument.value or 0 if isinstance(argument, ctypes.c_void_p) else argument
-                for argument in arguments
-            ]
-            cuda.core.launch(stream, config, kernel, *values)
+            index = torch.cuda.current_device()
+            # A thread that has called nothing of CUDA yet has no context.
+            _call("cuCtxSetCurrent", _context(index))
+            kernel = _kernel(mode, entry_point, index)
+            stream = torch.cuda.current_stream().cuda_stream
+            parameters = (
+                tuple(argument.value or 0 for argument in arguments),
+                tuple(type(argument) for argument in arguments),
+            )
+            grid, block = (num_blocks, 1, 1), (BLOCK, 1, 1)
+            _call("cuLaunchKernel", kernel, *grid, *block, 0, stream, parameters, 0)
+
+
+def _call(function: str, *arguments: object) -> Any:
+    """Call the driver; return its result, if it has one."""
+    error, *result = getattr(bindings, function)(*arguments)
+    if error != bindings.CUresult.CUDA_SUCCESS:
+        _, words = bindings.cuGetErrorString(error)
+        raise RuntimeError(f"{function}: {error.name}, {words.decode()}")
+    return result[0] if result else None
 
 
 def arch_of(device: torch.device | int) -> str:
@@ -81,15 +103,19 @@ def load(mode: Mode, device: torch.device) -> None:
 
 
 @cache
-def _module(mode: Mode, device_index: int) -> ObjectCode:
-    return ObjectCode.from_cubin(cubin(mode, arch_of(device_index)))
+def _context(index: int) -> Any:
+    """The device's primary context, torch's own."""
+    return _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", index))
 
 
 @cache
-def _kernel(mode: Mode, entry_point: str, device_index: int) -> Kernel:
-    # torch has made its context, the device's primary one, current: the module goes there.
-    Device(device_index).set_current()
-    return _module(mode, device_index).get_kernel(entry_point)
+def _module(mode: Mode, index: int) -> Any:
+    return _call("cuModuleLoadData", cubin(mode, arch_of(index)))
+
+
+@cache
+def _kernel(mode: Mode, entry_point: str, index: int) -> Any:
+    return _call("cuModuleGetFunction", _module(mode, index), entry_point.encode())
 
 
 def run(batch: Batch, scalars: Scalars, table: PointerTable, driver: Driver) -> None:

@@ -10,10 +10,11 @@ from typing import Any, Self
 
 from megatron.core.optimizer import OptimizerConfig
 
+from megatron_adams.kernels import BACKENDS
 from megatron_adams.optimizer import AdamS
 
 ADAMS = "adams"
-KERNELS = ("auto", "cuda", "host", "foreach")
+KERNELS = ("auto", *BACKENDS)
 DEFAULT_BETA2 = 0.95
 
 _NOT_SUPPORTED = {

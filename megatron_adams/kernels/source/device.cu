@@ -20,6 +20,9 @@ constexpr int NARROWEST =
     smallest(smallest(sizeof(Grad::Storage), sizeof(Param::Storage)),
              smallest(sizeof(ExpAvg::Storage), has_main ? sizeof(Main::Storage) : 4));
 constexpr int VECTOR = 16 / NARROWEST;  // elements
+// How many blocks a multiprocessor must have registers for; 0: as many as it turns out. Left alone,
+// the compiler spills where 16 elements of each tensor are in registers, to get along with 64.
+constexpr int MIN_BLOCKS = VECTOR < 16 ? 0 : main_is_scaled ? 2 : 3;
 
 template <class T>
 ADAMS_FUNCTION bool is_aligned(const T* pointer) {
@@ -92,13 +95,15 @@ ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
 
 }  // namespace adams
 
-extern "C" __global__ void __launch_bounds__(adams::BLOCK) adams_update(ADAMS_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(adams::BLOCK, adams::MIN_BLOCKS)
+    adams_update(ADAMS_PARAMETERS) {
     if (ADAMS_IS_SKIPPED) return;
     adams::process<true>({table, num_tensors, amax}, ADAMS_SCALARS);
 }
 
 #if ADAMS_SCALED
-extern "C" __global__ void __launch_bounds__(adams::BLOCK) adams_measure(ADAMS_PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(adams::BLOCK, adams::MIN_BLOCKS)
+    adams_measure(ADAMS_PARAMETERS) {
     if (ADAMS_IS_SKIPPED) return;
     adams::process<false>({table, num_tensors, amax}, ADAMS_SCALARS);
 }

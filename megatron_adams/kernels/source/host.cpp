@@ -5,7 +5,7 @@
 
 namespace adams {
 
-template <bool STORE>
+template <bool STORE, int DECAY>
 static void process(const Table& table, const Scalars& scalars, int num_threads) {
     const long long num_chunks = Table::get(table, CHUNK_END, table.num_tensors - 1);
 #pragma omp parallel for num_threads(num_threads) schedule(static)
@@ -15,7 +15,9 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
         Param::Storage* __restrict param = chunk.param;
         ExpAvg::Storage* __restrict exp_avg = chunk.exp_avg;
         Main::Storage* __restrict main = chunk.main;
-        const Scalars s = scalars;
+        Scalars s = scalars;
+        // Known when the loop is compiled: otherwise both kinds' roots and quotients are computed.
+        s.decay = DECAY;
         const TensorScales scales = chunk.scales;
         int param_amax = 0, exp_avg_amax = 0, main_amax = 0;
 #pragma omp simd reduction(max : param_amax, exp_avg_amax, main_amax)
@@ -28,6 +30,15 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
         }
         merge_amax<STORE>(table, chunk.tensor, {param_amax, exp_avg_amax, main_amax});
         if (STORE && chunk.is_first) write_param_scale_inv(table, chunk);
+    }
+}
+
+template <bool STORE>
+static void process(const Table& table, const Scalars& scalars, int num_threads) {
+    switch (scalars.decay) {
+        case NO_DECAY: return process<STORE, NO_DECAY>(table, scalars, num_threads);
+        case DECOUPLED: return process<STORE, DECOUPLED>(table, scalars, num_threads);
+        case L2: return process<STORE, L2>(table, scalars, num_threads);
     }
 }
 
