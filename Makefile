@@ -7,7 +7,7 @@ VENV ?= .venv
 SETUP := $(if $(VENV),$(VENV)/.complete,)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help setup train test lint sweep clean
+.PHONY: help setup train test lint sweep bench clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -28,6 +28,9 @@ train: $(SETUP)  ## train a small GPT with AdamS and with AdamW, and compare the
 
 sweep: $(SETUP)  ## the learning-rate sweep behind the recipe's defaults
 	$(RUN) examples/pretrain_gpt/sweep.py $(ARGS)
+
+bench: $(SETUP)  ## time AdamS's step against other optimizers and the memory stream
+	$(RUN) benchmarks/step.py $(ARGS)
 
 test: lint  ## lint, type-check and run all tests
 	$(RUN) -m pytest $(ARGS)
