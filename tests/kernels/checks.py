@@ -34,6 +34,8 @@ DTYPES = {
 }
 # Around a vector, a block's stride and a chunk; nothing at all; a chunk and a tail.
 SIZES = (0, 1, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 1023, 4096, 0, CHUNK - 1, CHUNK, CHUNK + 5, 0)
+# Offsets that align the tensors of one index in different ways.
+MISALIGNED = (1, 0, 3, 2, 0)
 
 # The step that a bias correction in `scalar_cases` is the one of.
 STEP = 3
@@ -81,7 +83,7 @@ def make_batch(
     *,
     seed: int = 0,
     device: str = "cpu",
-    misaligned: bool = False,
+    offsets: Sequence[int] = (0,),
     special: bool = False,
 ) -> Batch:
     """Random tensors of a mode.
@@ -91,15 +93,15 @@ def make_batch(
         sizes: elements of each tensor.
         seed: of the numbers.
         device: where they are put.
-        misaligned: each tensor starts one to three elements into its storage, so that the tensors
-            of one index are aligned in different ways.
+        offsets: elements of a storage before its tensor, for one tensor after another, again and
+            again. A storage ends where its tensor ends, so that a sanitizer sees what goes beyond.
         special: zeros, subnormals, huge numbers, infinities and NaNs among them.
     """
     generator = torch.Generator().manual_seed(seed)
-    offsets = itertools.cycle((1, 0, 3, 2) if misaligned else (0,))
+    next_offset = itertools.cycle(offsets)
 
     def place(values: Tensor) -> Tensor:
-        offset = next(offsets)
+        offset = next(next_offset)
         storage = values.new_empty(values.numel() + offset).to(device)
         view = storage[offset:]
         view.view(_bits_dtype(values)).copy_(values.view(_bits_dtype(values)))

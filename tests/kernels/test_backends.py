@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import SIZES, check, check_all, make_batch, scalar_cases
+from checks import MISALIGNED, SIZES, check, check_all, make_batch, scalar_cases
 from emulator import EmulatedDriver
 
 from megatron_adams.kernels import PointerTable, cuda, foreach, host
@@ -35,10 +35,10 @@ BACKENDS = {"host": run_host, "foreach": foreach.run, "emulated": run_emulated}
 @torch.no_grad()
 def test_every_mode_gives_the_bits_of_the_oracle(mode):
     cases = scalar_cases()
-    for name, misaligned in (("device_scalars", False), ("l2", True)):
+    for name, offsets in (("device_scalars", (0,)), ("l2", MISALIGNED)):
         wrong = check_all(
             BACKENDS,
-            lambda misaligned=misaligned: make_batch(mode, misaligned=misaligned, seed=1),
+            lambda offsets=offsets: make_batch(mode, offsets=offsets, seed=1),
             cases[name],
         )
         assert not wrong, name
@@ -69,7 +69,7 @@ def test_threads_of_the_host_do_not_show_in_the_bits(num_threads):
     torch.set_num_threads(num_threads)
     try:
         for mode in REPRESENTATIVES:
-            batch = make_batch(mode, (100_000, *SIZES), misaligned=True, seed=4)
+            batch = make_batch(mode, (100_000, *SIZES), offsets=MISALIGNED, seed=4)
             assert not check(run_host, batch, scalar_cases()["decoupled"]), mode.name
     finally:
         torch.set_num_threads(before)

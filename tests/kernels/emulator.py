@@ -1,0 +1,144 @@
+"""The GPU form of the kernel, executed on the CPU: `EmulatedDriver` in place of a GPU.
+
+source/device.cu is compiled by g++ behind shim.h, which has what it takes from CUDA. The table, the
+arguments and the choice of entry points are the product's own (kernels/cuda.py).
+"""
+
+import ctypes
+import hashlib
+import random
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from megatron_adams.kernels import compile as compiling
+from megatron_adams.kernels.cache import KernelCache
+from megatron_adams.kernels.cuda import BLOCK
+from megatron_adams.kernels.modes import Mode
+
+SOURCE = Path(compiling.__file__).parent / "source"
+_SHIM = Path(__file__).parent / "shim.h"
+# -O1 takes a third of -O3's time, and the tests run small tensors. Uninitialized memory is filled
+# with a pattern, as registers of a GPU hold anything.
+FLAGS = (
+    *("-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"),
+    "-ftrivial-auto-var-init=pattern",
+)
+
+# LANES in shim.h.
+_LANES = 32
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = (
+        ("blocks", ctypes.POINTER(ctypes.c_longlong)),
+        ("num_blocks", ctypes.c_longlong),
+        ("warps", ctypes.POINTER(ctypes.c_int)),
+        ("num_warps", ctypes.c_int),
+        ("lanes", ctypes.POINTER(ctypes.c_int)),
+    )
+
+
+def device_text(mode: Mode, source: Path = SOURCE) -> str:
+    """The emulated kernel of a mode: shim.h, device.cu with its includes, and the exports."""
+    exports = (f"EMULATED({entry_point})" for entry_point in mode.entry_points)
+    return "\n".join((_SHIM.read_text(), compiling.source_text("device.cu", source), *exports, ""))
+
+
+def build(text: str, mode: Mode, flags: Sequence[str], output: Path) -> None:
+    """Compile a text for a mode into a shared library."""
+    macros = (f"-D{name}={value}" for name, value in mode.defines().items())
+    command = ["g++", *flags, *macros, "-x", "c++", "-", "-o", str(output)]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise compiling.CompileError(done.stderr)
+
+
+def load_emulator(mode: Mode, source: Path = SOURCE, flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
+    """The emulated kernel of a mode, from the cache of compiled kernels or compiled for it."""
+    text = device_text(mode, source)
+    digest = hashlib.sha256(f"{text} {mode} {flags}".encode()).hexdigest()[:32]
+
+    def compiled() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            build(text, mode, flags, Path(folder) / "emulator.so")
+            return (Path(folder) / "emulator.so").read_bytes()
+
+    image = KernelCache().get(f"emulated-{mode.name}.{digest}.so", compiled)
+    return compiling.load_library(image, mode.name)
+
+
+load_once = cache(load_emulator)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch, and what it was given."""
+
+    mode: Mode
+    entry_point: str
+    num_blocks: int
+    arguments: tuple[ctypes._SimpleCData, ...]
+
+
+@dataclass
+class EmulatedDriver:
+    """cuda.Driver on the CPU.
+
+    Attributes:
+        order: of blocks, warps and lanes: 0 forward, 1 reversed, otherwise the seed of a shuffle.
+        is_recording: what `is_capturing` says; then nothing is executed, as in a capture.
+        blocks: the only blocks that are executed; None: all of them.
+        load: mode -> the library.
+        launches: all launches so far.
+    """
+
+    order: int = 0
+    is_recording: bool = False
+    blocks: Sequence[int] | None = None
+    load: object = load_once
+    launches: list[Launch] = field(default_factory=list)
+
+    def is_capturing(self) -> bool:
+        return self.is_recording
+
+    def launch(self, mode, entry_point, num_blocks, arguments, device) -> None:
+        assert device == torch.device("cpu")
+        assert num_blocks > 0  # CUDA: invalid argument
+        # The values as they are now: a launch copies its arguments.
+        copies = tuple(type(argument)(argument.value) for argument in arguments)
+        self.launches.append(Launch(mode, entry_point, num_blocks, copies))
+        if not self.is_recording:
+            self.execute(self.launches[-1])
+
+    def replay(self) -> None:
+        """Execute all recorded launches, as the replay of a CUDA graph does."""
+        for launch in self.launches:
+            self.execute(launch)
+
+    def execute(self, launch: Launch) -> None:
+        blocks = range(launch.num_blocks) if self.blocks is None else self.blocks
+        warps, lanes = range(BLOCK // _LANES), range(_LANES)
+        grid = _Grid(
+            (ctypes.c_longlong * len(blocks))(*self._ordered(blocks)),
+            len(blocks),
+            (ctypes.c_int * len(warps))(*self._ordered(warps)),
+            len(warps),
+            (ctypes.c_int * len(lanes))(*self._ordered(lanes)),
+        )
+        library = self.load(launch.mode)
+        address = ctypes.c_void_p.in_dll(library, f"emulated_{launch.entry_point}").value
+        types = [type(argument) for argument in launch.arguments]
+        function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *types)(address)
+        if function(ctypes.addressof(grid), *launch.arguments) != 0:
+            raise AssertionError(f"{launch.entry_point}: lanes of a warp diverge at a reduction")
+
+    def _ordered(self, indices: Sequence[int]) -> Sequence[int]:
+        if self.order < 2:
+            return indices[:: -1 if self.order else 1]
+        return random.Random(self.order).sample(indices, len(indices))

@@ -1,0 +1,487 @@
+"""Plant faults in the kernel's sources and expect the tests' checks to catch each of them.
+
+    python tests/kernels/mutate.py [words of a fault's name]
+
+prints a table and exits with 1 if a fault survives. Each fault runs in a process of its own, as
+some crash; undefined behaviour is made a crash.
+"""
+
+import multiprocessing
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import batteries
+import pytest
+import torch
+from batteries import Subject
+from emulator import FLAGS, SOURCE, build, device_text
+
+from megatron_adams.kernels import compile as compiling
+from megatron_adams.kernels import cuda, host
+from megatron_adams.kernels.modes import Mode
+
+_PACKAGE = SOURCE.parent
+_UNDEFINED_CRASHES = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+_TIMEOUT_S = 60.0
+
+FP32 = Mode("fp32", "fp32", "fp32", "none")
+BF16 = Mode("bf16", "bf16", "bf16", "none")
+FP16 = Mode("fp16", "fp16", "fp32", "none")
+REMAINDER = Mode("bf16", "bf16", "bf16", "remainder")
+BESIDE = Mode("bf16", "bf16", "fp32", "fp32")
+SCALED = Mode("fp32", "e4m3", "fp16", "fp16")
+E5M2 = Mode("bf16", "e5m2", "e4m3", "fp32")
+
+
+class Fault(NamedTuple):
+    """A change of one file, and the mode in which it shows."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    mode: Mode
+
+
+def _faults(file: str, *rows: tuple[str, Mode, str, str]) -> Iterator[Fault]:
+    for name, mode, old, new in rows:
+        yield Fault(name, file, old, new, mode)
+
+
+FAULTS = (
+    *_faults(
+        "source/element.h",
+        ("bf16: rounding constant", BF16, "bits + 0x7fffu", "bits + 0x7ffeu"),
+        ("bf16: ties not to even", BF16, "((bits >> 16) & 1u)", "1u"),
+        ("bf16: NaN rounded", BF16, "x != x ? 0x7fc0u : rounded", "rounded"),
+        ("bf16: read one bit off", BF16, "unsigned(stored) << 16", "unsigned(stored) << 15"),
+        ("fp16: ties not to even", FP16, "- 1 + ((finite >> shift) & 1)", ""),
+        ("fp16: NaN rounded", FP16, "size > 0x7f800000 ? NAN_BITS : rounded", "rounded"),
+        ("fp16: no limit", FP16, "smaller(normal, LIMIT)", "normal"),
+        ("fp16: sign not written", FP16, "NAN_BITS : rounded) | sign", "NAN_BITS : rounded)"),
+        ("fp16: sign not read", FP16, "? special : finite) | sign", "? special : finite)"),
+        ("fp16: subnormals read as normal", FP16, "< (1 << MANTISSA) ?", "< 1 ?"),
+        ("fp16: subnormals written as normal", FP16, "< ((rebias + 1) << 23)", "< 1"),
+        ("fp16: infinity read as finite", FP16, "bits >= FIRST_SPECIAL", "bits > FIRST_SPECIAL"),
+        ("e4m3: saturates too early", SCALED, "4, 3, 0x7e", "4, 3, 0x7d"),
+        ("e4m3: saturates to NaN", SCALED, "4, 3, 0x7e", "4, 3, 0x7f"),
+        ("e5m2: saturates to infinity", E5M2, "5, 2, 0x7b", "5, 2, 0x7c"),
+        ("remainder: its sign ignored in join", REMAINDER, "(low < 0 ? 1u : 0u)", "0u"),
+        ("remainder: param truncated", REMAINDER, "+ ((bits >> 15) & 1u)", ""),
+        ("remainder: NaN carried", REMAINDER, "is_nan ? 0x7fffu : (", "(is_nan ? 0u : 0u) + ("),
+        ("remainder: NaN's low half", REMAINDER, "is_nan ? 0u : bits", "bits"),
+        (
+            "v of the new exp_avg",
+            FP32,
+            "const float a = exp_avg *",
+            "const float a = (exp_avg * s.beta1 + g * s.one_minus_beta1) *",
+        ),
+        (
+            "v: beta2 and 1 - beta2 swapped",
+            FP32,
+            "s.beta2 + (g * g) * s.one_minus_beta2",
+            "s.one_minus_beta2 + (g * g) * s.beta2",
+        ),
+        (
+            "exp_avg: beta1 and 1 - beta1 swapped",
+            FP32,
+            "s.beta1 + g * s.one_minus_beta1",
+            "s.one_minus_beta1 + g * s.beta1",
+        ),
+        ("eps inside the root", FP32, "(square_root(v) + s.eps)", "square_root(v + s.eps)"),
+        ("no eps", FP32, "(square_root(v) + s.eps)", "square_root(v)"),
+        ("no correction in the update", FP32, "(exp_avg * s.correction) /", "exp_avg /"),
+        ("no correction in v", FP32, "exp_avg * s.correction;", "exp_avg;"),
+        ("grad_scale ignored", FP32, "grad * s.grad_scale", "grad"),
+        ("L2 decay as decoupled", FP32, "s.decay == L2", "s.decay == DECOUPLED"),
+        ("decoupled decay with L2 too", FP32, "s.decay == DECOUPLED", "s.decay != NO_DECAY"),
+        (
+            "multiplication and subtraction fused",
+            FP32,
+            "param - u * s.lr",
+            "__builtin_fmaf(-u, s.lr, param)",
+        ),
+        ("scale at its limit", SCALED, "0x7fffff) > (limit", "0x7fffff) >= (limit"),
+        ("scale of a NaN's payload", SCALED, "amax = smaller(amax, 0x7f800000);", ""),
+        ("scale of zeros", SCALED, "amax == 0 ? 127 :", "amax < 0 ? 127 :"),
+        ("main: scale for its inverse", SCALED, "main_new.inverse", "main_new.forward"),
+        ("exp_avg: read with the new scale", SCALED, "exp_avg_old.forward", "exp_avg_new.forward"),
+        ("fp8 param: scale ignored", SCALED, "? master * scales.param", "? master"),
+        (
+            "param not written beside main",
+            BESIDE,
+            "param[i] = ParamCodec::encode(ParamCodec",
+            "ParamCodec::encode(ParamCodec",
+        ),
+        (
+            "fp8 param: amax of the scaled master",
+            SCALED,
+            "larger(amax.param, magnitude(p))",
+            "larger(amax.param, magnitude(p * scales.param))",
+        ),
+        ("exp_avg: no amax", SCALED, "larger(amax.exp_avg, magnitude(m))", "amax.exp_avg"),
+        ("atomic maximum: condition reversed", SCALED, "seen < value", "seen > value"),
+    ),
+    *_faults(
+        "source/multi_tensor.h",
+        ("found_inf ignored", FP32, "(found_inf && *found_inf != 0.0f)", "(found_inf && false)"),
+        ("found_inf: only 1 counts", FP32, "*found_inf != 0.0f", "*found_inf == 1.0f"),
+        ("lr's pointer ignored", FP32, "lr_pointer ? *lr_pointer : lr,", "lr,"),
+        ("grad_scale's pointer ignored", FP32, "? *grad_scale_pointer", "? grad_scale"),
+        ("correction's pointer ignored", FP32, "? *correction_pointer", "? correction"),
+        ("search: its condition off by one", FP32, "middle) > index", "middle) >= index"),
+        ("search: high off by one", FP32, "high = middle;", "high = middle - 1;"),
+        ("search: low off by one", FP32, "low = middle + 1;", "low = middle + 2;"),
+        (
+            "chunk: counted from the first tensor",
+            FP32,
+            "t == 0 ? 0 : Table::get(table, CHUNK_END, t - 1)",
+            "0",
+        ),
+        ("chunk: one element short", FP32, "? int(rest) :", "? int(rest) - 1 :"),
+        ("chunk: one element over", FP32, "? int(rest) :", "? int(rest) + 1 :"),
+        ("chunk: rest in 32 bits", FP32, "const long long rest", "const int rest"),
+        ("chunk: offset in 32 bits", FP32, "const long long offset", "const int offset"),
+        ("chunk: first of the launch, not of the tensor", SCALED, "index == begin", "index == 0"),
+        ("scale_inv is scale", SCALED, "1.0f / chunk.scales.param", "chunk.scales.param"),
+        (
+            "scale_inv not written",
+            SCALED,
+            "*Table::pointer<float>(table, PARAM_SCALE_INV, chunk.tensor) =",
+            "[[maybe_unused]] const float unused =",
+        ),
+        ("amax raised where it is larger", SCALED, "if (value > *", "if (value < *"),
+        (
+            "amax overwritten",
+            SCALED,
+            "if (value > *(volatile int*)address) atomic_max(address, value)",
+            "*address = value",
+        ),
+        (
+            "main's amax in exp_avg's place",
+            SCALED,
+            "raise(table.amax + table.num_tensors + tensor",
+            "raise(table.amax + tensor",
+        ),
+        (
+            "fp8 param: amax not merged",
+            SCALED,
+            "raise(Table::pointer<int>",
+            "(void)(Table::pointer<int>",
+        ),
+        ("exp_avg's amax not reset", SCALED, "table.amax[t] = 0;", ""),
+        ("main's amax not reset", SCALED, " amax = 0;", ""),
+        (
+            "new scale is its inverse",
+            SCALED,
+            "scale_for(table.amax[t], largest_scaled<ExpAvg>).forward",
+            "scale_for(table.amax[t], largest_scaled<ExpAvg>).inverse",
+        ),
+        (
+            "main's new scale of exp_avg's limit",
+            SCALED,
+            "scale_for(amax, largest_scaled<Main>)",
+            "scale_for(amax, largest_scaled<E4M3>)",
+        ),
+    ),
+    *_faults(
+        "source/device.cu",
+        ("tail skipped", FP32, "i < chunk.count; i += BLOCK", "i < done; i += BLOCK"),
+        ("tail: done twice", FP32, "int i = done + threadIdx.x", "int i = done / 2 + threadIdx.x"),
+        ("vector loop: last vector skipped", FP32, "i < done; i +=", "i < done - VECTOR; i +="),
+        (
+            "vector loop: a vector over the end",
+            FP32,
+            "done = chunk.count / VECTOR * VECTOR",
+            "done = (chunk.count + VECTOR - 1) / VECTOR * VECTOR",
+        ),
+        ("vector loop: stride of a block", FP32, "i += BLOCK * VECTOR", "i += BLOCK"),
+        ("alignment of grad dropped", FP32, "is_aligned(chunk.grad) && ", ""),
+        ("alignment of param dropped", BESIDE, "is_aligned(chunk.param) && ", ""),
+        ("alignment of exp_avg dropped", FP32, "&& is_aligned(chunk.exp_avg)", ""),
+        ("alignment of main dropped", BESIDE, "(!has_main || is_aligned(chunk.main))", "true"),
+        ("alignment to 8 bytes", FP32, "% 16 == 0", "% 8 == 0"),
+        (
+            "load: half of the words",
+            REMAINDER,
+            "i < int(VECTOR * sizeof(T) / 16); ++i) {\n        reinterpret_cast<Words*>(registers)",
+            "i < int(VECTOR * sizeof(T) / 32); ++i) {\n        reinterpret_cast<Words*>(registers)",
+        ),
+        (
+            "remainder's param not loaded",
+            REMAINDER,
+            "if constexpr (Master<Param, Main>::reads_param) load",
+            "if constexpr (!has_main) load",
+        ),
+        ("exp_avg not stored", FP32, "store(chunk.exp_avg + i, exp_avg);", ""),
+        ("main not stored", BESIDE, "if constexpr (has_main) store(chunk.main + i, main);", ""),
+        (
+            "param not stored beside main",
+            BESIDE,
+            "store(chunk.param + i, param);",
+            "if (!has_main) store(chunk.param + i, param);",
+        ),
+        ("amax of one lane", SCALED, "amax.main = __reduce_max_sync(0xffffffffu, amax.main);", ""),
+        ("amax of one warp", SCALED, "threadIdx.x % warpSize == 0", "threadIdx.x == 0"),
+        (
+            "a lane ends before the reduction",
+            SCALED,
+            "    if constexpr (!STORE || Param::is_fp8) {",
+            "    if (int(threadIdx.x) >= chunk.count) return;\n"
+            "    if constexpr (!STORE || Param::is_fp8) {",
+        ),
+        (
+            "scale_inv written by other blocks",
+            SCALED,
+            "if (chunk.is_first &&",
+            "if (!chunk.is_first &&",
+        ),
+        (
+            "finish: last tensor left out",
+            SCALED,
+            "tensor < num_tensors)",
+            "tensor < num_tensors - 1)",
+        ),
+        (
+            "measured where a step is skipped",
+            SCALED,
+            "adams_measure(ADAMS_PARAMETERS) {\n    if (ADAMS_IS_SKIPPED) return;",
+            "adams_measure(ADAMS_PARAMETERS) {",
+        ),
+        (
+            "finished where a step is skipped",
+            SCALED,
+            "adams_finish(ADAMS_PARAMETERS) {\n    if (ADAMS_IS_SKIPPED) return;",
+            "adams_finish(ADAMS_PARAMETERS) {",
+        ),
+    ),
+    *_faults(
+        "source/host.cpp",
+        ("host: first chunk left out", FP32, "long long index = 0;", "long long index = 1;"),
+        (
+            "host: amax not merged",
+            SCALED,
+            "merge_amax<STORE>(table",
+            "if (false) merge_amax<STORE>(table",
+        ),
+        (
+            "host: maximum of the last element",
+            SCALED,
+            "main_amax = larger(main_amax, amax.main);",
+            "main_amax = amax.main;",
+        ),
+        (
+            "host: scale_inv of the first tensor only",
+            SCALED,
+            "STORE && chunk.is_first",
+            "STORE && index == 0",
+        ),
+        (
+            "host: a tensor's last element left out",
+            FP32,
+            "i < chunk.count;",
+            "i < chunk.count - 1;",
+        ),
+    ),
+    *_faults(
+        "table.py",
+        ("table: chunks rounded down", FP32, "-(-size // CHUNK)", "size // CHUNK"),
+        ("table: a chunk too many", FP32, "-(-size // CHUNK)", "size // CHUNK + 1"),
+        (
+            "table: kept though pointers changed",
+            FP32,
+            "(mode, device, sizes, pointers)",
+            "(mode, device, sizes, 0)",
+        ),
+        (
+            "table: kept though sizes changed",
+            FP32,
+            "(mode, device, sizes, pointers)",
+            "(mode, device, 0, pointers)",
+        ),
+        ("table: written at every step", FP32, "if signature == self._signature:", "if False:"),
+        ("table: written in a capture", FP32, "if is_capturing:", "if False:"),
+        ("table: amax starts above zero", SCALED, "torch.zeros(2,", "torch.ones(2,"),
+    ),
+    *_faults(
+        "cuda.py",
+        (
+            "launch: finish for a part of the tensors",
+            SCALED,
+            "-(-table.num_tensors // BLOCK)",
+            "table.num_tensors // BLOCK",
+        ),
+        ("launch: of no blocks", FP32, "if table.num_chunks == 0:", "if False:"),
+        (
+            "launch: measured last",
+            SCALED,
+            "in table.mode.entry_points:",
+            "in reversed(table.mode.entry_points):",
+        ),
+    ),
+    *_faults(
+        "batch.py",
+        (
+            "arguments: grad_scale for correction",
+            FP32,
+            "*scalar(scalars.correction),",
+            "*scalar(scalars.grad_scale),",
+        ),
+        (
+            "arguments: 1 - beta2",
+            FP32,
+            "ctypes.c_float(1 - scalars.beta2)",
+            "ctypes.c_float(1 - scalars.beta1)",
+        ),
+    ),
+)
+
+
+def planted(fault: Fault, folder: Path) -> Path:
+    """Copy the kernel's sources into `folder`, with the fault if it is in one of them.
+
+    Raises:
+        ValueError: the text to be changed does not stand in the file once.
+    """
+    text = _changed(fault)
+    shutil.copytree(SOURCE, folder, dirs_exist_ok=True)
+    if fault.file.startswith("source/"):
+        (folder / Path(fault.file).name).write_text(text)
+    return folder
+
+
+def _changed(fault: Fault) -> str:
+    text = (_PACKAGE / fault.file).read_text()
+    if text.count(fault.old) != 1:
+        raise ValueError(
+            f"fault {fault.name!r}: {fault.old!r} stands {text.count(fault.old)} times in "
+            f"{fault.file}: must be once; adapt the fault to the source"
+        )
+    return text.replace(fault.old, fault.new)
+
+
+def subject_of(fault: Fault, folder: Path) -> Subject:
+    """The product with the fault. Python modules are exchanged in this process, for good."""
+    source = planted(fault, folder)
+
+    @cache
+    def load(mode):
+        library = folder / f"{mode.name}.so"
+        build(device_text(mode, source), mode, (*FLAGS, *_UNDEFINED_CRASHES), library)
+        return compiling.load_library(library.read_bytes(), mode.name)
+
+    @cache
+    def load_host(mode):
+        library = folder / f"{mode.name}-host.so"
+        flags = compiling.host_flags(compiling.host_arch())
+        build(compiling.source_text("host.cpp", source), mode, flags, library)
+        return compiling.load_library(library.read_bytes(), mode.name)
+
+    host.load = load_host
+    if not fault.file.endswith(".py"):
+        return Subject(source=source, load=load)
+    _exchange(fault.file, _changed(fault))
+    run = cuda.run
+    if fault.file == "cuda.py":
+        run = sys.modules[cuda.__name__].run
+    else:
+        run = _exchange("cuda.py", (_PACKAGE / "cuda.py").read_text()).run
+    return Subject(run=run, new_table=sys.modules["megatron_adams.kernels.table"].PointerTable)
+
+
+def _exchange(file: str, text: str) -> ModuleType:
+    name = f"megatron_adams.kernels.{Path(file).stem}"
+    sys.modules[name] = module = ModuleType(name)
+    exec(compile(text, file, "exec"), module.__dict__)
+    return module
+
+
+def checks_for(
+    fault: Fault, subject: Subject, folder: Path
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The checks of the tests, each by a name; the fastest first."""
+    if fault.file == "source/host.cpp":
+        yield "host steps", partial(batteries.check_host, subject, fault.mode)
+        return
+    yield "steps", partial(batteries.check_steps, subject, fault.mode)
+    yield "alignments", partial(batteries.check_one_tensor_misaligned, subject, fault.mode)
+    yield "neighbours", partial(batteries.check_neighbours, subject, fault.mode)
+    yield "replay", partial(batteries.check_replay, subject, fault.mode)
+    yield "launches", partial(batteries.check_launches, subject, (fault.mode,))
+    yield "far elements", partial(batteries.check_far_elements, subject)
+    library = batteries.element_library(subject, folder)
+    yield "codecs", partial(batteries.check_codecs, library)
+    yield "remainders", partial(batteries.check_remainders, library, stride=4099)
+
+
+@torch.no_grad()
+def _judge(fault: Fault, folder: Path, report: Callable[[str], None]) -> None:
+    """Report each check before it runs, and what it raised; "" if none raised anything."""
+    subject = subject_of(fault, folder)
+    for name, check in checks_for(fault, subject, folder):
+        report(name)
+        try:
+            check()
+        except compiling.CompileError as error:
+            report(str(error))
+            return
+        except (Exception, pytest.fail.Exception) as error:
+            report(f"{name}: {type(error).__name__}")
+            return
+    report("")
+
+
+def caught_by(fault: Fault) -> str:
+    """Plant a fault in a process of its own; return which check caught it, "" if none did.
+
+    Raises:
+        RuntimeError: it could not be planted, or does not compile.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=_judge, args=(fault, Path(folder), sender.send))
+        process.start()
+        process.join(_TIMEOUT_S)
+        is_hanging = process.is_alive()
+        if is_hanging:
+            process.kill()
+            process.join()
+    verdict = None
+    while receiver.poll():
+        verdict = receiver.recv()
+    if verdict is None or "error:" in verdict:
+        raise RuntimeError(f"fault {fault.name!r} could not be planted: {verdict}")
+    if is_hanging:
+        return f"{verdict}: hangs"
+    if process.exitcode < 0:
+        return f"{verdict}: {signal.Signals(-process.exitcode).name}"
+    return verdict
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    faults = [fault for fault in FAULTS if all(word in fault.name for word in words)]
+    for fault in faults:
+        _changed(fault)
+    torch.set_num_threads(1)  # a child of a process that has started OpenMP threads would hang
+    with ThreadPoolExecutor() as pool:
+        verdicts = list(pool.map(caught_by, faults))
+    print("| file | fault | caught by |\n| --- | --- | --- |")
+    for fault, verdict in zip(faults, verdicts, strict=True):
+        print(f"| {fault.file} | {fault.name} | {verdict or '**nothing**'} |")
+    survivors = verdicts.count("")
+    print(f"\n{len(faults) - survivors} of {len(faults)} faults are caught.")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

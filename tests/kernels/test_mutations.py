@@ -1,0 +1,19 @@
+"""Each planted fault is caught by the checks that the tests run."""
+
+import subprocess
+import sys
+
+import mutate
+import pytest
+
+
+@pytest.mark.timeout(600)
+def test_every_planted_fault_is_caught():
+    # A process of its own: this one may have started OpenMP threads, and could not fork then.
+    done = subprocess.run(
+        [sys.executable, mutate.__file__], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    count = len(mutate.FAULTS)
+    assert count >= 100
+    assert f"{count} of {count} faults are caught." in done.stdout

@@ -1,0 +1,94 @@
+"""The machine code that NVRTC makes: 128-bit accesses, nothing in local memory, few registers."""
+
+import pytest
+import sass
+from cuda.bindings import nvrtc
+from cuda.core import ProgramOptions
+
+from megatron_adams.kernels import compile as compiling
+from megatron_adams.kernels.modes import ALL_MODES, Mode
+
+if sass.cuobjdump() is None:
+    pytest.skip("no triton, whose wheel has cuobjdump", allow_module_level=True)
+
+# With every param, exp_avg and main one gradient, another each time.
+THIRD = tuple(mode for i, mode in enumerate(ALL_MODES) if (i // 3 + i) % 3 == 0)
+NINTH = THIRD[::3]
+# All modes for all architectures take twice as long as the rest of the tests here:
+# `python tests/kernels/sass.py` compiles them.
+COMPILED = {"sm_90": ALL_MODES, "sm_80": THIRD, "sm_100": THIRD}
+DISASSEMBLED = {"sm_90": THIRD, "sm_80": NINTH, "sm_100": NINTH}
+# With a dtype of one byte, two blocks of 256 threads on a multiprocessor, each thread with 16
+# elements of each tensor in flight; three elsewhere.
+MAX_REGISTERS, MAX_REGISTERS_WITHOUT_BYTES = 128, 80
+
+
+@pytest.fixture(scope="module")
+def cubins(_own_cache):
+    return {arch: sass.compile_all(modes, arch) for arch, modes in COMPILED.items()}
+
+
+@pytest.mark.parametrize("arch", COMPILED)
+@pytest.mark.timeout(600)
+def test_nothing_is_spilled_and_registers_are_few(cubins, arch):
+    for mode, image in cubins[arch].items():
+        used = sass.resources(image)
+        assert used.keys() == set(mode.entry_points), mode.name
+        for entry_point, (registers, stack, local) in used.items():
+            assert (stack, local) == (0, 0), (mode.name, entry_point)
+            assert registers <= MAX_REGISTERS, (mode.name, entry_point, registers)
+            if not _has_byte(mode):
+                assert registers <= MAX_REGISTERS_WITHOUT_BYTES, (mode.name, entry_point, registers)
+
+
+def _has_byte(mode):
+    return any(dtype in ("e4m3", "e5m2") for dtype in mode)
+
+
+@pytest.mark.parametrize("arch", DISASSEMBLED)
+@pytest.mark.timeout(600)
+def test_the_vector_loop_moves_128_bits_at_a_time(cubins, arch):
+    for mode in DISASSEMBLED[arch]:
+        for entry_point in mode.entry_points[:2] if arch == "sm_90" else ("adams_update",):
+            if entry_point == "adams_finish":
+                continue
+            found = sass.instructions(cubins[arch][mode], entry_point)
+            names = [(name.split("."), count) for name, count in found.items()]
+            wide = {
+                kind: sum(count for name, count in names if name[0] == kind and "128" in name)
+                for kind in ("LDG", "STG")
+            }
+            want = sass.expected_accesses(mode, entry_point)
+            # The compiler may write the loop of adams_measure, which is short, more than once.
+            if entry_point == "adams_update":
+                assert (wide["LDG"], wide["STG"]) == want, (mode.name, entry_point)
+            else:
+                assert wide["LDG"] >= want.loads and wide["STG"] == 0, (mode.name, entry_point)
+            # Not of unknown memory (LD, ST), nor of a thread's own (LDL, STL). All others are the
+            # table's, the scalars' and those of single elements.
+            assert not {name[0] for name, _ in names} & {"LD", "ST", "LDL", "STL"}, mode.name
+
+
+def test_multiplication_and_addition_are_not_contracted():
+    for mode in (Mode("fp32", "fp32", "fp32", "none"), Mode("bf16", "e4m3", "fp16", "fp16")):
+        text = _ptx(mode, compiling._CUDA_OPTIONS)
+        assert "fma" not in text
+        assert "mad.f32" not in text and ".ftz" not in text and ".approx" not in text
+        assert "div.rn.f32" in text and "sqrt.rn.f32" in text
+        # What is looked for is there when it may be.
+        assert "fma.rn.f32" in _ptx(mode, {**compiling._CUDA_OPTIONS, "fma": True})
+
+
+def _ptx(mode, settings):
+    # Not by Program: it asks the driver about PTX, and there may be none.
+    options = ProgramOptions(arch="sm_90", define_macro=list(mode.defines().items()), **settings)
+    arguments = options.as_bytes("nvrtc")
+    text = compiling.source_text("device.cu").encode()
+    error, program = nvrtc.nvrtcCreateProgram(text, b"device.cu", 0, None, None)
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    assert nvrtc.nvrtcCompileProgram(program, len(arguments), arguments) == (error,)
+    _, size = nvrtc.nvrtcGetPTXSize(program)
+    ptx = bytearray(size)
+    nvrtc.nvrtcGetPTX(program, ptx)
+    nvrtc.nvrtcDestroyProgram(program)
+    return ptx.decode()
