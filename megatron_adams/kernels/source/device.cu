@@ -20,9 +20,9 @@ constexpr int NARROWEST =
     smallest(smallest(sizeof(Grad::Storage), sizeof(Param::Storage)),
              smallest(sizeof(ExpAvg::Storage), has_main ? sizeof(Main::Storage) : 4));
 constexpr int VECTOR = 16 / NARROWEST;  // elements
-// How many blocks a multiprocessor must have registers for; 0: as many as it turns out. Left alone,
-// the compiler spills where 16 elements of each tensor are in registers, to get along with 64.
-constexpr int MIN_BLOCKS = VECTOR < 16 ? 0 : main_is_scaled ? 2 : 3;
+// Blocks that a multiprocessor must have registers for; 0: as it turns out. Left alone, or told more,
+// the compiler spills to save registers; with these, never (tests/kernels/sass.py lists all modes).
+constexpr int MIN_BLOCKS = VECTOR == 16 ? 2 : VECTOR == 8 ? 3 : 0;
 
 template <class T>
 ADAMS_FUNCTION bool is_aligned(const T* pointer) {
@@ -41,7 +41,16 @@ template <class T>
 ADAMS_FUNCTION void store(T* memory, const T (&registers)[VECTOR]) {
 #pragma unroll
     for (int i = 0; i < int(VECTOR * sizeof(T) / 16); ++i) {
-        reinterpret_cast<Words*>(memory)[i] = reinterpret_cast<const Words*>(registers)[i];
+        const Words words = reinterpret_cast<const Words*>(registers)[i];
+        Words* target = reinterpret_cast<Words*>(memory) + i;
+#ifdef __CUDACC__
+        // An assignment becomes four of 32 bits where the words are put together from 16-bit numbers.
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(words.words[0]),
+                     "r"(words.words[1]), "r"(words.words[2]), "r"(words.words[3])
+                     : "memory");
+#else
+        *target = words;
+#endif
     }
 }
 

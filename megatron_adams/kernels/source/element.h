@@ -49,7 +49,7 @@ struct BF16 {
     ADAMS_FUNCTION Storage encode(float x) {
         const unsigned bits = unsigned(bits_of(x));
         const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        return Storage(magnitude(x) > 0x7f800000 ? 0x7fc0u : rounded);
+        return Storage(x != x ? 0x7fc0u : rounded);
     }
 };
 
@@ -134,7 +134,7 @@ ADAMS_FUNCTION float join(unsigned short high, short low) {
 }
 ADAMS_FUNCTION void split(float master, unsigned short& high, short& low) {
     const unsigned bits = unsigned(bits_of(master));
-    const bool is_nan = magnitude(master) > 0x7f800000;
+    const bool is_nan = master != master;
     high = (unsigned short)(is_nan ? 0x7fffu : (bits >> 16) + ((bits >> 15) & 1u));
     low = short(is_nan ? 0u : bits & 0xffffu);
 }

@@ -5,10 +5,15 @@
 
 namespace adams {
 
-template <bool STORE, int DECAY>
+// What is the same for all elements, where it is known when the loop is compiled: a loop that can do
+// both computes roots and quotients for either kind of decay.
+enum Form { PLAIN_NO_DECAY, PLAIN_DECOUPLED, ANY };  // plain: without a bias correction
+
+template <bool STORE, Form FORM>
 static void process(const Table& table, const Scalars& scalars, int num_threads) {
     const long long num_chunks = Table::get(table, CHUNK_END, table.num_tensors - 1);
-#pragma omp parallel for num_threads(num_threads) schedule(static)
+    // Guided: where another process takes a core for a while, the other threads go on with the rest.
+#pragma omp parallel for num_threads(num_threads) schedule(guided)
     for (long long index = 0; index < num_chunks; ++index) {
         const Chunk chunk = chunk_at(table, index);
         const Grad::Storage* __restrict grad = chunk.grad;
@@ -16,8 +21,10 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
         ExpAvg::Storage* __restrict exp_avg = chunk.exp_avg;
         Main::Storage* __restrict main = chunk.main;
         Scalars s = scalars;
-        // Known when the loop is compiled: otherwise both kinds' roots and quotients are computed.
-        s.decay = DECAY;
+        if (FORM != ANY) {
+            s.decay = FORM == PLAIN_DECOUPLED ? DECOUPLED : NO_DECAY;
+            s.correction = 1.0f;
+        }
         const TensorScales scales = chunk.scales;
         int param_amax = 0, exp_avg_amax = 0, main_amax = 0;
 #pragma omp simd reduction(max : param_amax, exp_avg_amax, main_amax)
@@ -35,10 +42,13 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
 
 template <bool STORE>
 static void process(const Table& table, const Scalars& scalars, int num_threads) {
-    switch (scalars.decay) {
-        case NO_DECAY: return process<STORE, NO_DECAY>(table, scalars, num_threads);
-        case DECOUPLED: return process<STORE, DECOUPLED>(table, scalars, num_threads);
-        case L2: return process<STORE, L2>(table, scalars, num_threads);
+    const bool is_plain = scalars.correction == 1.0f;
+    if (is_plain && scalars.decay == NO_DECAY) {
+        process<STORE, PLAIN_NO_DECAY>(table, scalars, num_threads);
+    } else if (is_plain && scalars.decay == DECOUPLED) {
+        process<STORE, PLAIN_DECOUPLED>(table, scalars, num_threads);
+    } else {
+        process<STORE, ANY>(table, scalars, num_threads);
     }
 }
 
