@@ -30,8 +30,8 @@ BLOCK = 256
 class Driver(Protocol):
     """What launching takes."""
 
-    def is_capturing(self) -> bool:
-        """Whether the current stream is being captured into a CUDA graph."""
+    def is_capturing(self, device: torch.device) -> bool:
+        """Whether the device's current stream is being captured into a CUDA graph."""
         ...
 
     def launch(
@@ -53,8 +53,9 @@ class CudaDriver:
         RuntimeError: the driver refuses; with its own words.
     """
 
-    def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+    def is_capturing(self, device: torch.device) -> bool:
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
 
     def launch(
         self,
@@ -120,7 +121,7 @@ def _kernel(mode: Mode, entry_point: str, index: int) -> Any:
 
 def run(batch: Batch, scalars: Scalars, table: PointerTable, driver: Driver) -> None:
     """Update `batch`; `table` describes it then."""
-    update_table(batch, table, is_capturing=driver.is_capturing())
+    update_table(batch, table, is_capturing=driver.is_capturing(batch.device))
     launch(table, scalars, driver)
 
 

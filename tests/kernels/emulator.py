@@ -104,7 +104,7 @@ class EmulatedDriver:
     load: object = load_once
     launches: list[Launch] = field(default_factory=list)
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, device: torch.device) -> bool:
         return self.is_recording
 
     def launch(self, mode, entry_point, num_blocks, arguments, device) -> None:
