@@ -8,6 +8,7 @@ Apex.
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Real
@@ -30,7 +31,7 @@ from megatron_adams.kernels import (
     run,
     select_backend,
 )
-from megatron_adams.update import exp_avg_dtype
+from megatron_adams.precision import read_stored, write_stored_
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,26 +55,29 @@ _UNSUPPORTED = {
     "capturable": _Unsupported(
         False, "AdamS does not run inside a CUDA graph", "step outside the graph"
     ),
-    "master_weights": _Unsupported(
-        False, "AdamS keeps no master weights", "give it fp32 parameters, as Megatron does"
-    ),
-    "master_weight_dtype": _Unsupported(
-        torch.float32, "AdamS keeps no master weights", "give it fp32 parameters, as Megatron does"
-    ),
-    "exp_avg_dtype": _Unsupported(
-        torch.float32, "exp_avg is fp32 (fp64 for fp64 parameters)", "leave it out"
-    ),
     "exp_avg_sq_dtype": _Unsupported(torch.float32, "AdamS has no exp_avg_sq", "leave it out"),
-    "use_decoupled_grad": _Unsupported(
-        False, "AdamS reads param.grad", "put the gradient there, in any floating dtype"
-    ),
-    "store_param_remainders": _Unsupported(
-        False, "AdamS keeps no master weights", "give it fp32 parameters, as Megatron does"
-    ),
     "set_grad_none": _Unsupported(
         None, "AdamS takes it at zero_grad", "call zero_grad(set_to_none=...)"
     ),
 }
+# TransformerEngine's and Megatron's name of fp8 is uint8.
+_EXP_AVG_DTYPES = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.float16,
+    torch.float8_e4m3fn: torch.float8_e4m3fn,
+    torch.uint8: torch.float8_e4m3fn,
+}
+# State of these dtypes is stored with a scale per tensor.
+_SCALED_DTYPES = (torch.float16, torch.float8_e4m3fn)
+# The attributes that say how state is stored.
+_STORAGE = (
+    "master_weights",
+    "master_weight_dtype",
+    "store_param_remainders",
+    "exp_avg_dtype",
+    "use_decoupled_grad",
+)
 
 
 @dataclass
@@ -84,6 +88,8 @@ class _Lists:
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
     main_params: list[Tensor] = field(default_factory=list)
+    exp_avg_scales: list[Tensor] = field(default_factory=list)
+    main_scales: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -105,14 +111,15 @@ class AdamS(Optimizer):
     The formula, and its source, are in `megatron_adams.update.adams_update_`. Not the AdamS of
     `pytorch_optimizer`, which keeps exp_avg_sq.
 
-    State: `state[param]` is `{"exp_avg": tensor}`, fp32 (fp64 for fp64 params), zeros from the
-    first step that sees a gradient; `group["step"]` is an int, the count of `step()` calls since
-    the group was added. It is the t of the bias correction, also for a param whose first gradient
-    comes late: such a param starts with the small step of the paper's form.
+    State: `state[param]` is `{"exp_avg": tensor}`, zeros from the first step that sees a gradient,
+    and with `master_weights` also `"master_param"` for 16-bit params, in the dtypes of
+    `state_dtypes`; `get_unscaled_state` gives them in full. `group["step"]` is an int, the count of
+    `step()` calls since the group was added. It is the t of the bias correction, also for a param
+    whose first gradient comes late: such a param starts with the small step of the paper's form.
 
     Args:
         params: parameters, named parameters, or group dicts, as torch's optimizers take them;
-            fp32, bf16, fp16 or fp64. Without fp32 master weights, small updates of bf16 and fp16
+            fp32, bf16, fp16 or fp64. Without master weights, small updates of bf16 and fp16
             params are lost to rounding.
         lr: learning rate, a float or a tensor with one element.
         betas: beta1 in [0, 1), beta2 in (0, 1). An update is at most `update_bound(...)` times
@@ -133,6 +140,9 @@ class AdamS(Optimizer):
         model_params: main param -> the model's bf16 or fp16 copy of it, of the same shape; `step`
             writes the copy in the same pass. Empty, unless the owner of both fills it, as
             Megatron's distributed optimizer does.
+        master_weights, master_weight_dtype, store_param_remainders, exp_avg_dtype,
+        use_decoupled_grad: as given. The first and the last are read at each step, and may be
+            set as long as there is no state, as Megatron-FSDP does.
 
     Raises:
         ValueError: a hyperparameter outside its range, an argument that is not supported, or a
@@ -166,15 +176,21 @@ class AdamS(Optimizer):
             {
                 "amsgrad": amsgrad,
                 "capturable": capturable,
-                "master_weights": master_weights,
-                "master_weight_dtype": master_weight_dtype,
-                "exp_avg_dtype": exp_avg_dtype,
                 "exp_avg_sq_dtype": exp_avg_sq_dtype,
-                "use_decoupled_grad": use_decoupled_grad,
-                "store_param_remainders": store_param_remainders,
                 "set_grad_none": set_grad_none,
             }
         )
+        if exp_avg_dtype not in _EXP_AVG_DTYPES:
+            raise ValueError(
+                f"exp_avg_dtype={exp_avg_dtype}: must be one of "
+                f"{', '.join(str(dtype) for dtype in _EXP_AVG_DTYPES)}"
+            )
+        _check_master_weights(master_weights, master_weight_dtype, store_param_remainders)
+        self.exp_avg_dtype = exp_avg_dtype
+        self.master_weights = master_weights
+        self.master_weight_dtype = master_weight_dtype
+        self.store_param_remainders = store_param_remainders
+        self.use_decoupled_grad = use_decoupled_grad
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -188,6 +204,9 @@ class AdamS(Optimizer):
             raise ValueError(f"kernel={kernel!r}: must be one of {('auto', *BACKENDS)}")
         self.kernel = kernel
         self.model_params = {}
+        # param -> the name of its state -> one fp32 element, where it is stored with a scale.
+        self._scales: dict[Tensor, dict[str, Tensor]] = {}
+        self._is_state_left_out = False
         # By the index of the group.
         self._plans: dict[int, _Plan] = {}
         super().__init__(params, defaults)
@@ -239,26 +258,86 @@ class AdamS(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's has the state and the groups alone.
-        own = {"kernel": self.kernel, "model_params": self.model_params, "_plans": {}}
-        return {**super().__getstate__(), **own}
+        own = {
+            name: getattr(self, name) for name in ("kernel", "model_params", "_scales", *_STORAGE)
+        }
+        return {**super().__getstate__(), **own, "_is_state_left_out": False, "_plans": {}}
 
-    def compile_kernels(self) -> None:
-        """Compile, before the first step, what it needs if gradients have their params' dtypes.
+    def compile_kernels(self, grad_dtype: torch.dtype | None = None) -> None:
+        """Compile, before the first step, what it needs.
 
+        Args:
+            grad_dtype: what the gradients will be; None: as their params.
         Raises:
             CompileError: the backend asked for by name has no compiler, or it fails.
             ValueError: that backend is another device's.
         """
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            mode = self._mode(param, param.dtype)
+            mode = self._mode(param, grad_dtype or param.dtype)
             if mode is not None:
                 select_backend(param.device, mode, self.kernel)
 
+    def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
+        """The dtypes in which the state of a param is stored, by the names in `state[param]`.
+
+        torch.int16 are remainders, see `store_param_remainders`.
+        """
+        if param.dtype == torch.float64:
+            return {"exp_avg": torch.float64}
+        dtypes = {"exp_avg": _EXP_AVG_DTYPES[self.exp_avg_dtype]}
+        if self.master_weights and param.dtype != torch.float32:
+            is_remainder = self.store_param_remainders and param.dtype == torch.bfloat16
+            dtypes["master_param"] = torch.int16 if is_remainder else self.master_weight_dtype
+        return dtypes
+
+    @torch.no_grad()
     def initialize_state(self, param: Tensor) -> None:
-        """Allocate `state[param]`, zeros, where `step` has not done so yet."""
+        """Allocate `state[param]` where `step` has not done so yet: master weights, and zeros."""
         state = self.state[param]
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(param, dtype=exp_avg_dtype(param))
+        for name, dtype in self.state_dtypes(param).items():
+            if name in state:
+                continue
+            state[name] = torch.zeros_like(param, dtype=dtype)
+            if dtype in _SCALED_DTYPES:
+                scales = self._scales.setdefault(param, {})
+                scales[name] = torch.ones((), dtype=torch.float32, device=param.device)
+            if name == "master_param":
+                self.set_scaled_state(param, name, param)
+
+    def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
+        """Return the state of a param in full, whatever it is stored in.
+
+        Args:
+            param: one that has state.
+            name: "exp_avg", or "master_param": a param without master weights is its own.
+        Returns:
+            param's shape, fp32 (fp64 for fp64 params); not a copy where it is stored in that dtype.
+        """
+        if name == "master_param" and name not in self.state[param]:
+            return param.detach()
+        scale = self._scales.get(param, {}).get(name)
+        return read_stored(self.state[param][name], scale=scale, param=param.detach())
+
+    @torch.no_grad()
+    def set_scaled_state(self, param: Tensor, name: str, state: Tensor) -> None:
+        """Store what `get_unscaled_state` returned, in the dtype that this optimizer keeps it in.
+
+        With `store_param_remainders`, "master_param" writes the param as well, its other half.
+
+        Args:
+            param, name: as `get_unscaled_state`.
+            state: param's shape, floating.
+        Raises:
+            ValueError: another shape.
+        """
+        if state.shape != param.shape:
+            raise _wrong_shape(name, state, param)
+        self.initialize_state(param)
+        if name == "master_param" and name not in self.state[param]:
+            param.copy_(state)
+            return
+        scale = self._scales.get(param, {}).get(name)
+        write_stored_(self.state[param][name], state, scale=scale, param=param)
 
     @overload
     def step(
@@ -348,14 +427,15 @@ class AdamS(Optimizer):
         """
         signature: list[object] = []
         for param in group["params"]:
-            grad = param.grad
+            grad = self._grad(param)
             if grad is None:
                 continue
             _check_tensor("gradient", grad)
             self.initialize_state(param)
-            exp_avg = self.state[param]["exp_avg"]
+            exp_avg, main_param = self._stored(param)
             if not type(grad) is type(exp_avg) is Tensor:
                 return None
+            scales = self._scales.get(param, {})
             model_param = self.model_params.get(param) if self.model_params else None
             signature.append(
                 (
@@ -365,6 +445,8 @@ class AdamS(Optimizer):
                     grad.dtype,
                     grad.is_contiguous(),
                     exp_avg.data_ptr(),
+                    0 if main_param is None else main_param.data_ptr(),
+                    [scale.data_ptr() for scale in scales.values()],
                     0 if model_param is None else model_param.data_ptr(),
                 )
             )
@@ -374,64 +456,135 @@ class AdamS(Optimizer):
         """Sort a group's tensors into what one launch takes, with its backend and a key."""
         batches: dict[tuple[str, Any], _Lists] = {}
         for param in group["params"]:
-            if param.grad is None:
+            grad = self._grad(param)
+            if grad is None:
                 continue
-            self.initialize_state(param)
-            tensors = [param, param.grad, self.state[param]["exp_avg"]]
+            exp_avg, main_param = self._stored(param)
+            model_param = param
             if param in self.model_params:
-                tensors.append(self.model_params[param])
+                model_param, main_param = self.model_params[param], param
+            tensors = [model_param, grad, exp_avg]
+            if main_param is not None:
+                tensors.append(main_param)
             tensors = [_local(tensor) for tensor in tensors]
-            main, grad, exp_avg, *model = tensors
             mode = self._mode(param, grad.dtype)
+            device = tensors[0].device
             key: tuple[str, Any]
             if mode is None or not all(
                 type(tensor) in (Tensor, torch.nn.Parameter)
-                and tensor.stride() == main.stride()
+                and tensor.stride() == tensors[0].stride()
                 and is_dense(tensor)
                 for tensor in tensors
             ):
                 # fp64, tensors with holes or of unlike layouts, subclasses of Tensor. Named by the
                 # dtypes, as one call takes one of each.
-                key = "foreach", (main.device, *(tensor.dtype for tensor in tensors))
+                key = "foreach", (device, *(tensor.dtype for tensor in tensors))
             else:
-                key = select_backend(main.device, mode, self.kernel), (main.device, mode)
+                key = select_backend(device, mode, self.kernel), (device, mode)
             lists = batches.setdefault(key, _Lists())
-            lists.params.append(model[0] if model else main)
-            lists.grads.append(grad)
-            lists.exp_avgs.append(exp_avg)
-            if model:
-                lists.main_params.append(main)
+            columns = (lists.params, lists.grads, lists.exp_avgs, lists.main_params)
+            for column, tensor in zip(columns, tensors, strict=False):
+                column.append(tensor)
+            scales = self._scales.get(param, {})
+            if "exp_avg" in scales:
+                lists.exp_avg_scales.append(scales["exp_avg"])
+            if "master_param" in scales:
+                lists.main_scales.append(scales["master_param"])
         for key, lists in batches.items():
-            yield key, Batch(lists.params, lists.grads, lists.exp_avgs, lists.main_params or None)
+            yield (
+                key,
+                Batch(
+                    lists.params,
+                    lists.grads,
+                    lists.exp_avgs,
+                    lists.main_params or None,
+                    lists.exp_avg_scales or None,
+                    lists.main_scales or None,
+                ),
+            )
+
+    def _grad(self, param: Tensor) -> Tensor | None:
+        if self.use_decoupled_grad:
+            return getattr(param, "decoupled_grad", None)
+        return param.grad
+
+    def _stored(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
+        """exp_avg and, where it is kept here, the master weights of a param."""
+        state = self.state[param]
+        return state["exp_avg"], state.get("master_param")
 
     def _mode(self, param: Tensor, grad_dtype: torch.dtype) -> Mode | None:
+        dtypes = self.state_dtypes(param)
         model_param = self.model_params.get(param)
-        if model_param is None:
-            return mode_of(grad_dtype, param.dtype, exp_avg_dtype(param), None)
-        return mode_of(grad_dtype, model_param.dtype, exp_avg_dtype(param), param.dtype)
+        if model_param is not None:
+            return mode_of(grad_dtype, model_param.dtype, dtypes["exp_avg"], param.dtype)
+        return mode_of(grad_dtype, param.dtype, dtypes["exp_avg"], dtypes.get("master_param"))
+
+    @contextmanager
+    def state_left_out(self) -> Iterator[None]:
+        """Have `state_dict` return no state, and `load_state_dict` keep the state as it is.
+
+        For Megatron, which saves and loads the groups so, and the state by other functions.
+        """
+        self._is_state_left_out = True
+        try:
+            yield
+        finally:
+            self._is_state_left_out = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with exp_avg and master weights in full (fp32), whatever they are stored in.
+
+        So that what was written with one set of storage options can be loaded with any other.
+        """
+
+        def give_full_state(_: Optimizer, outgoing: dict[str, Any]) -> None:
+            ids = chain.from_iterable(group["params"] for group in outgoing["param_groups"])
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            param_of = dict(zip(ids, params, strict=True))
+            saved = {} if self._is_state_left_out else outgoing["state"]
+            outgoing["state"] = {
+                index: {name: self.get_unscaled_state(param_of[index], name) for name in state}
+                for index, state in saved.items()
+            }
+
+        # Before the hooks that a user may have registered.
+        with self.register_state_dict_post_hook(give_full_state, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; exp_avg keeps its dtype, and its bits.
+        """Load what `state_dict` returned, of an optimizer with these storage options or others.
 
         Hyperparameters that a group of the checkpoint lacks keep their current values, but for
         adam_w_mode: no group of another optimizer has it, and every one of AdamS's. A "step"
         beside exp_avg (Megatron's DistributedOptimizer writes one) is used where the group has
-        none, and dropped. As in torch, a tensor whose device and dtype fit is taken over, not
-        copied.
+        none, and dropped. Master weights that the checkpoint lacks are taken from the params. As in
+        torch, a tensor whose device and dtype fit is taken over, not copied.
 
         Raises:
             ValueError: another optimizer wrote it, or groups, shapes or hyperparameters do not
-                fit; nothing is loaded then.
+                fit, or it has master weights, and none are kept here; nothing is loaded then.
         """
-        exp_avgs: dict[Tensor, Tensor] = {}
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        state_now = dict(self.state)
 
         def take_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            exp_avgs.update(self._read_state(incoming))
+            states.update(self._read_state(incoming))
             return {**incoming, "state": {}, "param_groups": self._read_groups(incoming)}
 
         def put_state(_: Optimizer) -> None:
-            for param, exp_avg in exp_avgs.items():
-                self.state[param]["exp_avg"] = exp_avg
+            if self._is_state_left_out:
+                self.state.update(state_now)
+                return
+            self._scales.clear()
+            for param, state in states.items():
+                dtypes = self.state_dtypes(param)
+                plain = {k for k in state if dtypes[k] not in (torch.int16, *_SCALED_DTYPES)}
+                for name in plain:
+                    self.state[param][name] = state[name].to(param.device, dtypes[name])
+                self.initialize_state(param)
+                for name in state.keys() - plain:
+                    self.set_scaled_state(param, name, state[name])
 
         # The state goes around torch's load_state_dict, which would round exp_avg to the param's
         # dtype. After the hooks that a user may have registered to convert a checkpoint, and
@@ -442,28 +595,32 @@ class AdamS(Optimizer):
         ):
             super().load_state_dict(state_dict)
 
-    def _read_state(self, incoming: Mapping[str, Any]) -> dict[Tensor, Tensor]:
-        """Return the exp_avg of each param in a checkpoint, on the param's device."""
+    def _read_state(self, incoming: Mapping[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """Return the state of each param in a checkpoint, checked."""
         saved_ids = chain.from_iterable(group["params"] for group in incoming["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         # Not strict: torch's load_state_dict refuses groups of other sizes in its own words.
         param_of = dict(zip(saved_ids, params, strict=False))
-        exp_avgs = {}
-        for index, state in incoming["state"].items():
+        states = {}
+        for index, saved in incoming["state"].items():
             _refuse_other_optimizer(
-                f"the state of parameter {index}", set(state), {"exp_avg", "step"}
+                f"the state of parameter {index}", set(saved), {"exp_avg", "master_param", "step"}
             )
-            if "exp_avg" not in state or index not in param_of:
+            if "exp_avg" not in saved or index not in param_of:
                 continue
-            param, exp_avg = param_of[index], state["exp_avg"]
-            if exp_avg.shape != param.shape:
+            param = param_of[index]
+            state = {name: tensor for name, tensor in saved.items() if name != "step"}
+            if "master_param" in state and "master_param" not in self.state_dtypes(param):
                 raise ValueError(
-                    f"exp_avg of parameter {index} has shape {tuple(exp_avg.shape)} in the "
-                    f"checkpoint: must be the parameter's, {tuple(param.shape)}; load it into the "
-                    "model that wrote it"
+                    f"the checkpoint has master weights of parameter {index}, and this optimizer "
+                    f"keeps none of a {param.dtype} parameter: build it with master_weights=True, "
+                    "for the bf16 or fp16 parameters that wrote it"
                 )
-            exp_avgs[param] = exp_avg.to(device=param.device, dtype=exp_avg_dtype(param))
-        return exp_avgs
+            for name, tensor in state.items():
+                if tensor.shape != param.shape:
+                    raise _wrong_shape(f"{name} of parameter {index}", tensor, param)
+            states[param] = state
+        return states
 
     def _read_groups(self, incoming: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return a checkpoint's param groups, completed and checked."""
@@ -503,6 +660,31 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _wrong_shape(what: str, tensor: Tensor, param: Tensor) -> ValueError:
+    return ValueError(
+        f"{what} has shape {tuple(tensor.shape)} in the checkpoint: must be the parameter's, "
+        f"{tuple(param.shape)}; load it into the model that wrote it"
+    )
+
+
+def _check_master_weights(is_kept: bool, dtype: torch.dtype, as_remainders: bool) -> None:
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(
+            f"master_weight_dtype={dtype}: must be torch.float32 or torch.float16; with fp32, "
+            "store_param_remainders=True keeps the same 16 bits and loses nothing"
+        )
+    if not is_kept and (as_remainders or dtype != torch.float32):
+        raise ValueError(
+            f"master_weight_dtype={dtype}, store_param_remainders={as_remainders} without master "
+            "weights: must be torch.float32 and False; add master_weights=True"
+        )
+    if as_remainders and dtype != torch.float32:
+        raise ValueError(
+            f"store_param_remainders=True with master_weight_dtype={dtype}: must be torch.float32, "
+            "as a remainder is the lower half of an fp32 number; leave one of them out"
+        )
+
+
 def _refuse_unsupported(options: Mapping[str, Any]) -> None:
     for name, (default, rule, remedy) in _UNSUPPORTED.items():
         if options.get(name, default) != default:
@@ -524,6 +706,10 @@ def _written_by_another(evidence: str) -> ValueError:
 
 def _check_group(group: Mapping[str, Any]) -> None:
     _refuse_unsupported(group)
+    if own := sorted(set(_STORAGE) & group.keys()):
+        raise ValueError(
+            f"{own[0]} in a param group: is one for all groups; give it to AdamS itself"
+        )
     _check_hyperparameters(group)
     for param in group["params"]:
         _check_tensor("parameter", param)

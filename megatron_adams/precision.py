@@ -1,6 +1,6 @@
 """How optimizer state is stored in fewer bits: pure functions, the oracle of the kernels.
 
-Called by kernels/foreach.py and by tests. Imports torch alone.
+Called by optimizer.py, kernels/foreach.py and by tests. Imports torch alone.
 
 - remainder: an fp32 master weight is its bf16 param and the 16 bits that the param lacks.
 - scaled: fp16 or fp8 (e4m3) state is stored with one fp32 scale per tensor; TransformerEngine's
@@ -95,3 +95,48 @@ def to_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     limit = torch.finfo(dtype).max
     return values.clamp(-limit, limit).to(dtype)
+
+
+def read_stored(
+    stored: Tensor, *, scale: Tensor | None = None, param: Tensor | None = None
+) -> Tensor:
+    """Return the full state of which `stored` is the form in memory.
+
+    Args:
+        stored: any shape. fp32, bf16 and fp64 are the state itself; fp16 and float8_e4m3fn with
+            `scale`; int16 is the remainder of `param`.
+        scale: one fp32 element, or None.
+        param: stored's shape, bf16; read with remainders only.
+    Returns:
+        fp32, or fp64 where it is stored; `stored` itself where it is nothing else.
+    """
+    if stored.dtype == torch.int16:
+        assert param is not None
+        return join_master(param, stored)
+    if scale is not None:
+        return decode_scaled(stored, scale)
+    return stored if stored.dtype == torch.float64 else stored.to(torch.float32)
+
+
+def write_stored_(
+    stored: Tensor, state: Tensor, *, scale: Tensor | None = None, param: Tensor | None = None
+) -> None:
+    """Store full state, in place: what `read_stored` takes apart.
+
+    Args:
+        stored: as `read_stored`; written.
+        state: stored's shape, floating.
+        scale: as `read_stored`; written.
+        param: as `read_stored`; written with remainders, of which it is the other half.
+    """
+    if stored.dtype == torch.int16:
+        assert param is not None
+        high, low = split_master(state.to(torch.float32))
+        param.copy_(high)
+        stored.copy_(low)
+    elif scale is not None:
+        encoded, new_scale = encode_scaled(state.to(torch.float32), stored.dtype)
+        stored.copy_(encoded)
+        scale.copy_(new_scale)
+    else:
+        stored.copy_(state)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_adams.kernels.batch import Batch, Scalars
-from megatron_adams.precision import decode_scaled, encode_scaled, join_master, split_master, to_fp8
+from megatron_adams.precision import read_stored, to_fp8, write_stored_
 from megatron_adams.update import exp_avg_dtype
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -47,7 +47,9 @@ def _update(batch: Batch, indices: list[int], scalars: Scalars) -> None:
     )
     beta1, beta2 = scalars.beta1, scalars.beta2
     masters: Tensors = [_read_master(batch, i, dtype) for i in indices]
-    exp_avgs: Tensors = [_read_exp_avg(batch, i, dtype) for i in indices]
+    exp_avgs: Tensors = [
+        read_stored(batch.exp_avgs[i], scale=_exp_avg_scale(batch, i)) for i in indices
+    ]
 
     decay: Tensors | None = None
     if scalars.weight_decay != 0:
@@ -73,7 +75,7 @@ def _update(batch: Batch, indices: list[int], scalars: Scalars) -> None:
 
     for i, master, exp_avg in zip(indices, masters, exp_avgs, strict=True):
         _write_master(batch, i, master)
-        _write_exp_avg(batch, i, exp_avg)
+        write_stored_(batch.exp_avgs[i], exp_avg, scale=_exp_avg_scale(batch, i))
 
 
 def _denominators(v: Tensors, eps: float) -> Tensors:
@@ -89,10 +91,7 @@ def _denominators(v: Tensors, eps: float) -> Tensors:
 def _read_master(batch: Batch, i: int, dtype: torch.dtype) -> Tensor:
     if batch.main_params is None:
         return batch.params[i].to(dtype)
-    main = batch.main_params[i]
-    if main.dtype == torch.int16:
-        return join_master(batch.params[i], main)
-    return main if batch.main_scales is None else decode_scaled(main, batch.main_scales[i])
+    return read_stored(batch.main_params[i], scale=_main_scale(batch, i), param=batch.params[i])
 
 
 def _write_master(batch: Batch, i: int, master: Tensor) -> None:
@@ -101,17 +100,9 @@ def _write_master(batch: Batch, i: int, master: Tensor) -> None:
         param.copy_(master)
         return
     main = batch.main_params[i]
+    write_stored_(main, master, scale=_main_scale(batch, i), param=param)
     if main.dtype == torch.int16:
-        high, low = split_master(master)
-        param.copy_(high)
-        main.copy_(low)
         return
-    if batch.main_scales is None:
-        main.copy_(master)
-    else:
-        stored, scale = encode_scaled(master, main.dtype)
-        main.copy_(stored)
-        batch.main_scales[i].copy_(scale)
     if batch.fp8_scaling is None:
         param.copy_(master)
         return
@@ -122,18 +113,9 @@ def _write_master(batch: Batch, i: int, master: Tensor) -> None:
         fp8.scale_inv.copy_(1 / fp8.scale)
 
 
-def _read_exp_avg(batch: Batch, i: int, dtype: torch.dtype) -> Tensor:
-    exp_avg = batch.exp_avgs[i]
-    if batch.exp_avg_scales is None:
-        return exp_avg.to(dtype)
-    return decode_scaled(exp_avg, batch.exp_avg_scales[i])
+def _main_scale(batch: Batch, i: int) -> Tensor | None:
+    return None if batch.main_scales is None else batch.main_scales[i]
 
 
-def _write_exp_avg(batch: Batch, i: int, exp_avg: Tensor) -> None:
-    stored = batch.exp_avgs[i]
-    if batch.exp_avg_scales is None:
-        stored.copy_(exp_avg)
-    else:
-        encoded, scale = encode_scaled(exp_avg, stored.dtype)
-        stored.copy_(encoded)
-        batch.exp_avg_scales[i].copy_(scale)
+def _exp_avg_scale(batch: Batch, i: int) -> Tensor | None:
+    return None if batch.exp_avg_scales is None else batch.exp_avg_scales[i]

@@ -5,6 +5,7 @@ optimizers passes through unchanged.
 """
 
 import argparse
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +17,23 @@ from megatron_adams.megatron.config import (
     ADAMS,
     DEFAULT_BETA2,
     KERNELS,
+    NO_PRECISION,
     AdamSOptimizerConfig,
     check_config,
+    dtype_name,
+    no_exp_avg_sq,
     stated_as_adam,
 )
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
 class _Unset(float):
     """A default of --adam-beta2 that can be told from the same number given by the user."""
+
+
+class _UnsetText(str):
+    """Likewise of --exp-avg-sq-dtype."""
 
 
 def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,6 +46,8 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
         beta2 = parser._option_string_actions["--adam-beta2"]
         beta2.default = _Unset(beta2.default)
         beta2.help = f"{beta2.help} (default for --optimizer {ADAMS}: {DEFAULT_BETA2})"
+        exp_avg_sq = parser._option_string_actions["--exp-avg-sq-dtype"]
+        exp_avg_sq.default = _UnsetText(exp_avg_sq.default)
         group = parser.add_argument_group(title=ADAMS)
         group.add_argument(
             "--adams-bias-correction",
@@ -49,6 +61,12 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             default=KERNELS[0],
             help="What computes the step: a CUDA kernel, the same kernel compiled for the CPU, or "
             "PyTorch operations; auto is the first of them that the parameters' device has.",
+        )
+        group.add_argument(
+            "--adams-no-param-remainders",
+            action="store_true",
+            help="Keep fp32 main params as they are. The precision-aware optimizer keeps of a bf16 "
+            "param's main param the 16 bits that the param lacks, and loses nothing.",
         )
         return parser
 
@@ -66,11 +84,17 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         beta2_given = not isinstance(args.adam_beta2, _Unset)
         # Saved with the checkpoint: a plain float, loadable without this package.
         args.adam_beta2 = float(args.adam_beta2)
+        exp_avg_sq_dtype = args.exp_avg_sq_dtype
+        if isinstance(exp_avg_sq_dtype, _UnsetText):
+            args.exp_avg_sq_dtype = str(exp_avg_sq_dtype)
         if args.optimizer != ADAMS:
             _refuse_own_flags(args)
             return original(args, *rest, **kwargs)
         if not beta2_given:
             args.adam_beta2 = DEFAULT_BETA2
+        if isinstance(exp_avg_sq_dtype, str) and not isinstance(exp_avg_sq_dtype, _UnsetText):
+            # Text: from the command line. Only other values than fp32 are refused as a dtype.
+            raise no_exp_avg_sq(exp_avg_sq_dtype)
         _check_arguments(args)
         with stated_as_adam(args), _printed_as_adams(args):
             return original(args, *rest, **kwargs)
@@ -81,6 +105,7 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse_own_flags(args: argparse.Namespace) -> None:
     given = {
         "--adams-bias-correction": args.adams_bias_correction,
+        "--adams-no-param-remainders": args.adams_no_param_remainders,
         f"--adams-kernel {args.adams_kernel}": args.adams_kernel != KERNELS[0],
     }
     for flag, is_given in given.items():
@@ -132,6 +157,16 @@ def wrap_print_args(original: Callable[..., Any]) -> Callable[..., Any]:
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse, before any work, what Megatron's configuration of the optimizer does not show."""
     check_config(args)
+    if args.adams_no_param_remainders and not (
+        args.use_precision_aware_optimizer
+        and args.bf16
+        and dtype_name(args.main_params_dtype) == "fp32"
+    ):
+        raise ValueError(
+            "--adams-no-param-remainders: only the precision-aware optimizer keeps remainders, of "
+            "bf16 params and fp32 main params; add --use-precision-aware-optimizer and --bf16, or "
+            "remove the flag"
+        )
     if args.use_megatron_fsdp or args.use_torch_fsdp2:
         flag = "--use-megatron-fsdp" if args.use_megatron_fsdp else "--use-torch-fsdp2"
         raise ValueError(
@@ -142,14 +177,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
             f"--ckpt-format {args.ckpt_format} with --optimizer {ADAMS}: must be torch_dist or "
             f"torch; remove the flag to get torch_dist"
         )
-    # Megatron's own parser keeps these as text or dtype before validation: compare the text.
-    for name in ("exp_avg_dtype", "exp_avg_sq_dtype", "main_params_dtype", "main_grads_dtype"):
-        value = str(getattr(args, name))
-        if value not in ("fp32", "torch.float32"):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value} with --optimizer {ADAMS}: must be fp32; "
-                f"remove the flag"
-            )
     if args.adam_beta2 >= 0.99:
         warnings.warn(
             f"--adam-beta2 {args.adam_beta2} with --optimizer {ADAMS}: the update's bound grows "
@@ -162,31 +189,45 @@ def wrap_get_megatron_optimizer_config(original: Callable[..., Any]) -> Callable
     """Carry adams's own arguments into the optimizer configuration."""
 
     def get_megatron_optimizer_config(args: Any) -> tuple[OptimizerConfig, Any]:
-        config, overrides = original(args)
-        if config.optimizer == ADAMS:
-            config = AdamSOptimizerConfig.from_config(
-                config,
-                adams_bias_correction=args.adams_bias_correction,
-                adams_kernel=args.adams_kernel,
-            )
+        if args.optimizer != ADAMS:
+            return original(args)
+        # Megatron's OptimizerConfig takes precisions for adam alone, with TransformerEngine.
+        plain = copy.copy(args)
+        vars(plain).update(NO_PRECISION)
+        config, overrides = original(plain)
+        config = AdamSOptimizerConfig.from_config(
+            config,
+            adams_bias_correction=args.adams_bias_correction,
+            adams_kernel=args.adams_kernel,
+            store_param_remainders=not args.adams_no_param_remainders,
+            **{name: getattr(args, name) for name in NO_PRECISION},
+        )
         return config, overrides
 
     return get_megatron_optimizer_config
 
 
 def wrap_compute_weight_and_optimizer_memory(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Report AdamS's bytes: 4 a parameter (of the dp shard) less than Adam's."""
+    """Report AdamS's bytes, in the precisions that it keeps them in."""
 
     def compute_weight_and_optimizer_memory(args: Any, verbose: bool = False) -> float:
         adam_bytes: float = original(args, verbose=verbose)
         if args.optimizer != ADAMS:
             return adam_bytes
-        if not args.use_distributed_optimizer:
-            return adam_bytes * 14 / 18
-        # Megatron's estimate is 18 bytes a parameter without sharding, 6 + 12 / dp with it
-        # (theoretical_memory_usage.py, 0.19): of the 12 sharded bytes AdamS has 8.
+        # Megatron's estimate is 18 bytes a parameter without sharding, 6 + 12 / dp with it, for
+        # a 16-bit param and an fp32 gradient (theoretical_memory_usage.py, 0.19).
         unsharded = argparse.Namespace(**{**vars(args), "use_distributed_optimizer": False})
         num_params = original(unsharded) / 18
-        return adam_bytes - (adam_bytes - 6 * num_params) * 4 / 12
+        part = 1.0
+        if args.use_distributed_optimizer:
+            part = (adam_bytes / num_params - 6) / 12
+        exp_avg, main_param = _BYTES[dtype_name(args.exp_avg_dtype)], 4
+        # With other fp8 recipes than delayed scaling, fp32 main params stay with Megatron.
+        if args.use_precision_aware_optimizer and args.fp8_recipe in (None, "delayed"):
+            keeps_fp32 = args.adams_no_param_remainders or not args.bf16
+            is_fp32 = dtype_name(args.main_params_dtype) == "fp32"
+            main_param = 4 if keeps_fp32 and is_fp32 else 2
+        grad = _BYTES[dtype_name(args.main_grads_dtype)]
+        return num_params * (2 + grad + (exp_avg + main_param) * part)
 
     return compute_weight_and_optimizer_memory

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+import torch
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_adams.kernels import BACKENDS
@@ -18,9 +19,29 @@ KERNELS = ("auto", *BACKENDS)
 DEFAULT_BETA2 = 0.95
 
 _NOT_SUPPORTED = {
-    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "optimizer_cuda_graph": "--optimizer-cuda-graph",
+}
+
+# As Megatron's command line names them; fp8 is e4m3, which Megatron (0.19) writes as uint8.
+_DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "fp8",
+    torch.float8_e4m3fn: "fp8",
+}
+# The precision-aware optimizer's fields, at values at which Megatron has no opinion of them.
+NO_PRECISION = {
+    "use_precision_aware_optimizer": False,
+    "main_grads_dtype": torch.float32,
+    "main_params_dtype": torch.float32,
+    "exp_avg_dtype": torch.float32,
+}
+_PRECISIONS = {
+    "main_grads_dtype": ("fp32", "bf16"),
+    "main_params_dtype": ("fp32", "fp16"),
+    "exp_avg_dtype": ("fp32", "bf16", "fp16", "fp8"),
 }
 
 
@@ -43,7 +64,22 @@ class AdamSOptimizerConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         # Before Megatron's own checks, which name other flags.
         check_config(self)
+        # Megatron's precision-aware optimizer is TransformerEngine's FusedAdam: its checks look for
+        # that, and turn remainders off where it is not installed.
+        precision = {name: getattr(self, name) for name in NO_PRECISION}
+        self.__dict__.update(NO_PRECISION)
         super().__post_init__()
+        self.__dict__.update(precision)
+        # As upstream (optimizer_config.py, OptimizerConfig.__post_init__, 0.19): does the inner
+        # optimizer keep the main params?
+        self.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = (
+            self.use_precision_aware_optimizer
+            and (
+                self.main_params_dtype != torch.float32
+                or self.fp8_recipe in (None, "delayed")
+                or self.optimizer_cpu_offload
+            )
+        )
 
     def __repr__(self) -> str:
         # Megatron logs the configuration while `stated_as_adam` holds.
@@ -53,9 +89,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
 
     @classmethod
     def from_config(cls, config: OptimizerConfig, **own_fields: Any) -> Self:
-        """The same configuration, with adams's own fields."""
+        """The same configuration, with adams's own fields, or others, as given."""
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
-        return cls(**values, **own_fields)
+        return cls(**{**values, **own_fields})
 
 
 def check_config(config: Any) -> None:
@@ -72,12 +108,74 @@ def check_config(config: Any) -> None:
                 f"{flag} with --optimizer {ADAMS}: not supported; remove the flag "
                 f"(the optimizer then keeps fp32 exp_avg and main params on the GPU)"
             )
+    _check_precision(config)
     AdamS.from_param_groups(
         [],
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
     )
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Megatron's name of a dtype in its command line, where it may not have been converted yet."""
+    return dtype if isinstance(dtype, str) else _DTYPE_NAMES.get(dtype, str(dtype))
+
+
+def no_exp_avg_sq(dtype: torch.dtype | str) -> ValueError:
+    """The error of a dtype given for exp_avg_sq."""
+    return ValueError(
+        f"--exp-avg-sq-dtype {dtype_name(dtype)} with --optimizer {ADAMS}: {ADAMS} keeps no "
+        f"exp_avg_sq; remove the flag"
+    )
+
+
+def _check_precision(config: Any) -> None:
+    """Refuse dtypes that the precision-aware optimizer does not have, or that need it.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    given = {name: dtype_name(getattr(config, name)) for name in _PRECISIONS}
+    flags = {name: f"--{name.replace('_', '-')} {given[name]}" for name in _PRECISIONS}
+    if dtype_name(config.exp_avg_sq_dtype) != "fp32":
+        raise no_exp_avg_sq(config.exp_avg_sq_dtype)
+    for name, allowed in _PRECISIONS.items():
+        if given[name] not in allowed:
+            raise ValueError(
+                f"{flags[name]} with --optimizer {ADAMS}: must be one of {', '.join(allowed)}"
+            )
+        if given[name] != "fp32" and not config.use_precision_aware_optimizer:
+            raise ValueError(
+                f"{flags[name]} with --optimizer {ADAMS}: belongs to the precision-aware "
+                f"optimizer; add --use-precision-aware-optimizer, or remove the flag"
+            )
+    if config.use_precision_aware_optimizer and not config.use_distributed_optimizer:
+        raise ValueError(
+            f"--use-precision-aware-optimizer with --optimizer {ADAMS}: needs the distributed "
+            f"optimizer; add --use-distributed-optimizer"
+        )
+    for name, needed in (("main_grads_dtype", ("bf16",)), ("main_params_dtype", ("bf16", "fp16"))):
+        if given[name] != "fp32" and not any(getattr(config, flag) for flag in needed):
+            raise ValueError(
+                f"{flags[name]} with --optimizer {ADAMS}: concerns training in "
+                f"{' or '.join(needed)}; add --{' or --'.join(needed)}, or remove the flag"
+            )
+
+
+@contextmanager
+def built_as_adam(config: "AdamSOptimizerConfig") -> Iterator[None]:
+    """As `stated_as_adam`, for Megatron to build an Adam that any installation has.
+
+    The arguments that it would give to TransformerEngine's FusedAdam are given to AdamS.
+    """
+    precision_aware = config.use_precision_aware_optimizer
+    config.use_precision_aware_optimizer = False
+    try:
+        with stated_as_adam(config):
+            yield
+    finally:
+        config.use_precision_aware_optimizer = precision_aware
 
 
 @contextmanager

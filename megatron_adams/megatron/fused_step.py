@@ -41,7 +41,7 @@ class FusedStepOptimizer(DistributedOptimizer):
     def prepare_step(self) -> None:
         """Tell the inner optimizer which model param belongs to each main param."""
         self.optimizer.register_step_pre_hook(self._add_grad_scale)
-        if self.why_params_are_copied() is None:
+        if self.why_params_are_copied() is None and not self.has_main_params_inside():
             # These tensors live as long as the model: where Megatron offloads param buffers or main
             # params to the CPU, it exchanges the memory behind them.
             self.optimizer.model_params = {
@@ -59,9 +59,18 @@ class FusedStepOptimizer(DistributedOptimizer):
 
     def why_params_are_copied(self) -> str | None:
         """Why Megatron's own pass has to write the model params, None if the step can do it."""
+        if self.has_main_params_inside():
+            return None
         if self.ddp_config.fp8_param_gather or self.ddp_config.fp4_param_gather:
             return "the model params are quantized from the main params"
         return None
+
+    def has_main_params_inside(self) -> bool:
+        """Whether the inner optimizer has the model params, and keeps the main params itself.
+
+        So it is with the precision-aware optimizer, where Megatron has no main params to copy.
+        """
+        return bool(self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
 
     def inv_scale(self) -> float:
         """1 / loss scale; 1.0 without one."""

@@ -18,8 +18,9 @@ from megatron.core.utils import log_single_rank
 from megatron_adams.megatron.config import (
     ADAMS,
     AdamSOptimizerConfig,
+    built_as_adam,
     check_config,
-    stated_as_adam,
+    dtype_name,
 )
 from megatron_adams.megatron.fused_step import FusedStepChain, FusedStepOptimizer, describe
 from megatron_adams.optimizer import AdamS
@@ -49,7 +50,7 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
                 f"use_megatron_fsdp with optimizer={ADAMS!r}: not supported; use "
                 f"use_distributed_optimizer"
             )
-        with stated_as_adam(config):
+        with built_as_adam(config):
             optimizer = original(config, model_chunks, *args, **kwargs)
         return adopt(optimizer, config)
 
@@ -74,16 +75,31 @@ def adopt(optimizer: ChainedOptimizer, config: AdamSOptimizerConfig) -> "AdamSCh
             part.init_state_fn = init_state
             if isinstance(part, AdamSDistributedOptimizer):
                 part.prepare_step()
-            part.optimizer.compile_kernels()
+            decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
+            part.optimizer.compile_kernels(decoupled)
     optimizer.__class__ = AdamSChainedOptimizer
-    num_params = sum(p.numel() for p in optimizer.get_parameters())
     log_single_rank(
-        logger,
-        logging.INFO,
-        f"{ADAMS}: state is exp_avg, {4 * num_params} bytes for the {num_params} parameters "
-        f"of this rank; {describe(optimizer)}",
+        logger, logging.INFO, f"{ADAMS}: {_describe_state(optimizer)}; {describe(optimizer)}"
     )
     return optimizer
+
+
+def _describe_state(chain: ChainedOptimizer) -> str:
+    """What the inner optimizers of this rank will keep, in which dtypes, in bytes."""
+    num_params = 0
+    num_bytes: dict[tuple[str, torch.dtype], int] = {}
+    for part in chain.chained_optimizers:
+        for param in part.get_parameters():
+            num_params += param.numel()
+            for name, dtype in part.optimizer.state_dtypes(param).items():
+                size = param.numel() * dtype.itemsize
+                num_bytes[name, dtype] = num_bytes.get((name, dtype), 0) + size
+    kept = [
+        f"{name} in {'16-bit remainders' if dtype == torch.int16 else dtype_name(dtype)} "
+        f"({size} bytes)"
+        for (name, dtype), size in num_bytes.items()
+    ]
+    return f"state is {' and '.join(kept) or 'empty'} for the {num_params} parameters of this rank"
 
 
 def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> AdamS:
@@ -102,18 +118,40 @@ def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> Ad
         adam_w_mode=config.decoupled_weight_decay,
         bias_correction=config.adams_bias_correction,
         kernel=config.adams_kernel,
+        **_storage(config),
     )
 
 
+def _storage(config: AdamSOptimizerConfig) -> dict[str, Any]:
+    """The arguments that Megatron would give to TransformerEngine's FusedAdam for its state."""
+    if not config.use_precision_aware_optimizer:
+        return {}
+    storage: dict[str, Any] = {"exp_avg_dtype": config.exp_avg_dtype}
+    if config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+        # The model params are the inner optimizer's, which keeps the main params.
+        is_fp32 = config.main_params_dtype == torch.float32
+        storage |= {
+            "master_weights": True,
+            "use_decoupled_grad": True,
+            "master_weight_dtype": config.main_params_dtype,
+            "store_param_remainders": config.store_param_remainders and is_fp32,
+        }
+    return storage
+
+
 def init_state(optimizer: AdamS, config: Any = None) -> None:
-    """Allocate exp_avg for every parameter that has none: Megatron's init_state_fn."""
+    """Allocate the state of every parameter that has none: Megatron's init_state_fn."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             optimizer.initialize_state(param)
 
 
 class AdamSDistributedOptimizer(FusedStepOptimizer):
-    """Megatron's DistributedOptimizer (0.19) with `exp_avg` as the only state of a shard."""
+    """Megatron's DistributedOptimizer (0.19) with `exp_avg` as the only state of a shard.
+
+    Beside main params, which the precision-aware optimizer keeps there, too. A checkpoint has both
+    in full (fp32), whatever they are kept in, so that it can be loaded into any precision.
+    """
 
     optimizer_state_keys = ("exp_avg",)
 
@@ -129,7 +167,8 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         """
         if self.is_stub_optimizer:
             return {}
-        groups = self.optimizer.state_dict()["param_groups"]
+        with self.optimizer.state_left_out():
+            groups = self.optimizer.state_dict()["param_groups"]
         state_dict: dict[str, Any] = {
             "optimizer": {"param_groups": [_without(group, "params") for group in groups]}
         }
@@ -144,7 +183,30 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         groups = match_param_groups(
             self.optimizer.param_groups, state_dict["optimizer"]["param_groups"]
         )
-        super().load_state_dict({**state_dict, "optimizer": {"param_groups": groups}})
+        # Upstream would allocate it as FusedAdam has it.
+        init_state(self.optimizer)
+        with self.optimizer.state_left_out():
+            super().load_state_dict({**state_dict, "optimizer": {"param_groups": groups}})
+        if "param_state" in state_dict:
+            self._gather_params_of_remainders()
+
+    def load_parameter_state(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream: the second file of a legacy checkpoint."""
+        super().load_parameter_state(*args, **kwargs)
+        if not self.is_stub_optimizer:
+            self._gather_params_of_remainders()
+
+    def _gather_params_of_remainders(self) -> None:
+        """Give all dp ranks the params that loading remainders has written on one.
+
+        The params of the checkpoint are rounded otherwise where a main param lies half way between
+        two bf16 numbers, if it was saved with fp32 main params.
+        """
+        if self.has_main_params_inside() and self.optimizer.store_param_remainders:
+            for model_chunk in self.model_chunks:
+                model_chunk.start_param_sync(force_sync=True)
+                # The forward pass does not count on it.
+                model_chunk.reset_param_sync_dispatch_state()
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A stub, which a rank without trainable parameters has, has nothing to save."""
@@ -153,16 +215,46 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         return super().sharded_state_dict(*args, **kwargs)
 
     def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> Any:
+        """A param's tensors for a checkpoint, in full; not copies where they are kept so."""
+        param = self._inner_param(model_param)
         # A save may come before the first step.
-        group, order = self.model_param_group_index_map[model_param]
-        self.optimizer.initialize_state(self.optimizer.param_groups[group]["params"][order])
-        return super()._get_main_param_and_optimizer_states(model_param)
+        self.optimizer.initialize_state(param)
+        return {
+            "param": self.optimizer.get_unscaled_state(param, "master_param"),
+            "exp_avg": self.optimizer.get_unscaled_state(param, "exp_avg"),
+        }
 
-    # In fp32 a main param is a view of the model's leaf: copying into it needs no_grad, which
-    # upstream sets on some of its callers only.
-    @torch.no_grad()
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: Any) -> None:
-        super()._set_main_param_and_optimizer_states(model_param, tensors)
+        param = self._inner_param(model_param)
+        self.optimizer.set_scaled_state(param, "master_param", tensors["param"])
+        self.optimizer.set_scaled_state(param, "exp_avg", tensors["exp_avg"])
+
+    @torch.no_grad()
+    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
+        """As upstream, also where the inner optimizer keeps the main params.
+
+        Upstream leaves that to FusedAdam's first step, which is too late where there is state
+        already, or where the params of `state_dict` are more exact than the model's.
+        """
+        if not self.has_main_params_inside() or self.is_stub_optimizer:
+            super()._copy_model_params_to_main_params(state_dict=state_dict)
+            return
+        sources: dict[Any, torch.Tensor] = {}
+        if state_dict is not None:
+            sources = self._build_model_param_to_state_dict_param_map(state_dict)
+        for model_param in self.model_param_group_index_map:
+            shard = self._get_model_param_range_map(model_param)["param"]
+            source = sources.get(model_param, model_param).detach()
+            self.optimizer.set_scaled_state(
+                self._inner_param(model_param),
+                "master_param",
+                source.view(-1)[shard.start : shard.end],
+            )
+
+    def _inner_param(self, model_param: torch.nn.Parameter) -> torch.Tensor:
+        """This rank's shard of a param, as the inner optimizer has it."""
+        group, order = self.model_param_group_index_map[model_param]
+        return self.optimizer.param_groups[group]["params"][order]
 
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream, from tensors that have the layout which upstream slices them by."""

@@ -11,6 +11,7 @@ from megatron_adams.megatron.hooks import Hook, Symbol, attach, check_version, r
 logger = logging.getLogger(__name__)
 
 _OPTIMIZERS = "megatron.core.optimizer.optimizer"
+_DDP = "megatron.core.distributed.distributed_data_parallel.DistributedDataParallel"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 
 # What AdamSDistributedOptimizer and AdamSChainedOptimizer override, and what this package's
@@ -43,6 +44,12 @@ _RELIED_ON = (
         ("self", "use_gloo_comm", "empty_data", "return_on_all_ranks"),
     ),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.get_parameter_state_dp_reshardable", ("self",)),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}.load_parameter_state", ("self", "filename")),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}._copy_model_params_to_main_params", ("self", "state_dict")),
+    Symbol(
+        f"{_DISTRIBUTED_OPTIMIZER}._build_model_param_to_state_dict_param_map",
+        ("self", "state_dict"),
+    ),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.step_with_ready_grads", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._copy_main_params_to_model_params", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._collect_main_grad_data_for_unscaling", ("self",)),
@@ -53,6 +60,8 @@ _RELIED_ON = (
     Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.step", ("self",)),
     Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.load_state_dict", ("self", "state_dict")),
     Symbol(f"{_OPTIMIZERS}.param_group_identifier_keys"),
+    Symbol(f"{_DDP}.start_param_sync", ("self",)),
+    Symbol(f"{_DDP}.reset_param_sync_dispatch_state", ("self",)),
     Symbol("megatron.core.optimizer.ChainedOptimizer"),
     Symbol("megatron.core.optimizer.DistributedOptimizer"),
     Symbol("megatron.core.models.mimo.model.base.MimoModel"),

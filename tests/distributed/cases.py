@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_adams.optimizer import AdamS
+
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt" / "pretrain_gpt.py"
 
 TINY_GPT = (
@@ -115,8 +117,9 @@ def describe(part: Any, names: dict[int, str]) -> dict[str, Any]:
 
     Returns:
         "classes": the Megatron optimizer's and the inner one's; "groups": its param groups
-        without params; "shards": for every main param of this rank its size, dtype, and the state
-        tensors by key.
+        without params; "shards": for every param of the inner optimizer "param", the "state"
+        tensors by key (in fp8: as uint8), of AdamS also "main_param" and "exp_avg" in full, and
+        "bytes_per_param" of all state.
     """
     inner = part.optimizer
     described: dict[str, Any] = {
@@ -130,12 +133,20 @@ def describe(part: Any, names: dict[int, str]) -> dict[str, Any]:
     for group in inner.param_groups:
         described["groups"].append({k: v for k, v in group.items() if k != "params"})
         for param in group["params"]:
-            described["shards"].append(
-                {
-                    "param": param.detach().clone(),
-                    "state": {k: v.clone() for k, v in inner.state.get(param, {}).items()},
-                }
-            )
+            state = inner.state.get(param, {})
+            shard: dict[str, Any] = {
+                "param": param.detach().clone(),
+                # Megatron allows no fp8 tensor to be unpickled.
+                "state": {
+                    k: (v.view(torch.uint8) if v.dtype.itemsize == 1 else v).clone()
+                    for k, v in state.items()
+                },
+            }
+            if isinstance(inner, AdamS) and state:
+                shard["main_param"] = inner.get_unscaled_state(param, "master_param").clone()
+                shard["exp_avg"] = inner.get_unscaled_state(param, "exp_avg").clone()
+                shard["bytes_per_param"] = sum(v.dtype.itemsize for v in state.values())
+            described["shards"].append(shard)
     return described
 
 

@@ -283,7 +283,7 @@ def test_given_hyperparameters_reach_the_optimizer(cluster: Cluster) -> None:
 
 
 REFUSED = {
-    "precision_aware": ("--use-precision-aware-optimizer", "--use-precision-aware-optimizer"),
+    "remainders": ("--adams-no-param-remainders", "--adams-no-param-remainders: only"),
     "cpu_offload": ("--optimizer-cpu-offload", "--optimizer-cpu-offload"),
     "cuda_graph": ("--optimizer-cuda-graph", "--optimizer-cuda-graph"),
     "megatron_fsdp": ("--use-megatron-fsdp --ckpt-format fsdp_dtensor", "--use-megatron-fsdp"),
@@ -291,9 +291,20 @@ REFUSED = {
     "torch_dcp": ("--ckpt-format torch_dcp", "--ckpt-format torch_dcp"),
     "fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "--ckpt-format fsdp_dtensor"),
     "exp_avg_dtype": ("--exp-avg-dtype bf16", "--exp-avg-dtype bf16"),
-    "exp_avg_sq_dtype": ("--exp-avg-sq-dtype bf16", "--exp-avg-sq-dtype bf16"),
+    "exp_avg_sq_dtype": (
+        "--exp-avg-sq-dtype fp32 --use-precision-aware-optimizer",
+        "--exp-avg-sq-dtype fp32 with --optimizer adams: adams keeps no exp_avg_sq",
+    ),
     "main_params_dtype": ("--main-params-dtype fp16", "--main-params-dtype fp16"),
     "main_grads_dtype": ("--main-grads-dtype bf16", "--main-grads-dtype bf16"),
+    "main_params_dtype_of_fp32": (
+        "--main-params-dtype fp16 --use-precision-aware-optimizer",
+        "--main-params-dtype fp16 with --optimizer adams: concerns training in bf16 or fp16",
+    ),
+    "main_grads_dtype_of_fp16": (
+        "--main-grads-dtype bf16 --use-precision-aware-optimizer --fp16",
+        "--main-grads-dtype bf16 with --optimizer adams: concerns training in bf16",
+    ),
     "eps": ("--adam-eps 0", "eps=0.0"),
     "beta1": ("--adam-beta1 1", "beta1=1.0"),
     "beta2": ("--adam-beta2 0", "beta2=0.0"),
@@ -317,17 +328,17 @@ def test_unsupported_flag_is_refused_in_one_sentence(
     message = refused[name]
     assert message is not None
     assert REFUSED[name][1] in message
-    assert "must be" in message or "not supported" in message
+    assert re.search("must be|not supported|remove the flag", message)
     assert "\n" not in message and "traceback" not in message
 
 
 def test_refusal_ends_the_run_with_a_non_zero_exit_on_every_rank(cluster: Cluster) -> None:
-    flags = "--use-precision-aware-optimizer --train-iters 1"
+    flags = "--use-torch-fsdp2 --train-iters 1"
     run = cluster.run(TRAIN, 2, argv=f"{SHARDED} {flags}", check=False, timeout_s=60)
     assert run.codes == [1, 1]
     for log in run.logs:
         assert log.splitlines()[-1].startswith(
-            "ValueError: --use-precision-aware-optimizer with --optimizer adams: not supported"
+            "ValueError: --use-torch-fsdp2 with --optimizer adams: not supported"
         )
 
 
@@ -352,6 +363,25 @@ def test_theoretical_memory_of_dense_models(cluster: Cluster, flags: str) -> Non
     assert told["adams"] == pytest.approx(num_params * (6 + 8 / dp_size))
     assert f"weight and optimizer={told['adams'] / 2**20:.2f} MB" in told["printed"]
     assert told["printed"].count("Total number of parameters") == 1
+
+
+PRECISION_BYTES = {
+    # param and gradient; state, over the data parallel ranks
+    "--bf16": (6, 6),
+    "--bf16 --main-grads-dtype bf16 --exp-avg-dtype bf16": (4, 4),
+    "--bf16 --main-params-dtype fp16 --exp-avg-dtype fp8": (6, 3),
+    "--bf16 --adams-no-param-remainders": (6, 8),
+    "--fp16 --exp-avg-dtype fp16": (6, 6),
+}
+
+
+@pytest.mark.parametrize("flags", PRECISION_BYTES)
+def test_theoretical_memory_of_the_precision_aware_optimizer(cluster: Cluster, flags: str) -> None:
+    argv = f"--use-precision-aware-optimizer {flags}"
+    told = cluster.run(MEMORY, 1, argv=argv, world_size=8).results[0]
+    replicated, sharded = PRECISION_BYTES[flags]
+    num_params = told["adam_plain"] / 18
+    assert told["adams"] == pytest.approx(num_params * (replicated + sharded / 8))
 
 
 def test_theoretical_memory_of_experts_uses_their_own_dp_size(cluster: Cluster) -> None:

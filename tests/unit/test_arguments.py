@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_adams.megatron import AdamSOptimizerConfig
@@ -51,9 +52,7 @@ def test_config_is_adams_again_where_megatron_raises() -> None:
     assert config.optimizer == "adams"
 
 
-@pytest.mark.parametrize(
-    "flag", ["use_precision_aware_optimizer", "optimizer_cpu_offload", "optimizer_cuda_graph"]
-)
+@pytest.mark.parametrize("flag", ["optimizer_cpu_offload", "optimizer_cuda_graph"])
 def test_config_refuses_what_is_not_supported(flag: str) -> None:
     name = f"--{flag.replace('_', '-')} with --optimizer adams: not supported"
     with pytest.raises(ValueError, match=name):
@@ -102,6 +101,7 @@ def test_argument_dump_shows_adams_only_while_that_namespace_is_validated() -> N
         adam_beta2=0.95,
         adam_eps=1e-8,
         weight_decay=0.1,
+        adams_no_param_remainders=False,
         use_precision_aware_optimizer=False,
         optimizer_cpu_offload=False,
         optimizer_cuda_graph=False,
@@ -109,7 +109,7 @@ def test_argument_dump_shows_adams_only_while_that_namespace_is_validated() -> N
         use_torch_fsdp2=False,
         ckpt_format="torch_dist",
         exp_avg_dtype="fp32",
-        exp_avg_sq_dtype="fp32",
+        exp_avg_sq_dtype=torch.float32,
         main_params_dtype="fp32",
         main_grads_dtype="fp32",
     )
@@ -131,7 +131,13 @@ def test_memory_estimate_asks_megatron_to_print_once(optimizer: str, distributed
         verbose_calls.append(verbose)
         return 100 * (6 + 12 / 4 if args.use_distributed_optimizer else 18)
 
-    args = SimpleNamespace(optimizer=optimizer, use_distributed_optimizer=distributed)
+    args = SimpleNamespace(
+        optimizer=optimizer,
+        use_distributed_optimizer=distributed,
+        use_precision_aware_optimizer=False,
+        exp_avg_dtype=torch.float32,
+        main_grads_dtype=torch.float32,
+    )
     told = wrap_compute_weight_and_optimizer_memory(estimate)(args, verbose=True)
     assert verbose_calls.count(True) == 1
     expected = {

@@ -362,12 +362,7 @@ def test_zero_gradients_at_the_smallest_eps_give_no_nan():
     [
         ("amsgrad", True),
         ("capturable", True),
-        ("master_weights", True),
-        ("master_weight_dtype", torch.float16),
-        ("exp_avg_dtype", torch.bfloat16),
         ("exp_avg_sq_dtype", torch.float16),
-        ("use_decoupled_grad", True),
-        ("store_param_remainders", True),
         ("set_grad_none", True),
     ],
 )
@@ -512,7 +507,7 @@ def test_adam_checkpoint_is_refused_and_nothing_loaded(adam, steps, amsgrad):
     assert_equal_state(optimizer, before)
 
 
-@pytest.mark.parametrize("key", ["exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master_param"])
+@pytest.mark.parametrize("key", ["exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"])
 def test_unknown_state_is_refused_by_name(key):
     optimizer = AdamS(parameters((3,)))
     train(optimizer, 1)

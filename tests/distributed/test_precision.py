@@ -1,0 +1,301 @@
+"""--use-precision-aware-optimizer: main params and exp_avg in fewer bits, without TransformerEngine."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_adams.precision import split_master
+from tests.distributed.cluster import Cluster, Outcome
+from tests.distributed.test_checkpoint import (
+    SAVED_AT,
+    STEPS,
+    assert_continues,
+    choose,
+    folder_of,
+)
+from tests.distributed.test_parity import MOE
+
+TRAIN = "tests.distributed.cases:train"
+LOAD = "tests.distributed.cases:load_plain"
+TIES_AWAY = "tests.distributed.precision_cases:train_rounding_ties_away"
+POISONED = "tests.distributed.precision_cases:train_poisoned"
+RELOADING = "tests.distributed.precision_cases:train_reloading"
+AFTER_LOAD = "tests.distributed.precision_cases:params_after_load"
+
+ADAMS = "--optimizer adams --use-distributed-optimizer"
+AWARE = f"{ADAMS} --use-precision-aware-optimizer"
+FP16 = "--fp16 --accumulate-allreduce-grads-in-fp32 --initial-loss-scale 1024"
+
+# Flags, and the bytes of state that a parameter has.
+MODES = {
+    "remainder": ("--bf16", 6),
+    "master": ("--bf16 --adams-no-param-remainders", 8),
+    "remainder_m16": ("--bf16 --exp-avg-dtype bf16", 4),
+    "g16_remainder_m16": ("--bf16 --main-grads-dtype bf16 --exp-avg-dtype bf16", 4),
+    "remainder_m8": ("--bf16 --exp-avg-dtype fp8", 3),
+    "w16_m16": ("--bf16 --main-params-dtype fp16 --exp-avg-dtype fp16", 4),
+    "fp16": (f"{FP16} --exp-avg-dtype bf16", 6),
+    "fp16_w16_m8": (f"{FP16} --main-params-dtype fp16 --exp-avg-dtype fp8", 3),
+    "fp32_m16": ("--exp-avg-dtype bf16", 2),
+}
+
+
+def shards(rank: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shard for part in rank["parts"] for shard in part["shards"]]
+
+
+def assert_same_run(mine: Outcome, theirs: Outcome) -> None:
+    """Bit-equal losses, norms, model params, main params and exp_avg, on every rank."""
+    for my_rank, their_rank in zip(mine.results, theirs.results, strict=True):
+        assert my_rank["losses"] == their_rank["losses"]
+        assert my_rank["grad_norms"] == their_rank["grad_norms"]
+        for name, tensor in their_rank["model"].items():
+            assert torch.equal(my_rank["model"][name], tensor), name
+        assert shards(their_rank)
+        for my_shard, their_shard in zip(shards(my_rank), shards(their_rank), strict=True):
+            for name in ("main_param", "exp_avg"):
+                assert torch.equal(my_shard[name], their_shard[name])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_state_has_the_bytes_of_its_dtypes(cluster: Cluster, mode: str) -> None:
+    flags, bytes_per_param = MODES[mode]
+    run = cluster.run(TRAIN, 2, argv=f"{AWARE} {flags} --train-iters 2")
+    total = 0
+    for rank in run.results:
+        for shard in shards(rank):
+            assert shard["bytes_per_param"] == bytes_per_param
+            total += sum(t.numel() * t.element_size() for t in shard["state"].values())
+        assert {part["classes"] for part in rank["parts"]} == {
+            ("AdamSDistributedOptimizer", "AdamS")
+        }
+    num_params = sum(tensor.numel() for tensor in run.results[0]["model"].values())
+    assert total == num_params * bytes_per_param
+    assert "model params are written in the step" in run.logs[0]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--bf16", "--bf16 --overlap-grad-reduce --overlap-param-gather", FP16]
+)
+def test_main_params_inside_change_no_bit(cluster: Cluster, flags: str) -> None:
+    """fp32 main params in the inner optimizer, and in Megatron's."""
+    inside = "--adams-no-param-remainders" if "--bf16" in flags else ""
+    steps = "--train-iters 6"
+    theirs = cluster.run(TRAIN, 2, argv=f"{ADAMS} {flags} {steps}")
+    mine = cluster.run(TRAIN, 2, argv=f"{AWARE} {flags} {inside} {steps}")
+    assert_same_run(mine, theirs)
+    assert all("master_param" in shard["state"] for shard in shards(mine.results[0]))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["", "--tensor-model-parallel-size 2", f"{MOE} --expert-model-parallel-size 2"],
+    ids=["dp2", "tp2", "ep2"],
+)
+def test_remainders_change_no_bit_of_main_params_and_exp_avg(cluster: Cluster, layout: str) -> None:
+    """Beside fp32 main params whose bf16 copies are rounded alike, half away from zero."""
+    flags = f"--bf16 --train-iters 8 --disable-bias-linear {layout}"
+    mine = cluster.run(TRAIN, 2, argv=f"{AWARE} {flags}")
+    theirs = cluster.run(TIES_AWAY, 2, argv=f"{ADAMS} {flags}")
+    assert_same_run(mine, theirs)
+    kept = [shard["state"]["master_param"] for shard in shards(mine.results[0])]
+    assert {tensor.dtype for tensor in kept} == {torch.int16}
+    assert any(tensor.any() for tensor in kept)
+
+
+# Parity of layouts
+
+COMMON = (
+    "--num-layers 4 --disable-bias-linear --dist-ckpt-optim-fully-reshardable --adam-eps 1e-6 "
+    "--clip-grad 0 "
+)
+LAYOUTS = {
+    "dp2": (2, ""),
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "tp2_pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+}
+START, END = 2, 8
+
+
+@pytest.fixture(scope="module", params=["remainder_m16", "w16_m16", "remainder_m8", "fp32_m16"])
+def reference(
+    request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, dict[str, torch.Tensor], list[float]]:
+    """A mode's flags, where all layouts start, and where a single process ends."""
+    flags = f"{AWARE} {MODES[request.param][0]} {COMMON} --train-iters {END}"
+    folder = tmp_path_factory.mktemp(request.param)
+    start, end = folder / "start", folder / "end"
+    cluster.run(TRAIN, 1, argv=f"{flags} --exit-interval {START} --save {start}")
+    run = cluster.run(TRAIN, 1, argv=f"{flags} --load {start} --save {end}")
+    tensors = cluster.run(LOAD, 1, checkpoint=folder_of(end, END)).results[0]
+    return flags, start, tensors, run.results[0]["losses"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_matches_single_process(
+    cluster: Cluster,
+    reference: tuple[str, Path, dict[str, torch.Tensor], list[float]],
+    tmp_path: Path,
+    layout: str,
+) -> None:
+    flags, start, expected, losses = reference
+    num_ranks, split = LAYOUTS[layout]
+    run = cluster.run(TRAIN, num_ranks, argv=f"{flags} {split} --load {start} --save {tmp_path}")
+    # Activations and gradients are bf16 in most modes: their sums are rounded in another order.
+    is_fp32 = "--bf16" not in flags
+    np.testing.assert_allclose(run.results[-1]["losses"], losses, rtol=1e-5 if is_fp32 else 2e-3)
+    saved = cluster.run(LOAD, 1, checkpoint=folder_of(tmp_path, END)).results[0]
+    assert saved.keys() == expected.keys()
+    moved = started = 0.0
+    begin = cluster.run(LOAD, 1, checkpoint=folder_of(start, START)).results[0]
+    for key, tensor in expected.items():
+        if key.startswith("optimizer.state.param."):
+            assert saved[key].dtype == torch.float32
+            moved += float((saved[key] - tensor).square().sum())
+            started += float((tensor - begin[key]).square().sum())
+    # Of the way that the params went; an optimizer that lost a shard would be at its start.
+    assert moved < (0.02**2 if is_fp32 else 0.25**2) * started
+
+
+# Checkpoints
+
+FAMILIES = {
+    "remainder": (f"{AWARE} --bf16", 2),
+    "remainder_m16_legacy": (f"{AWARE} --bf16 --exp-avg-dtype bf16 --ckpt-format torch", 2),
+    "w16_m8": (f"{AWARE} --bf16 --main-params-dtype fp16 --exp-avg-dtype fp8", 2),
+    "fp16_m16_tp2_reshardable": (
+        f"{AWARE} {FP16} --exp-avg-dtype fp16 --dist-ckpt-optim-fully-reshardable "
+        "--tensor-model-parallel-size 2",
+        2,
+    ),
+    "remainder_m8_ep2": (
+        f"{AWARE} --bf16 --exp-avg-dtype fp8 {MOE} --disable-bias-linear "
+        "--expert-model-parallel-size 2",
+        2,
+    ),
+    "remainder_pp2_overlap": (
+        f"{AWARE} --bf16 --pipeline-model-parallel-size 2 --overlap-grad-reduce "
+        "--overlap-param-gather",
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resumed_run_equals_uninterrupted_one(
+    cluster: Cluster, checkpoints: Path, family: str
+) -> None:
+    flags, num_ranks = FAMILIES[family]
+    base = f"{flags} {STEPS}"
+    whole = cluster.run(TRAIN, num_ranks, argv=f"{base} --save {checkpoints}").results
+    resumed = cluster.run(TRAIN, num_ranks, argv=f"{base} {choose(checkpoints, SAVED_AT)}").results
+    for rank in (*whole, *resumed):
+        for shard in shards(rank):
+            # Of scaled state the values count: their scale is found anew when they are loaded.
+            shard["param"] = shard["main_param"]
+            shard["state"] = {"exp_avg": shard["exp_avg"]}
+    assert_continues(resumed, whole)
+
+
+SOURCES = {
+    "default": (ADAMS, "--bf16"),
+    "remainder_m16": (AWARE, "--bf16 --exp-avg-dtype bf16"),
+    "w16_m8": (AWARE, "--bf16 --main-params-dtype fp16 --exp-avg-dtype fp8"),
+}
+
+
+@pytest.mark.parametrize("target", SOURCES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_checkpoint_of_any_precision_loads_into_any_other(
+    cluster: Cluster, tmp_path: Path, source: str, target: str
+) -> None:
+    """Also at another layout: saved at once, it has the values that the target can keep."""
+    common = f"--train-iters {SAVED_AT} --dist-ckpt-optim-fully-reshardable --disable-bias-linear"
+    first, second = tmp_path / "first", tmp_path / "second"
+    split = "--tensor-model-parallel-size 2"
+    cluster.run(TRAIN, 2, argv=f"{' '.join(SOURCES[source])} {common} {split} --save {first}")
+    cluster.run(
+        TRAIN, 2, argv=f"{' '.join(SOURCES[target])} {common} --load {first} --save {second}"
+    )
+    before, after = (
+        cluster.run(LOAD, checkpoint=folder_of(folder, SAVED_AT)).results[0]
+        for folder in (first, second)
+    )
+    keys = {key for key in before if key.startswith("optimizer.state.")}
+    assert {key.split(".")[2] for key in keys} == {"param", "exp_avg"}
+    assert keys == {key for key in after if key.startswith("optimizer.state.")}
+    # Halves of the last place that the dtype has.
+    rounding = {"default": (0, 0), "remainder_m16": (0, 2**-9), "w16_m8": (2**-11, 2**-4)}
+    for key in keys:
+        assert before[key].dtype == after[key].dtype == torch.float32
+        relative = rounding[target][key.startswith("optimizer.state.exp_avg.")]
+        if relative == 0:
+            assert torch.equal(after[key], before[key])
+        else:
+            # The smallest numbers of a tensor are fixed-point ones, in units of its largest.
+            absolute = 2**-14 * float(before[key].abs().max())
+            np.testing.assert_allclose(after[key], before[key], rtol=relative, atol=absolute)
+
+
+def test_data_parallel_ranks_agree_after_loading_fp32_main_params_as_remainders(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Their own shard's params are rounded anew where the checkpoint's were half way."""
+    common = f"--bf16 --train-iters {SAVED_AT} --lr 0 --weight-decay 0"
+    folder = tmp_path / "checkpoint"
+    cluster.run(TRAIN, 2, argv=f"{ADAMS} {common} --save {folder}")
+    flags = f"{AWARE} {common} --overlap-grad-reduce --overlap-param-gather --load {folder}"
+    halfway = "tests.distributed.precision_cases:params_after_load_halfway"
+    loaded = cluster.run(halfway, 2, argv=flags).results
+    told = [rank["rounded"] for rank in loaded]
+    assert all(count > 0 for count in told)
+    for name, tensor in loaded[0]["params"].items():
+        assert torch.equal(tensor, loaded[1]["params"][name]), name
+
+
+def test_weights_alone_are_loaded_into_main_params(cluster: Cluster, tmp_path: Path) -> None:
+    common = f"--bf16 --train-iters {SAVED_AT}"
+    saved = cluster.run(TRAIN, 2, argv=f"{AWARE} {common} --save {tmp_path}").results
+    for flag in ("--finetune", "--no-load-optim"):
+        loaded = cluster.run(AFTER_LOAD, 2, argv=f"{AWARE} {common} {flag} --load {tmp_path}")
+        for rank, saved_rank in zip(loaded.results, saved, strict=True):
+            for name, tensor in saved_rank["model"].items():
+                assert torch.equal(rank[name], tensor), name
+
+
+@pytest.mark.parametrize("mode", ["remainder_m16", "master", "fp32_m16"])
+def test_reloaded_model_params_become_main_params(cluster: Cluster, mode: str) -> None:
+    """Where there is state already, which upstream would keep."""
+    run = cluster.run(RELOADING, 2, argv=f"{AWARE} {MODES[mode][0]} --train-iters 2")
+    for rank in run.results:
+        assert rank["reloaded"] and all(rank["reloaded"])
+
+
+# Faults
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("mode", ["remainder_m16", "fp16_w16_m8", "fp16"])
+def test_gradient_that_is_not_finite_on_one_rank_of_four(
+    cluster: Cluster, mode: str, value: str
+) -> None:
+    """fp16: every rank skips the step, its state untouched. bf16: every rank stops."""
+    flags = f"{AWARE} {MODES[mode][0]} --train-iters 4 --check-for-nan-in-loss-and-grad"
+    if "--fp16" not in flags:
+        flags += " --rerun-mode validate_results"
+    run = cluster.run(POISONED, 4, argv=flags, value=value, check=False)
+    if "--fp16" in flags:
+        assert run.codes == [0] * 4
+        for rank in run.results:
+            assert rank["skipped"] == [0, 0, 1, 0]
+            assert rank["changed"] == [True, True, False, True]
+
+
+def test_rounding_of_half_way_main_params_differs() -> None:
+    """What the test above relies on: remainders round it up, a copy to even."""
+    master = torch.tensor([1 + 2.0**-8])
+    assert split_master(master)[0] != master.to(torch.bfloat16)
