@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_adams.megatron.fused_step import FusedStepOptimizer
-from megatron_adams.megatron.optimizer import AdamSChainedOptimizer
+from megatron_adams.megatron.optimizer import AdamSChainedOptimizer, AdamSDistributedOptimizer
 from megatron_adams.precision import split_master
 from tests.distributed import cases
 
@@ -30,26 +30,33 @@ def train_rounding_ties_away(argv: str) -> dict[str, Any]:
 
 
 def train_poisoned(argv: str, value: str) -> dict[str, Any]:
-    """Train; before one step rank 1 alone finds a NaN or an inf in a gradient of its shard.
+    """Train; in the backward pass of one step rank 1 alone gets a NaN or an inf in a gradient.
 
     Returns:
         As `cases.train`, and "changed": for each step, whether params or state on this rank did.
     """
-    changed: list[bool] = []
-    step = AdamSChainedOptimizer.step
+    from megatron.training import training
 
-    def poisoned_step(chain: Any) -> Any:
+    changed: list[bool] = []
+    train_step = training.train_step
+
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        return grad.index_fill(0, torch.tensor([0]), float(value))
+
+    def poisoned_train_step(
+        step_func: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kw: Any
+    ) -> Any:
+        hooks = []
         if len(changed) == POISONED_STEP and RANK == 1:
-            part = chain.chained_optimizers[-1]
-            param = next(iter(part.model_param_group_index_map))
-            start = part._get_model_param_range_map(param)["param"].start
-            param.main_grad.view(-1)[start] = float(value)
-        before = _bytes(chain)
-        outcome = step(chain)
-        changed.append(before != _bytes(chain))
+            hooks.append(next(model[0].parameters()).register_hook(poison))
+        before = _bytes(optimizer)
+        outcome = train_step(step_func, data, model, optimizer, *rest, **kw)
+        changed.append(before != _bytes(optimizer))
+        for hook in hooks:
+            hook.remove()
         return outcome
 
-    AdamSChainedOptimizer.step = poisoned_step
+    training.train_step = poisoned_train_step
     return {**cases.train(argv), "changed": changed}
 
 
@@ -59,7 +66,7 @@ def _bytes(chain: Any) -> list[bytes]:
         for group in part.optimizer.param_groups:
             for param in group["params"]:
                 tensors += [param.detach(), *part.optimizer.state.get(param, {}).values()]
-    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    return [tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
 
 
 def train_reloading(argv: str) -> dict[str, Any]:
@@ -98,11 +105,43 @@ def params_after_load(argv: str) -> dict[str, torch.Tensor]:
 
     def recording_setup(*args: Any, **kwargs: Any) -> Any:
         built = setup(*args, **kwargs)
-        for chunk in built[0]:
+        for chunk_index, chunk in enumerate(built[0]):
             for name, param in chunk.named_parameters():
-                loaded[name] = param.detach().clone()
+                loaded[f"{chunk_index}.{name}"] = param.detach().clone()
         return built
 
     training.setup_model_and_optimizer = recording_setup
     cases.train(argv)
     return loaded
+
+
+def params_after_load_halfway(argv: str) -> dict[str, Any]:
+    """Load a checkpoint whose main params all seem to lie half way between two bf16 numbers.
+
+    Returns:
+        "params": the model's before the first forward pass; "rounded": how many params of this
+        rank's shards differ from their main params, rounded to even.
+    """
+    from megatron.training import training
+
+    told: dict[str, Any] = {"params": {}, "rounded": 0}
+    setup: Callable[..., Any] = training.setup_model_and_optimizer
+    set_state = AdamSDistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_halfway(part: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        bits = tensors["param"].view(torch.int32) & ~0xFFFF | 0x8000
+        tensors = {**tensors, "param": bits.view(torch.float32)}
+        set_state(part, model_param, tensors)
+        to_even = tensors["param"].to(torch.bfloat16)
+        told["rounded"] += int((part._inner_param(model_param) != to_even).sum())
+
+    def recording_setup(*args: Any, **kwargs: Any) -> Any:
+        built = setup(*args, **kwargs)
+        for name, param in built[0][0].named_parameters():
+            told["params"][name] = param.detach().clone()
+        return built
+
+    AdamSDistributedOptimizer._set_main_param_and_optimizer_states = set_halfway
+    training.setup_model_and_optimizer = recording_setup
+    cases.train(argv)
+    return told
