@@ -1,6 +1,7 @@
 """The command `megatron-adams`, also `python -m megatron_adams.cli`.
 
     megatron-adams precompile --arch sm_90 --cache-dir /opt/megatron-adams
+    megatron-adams convert /checkpoints/adamw /checkpoints/adams
 
 It must not import Megatron, and needs no GPU.
 """
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from megatron_adams.checkpoint import DamagedCheckpointError, convert
 from megatron_adams.kernels.cache import ENVIRONMENT_VARIABLE, KernelCache
 from megatron_adams.kernels.compile import (
     HOST_ARCHS,
@@ -35,6 +37,17 @@ Fill the cache of compiled kernels, so that a job compiles nothing. For containe
   ENV MEGATRON_ADAMS_CACHE_DIR=/opt/megatron-adams
 
 Needs NVRTC (which comes with torch's CUDA builds) for GPUs, a C++ compiler for CPUs, and no GPU.
+"""
+
+
+_CONVERT = """\
+Make a checkpoint for --optimizer adams of one that Megatron saved with --optimizer adam:
+
+  megatron-adams convert /checkpoints/adamw /checkpoints/adams
+
+exp_avg_sq stays behind; all else is copied as it is, in the formats torch_dist and torch, and in
+the layout that it was saved in. The run needs no --adams-from-adam then. Needs the Megatron that
+saved it to be installed, one process, and no GPU.
 """
 
 
@@ -76,7 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a folder that all users may read, made where missing; by default the one that this "
         f"user's jobs look into (${ENVIRONMENT_VARIABLE}, or in the home folder)",
     )
+    convert_command = commands.add_parser(
+        "convert",
+        help="make an AdamS checkpoint of an AdamW one",
+        description=_CONVERT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert_command.add_argument("source", type=Path, help="read only")
+    convert_command.add_argument("destination", type=Path, help="a new or an empty folder")
     args = parser.parse_args(argv)
+    if args.command == "convert":
+        return _convert(args.source, args.destination)
     try:
         archs = _archs(args.arch, host=args.host)
         modes = [_mode(name) for name in args.mode] or list(ALL_MODES)
@@ -163,6 +186,29 @@ def _keep(recipe: Recipe, kernels: KernelCache) -> bool:
     if kernels.find(recipe.name) is None:
         raise OSError(f"{recipe.name} is not in {kernels.folder}, for the reason above")
     return True
+
+
+def _convert(source: Path, destination: Path) -> int:
+    try:
+        done = convert(
+            source, destination, report=lambda line: _report(line, is_last=_is_last(line))
+        )
+    except (ValueError, OSError, DamagedCheckpointError) as exc:
+        return _fail(str(exc))
+    except ImportError as exc:
+        return _fail(f"{exc}: the checkpoint has objects of Megatron's; install megatron-core")
+    saved = done.bytes_before - done.bytes_after
+    print(
+        f"{done.folder}: {done.bytes_after:,} bytes of {done.bytes_before:,}, {saved:,} saved "
+        f"({saved / done.bytes_before:.0%}); resume with --optimizer adams --load {destination}"
+    )
+    return 0
+
+
+def _is_last(line: str) -> bool:
+    """Of lines "[2/3] name"."""
+    number, _, total = line[1:].partition("]")[0].partition("/")
+    return number == total
 
 
 def _report(line: str, *, is_last: bool) -> None:

@@ -699,8 +699,9 @@ def _refuse_other_optimizer(where: str, keys: set[str], known: set[str]) -> None
 def _written_by_another(evidence: str) -> ValueError:
     return ValueError(
         f"this checkpoint was written by Adam or another optimizer: {evidence}, and "
-        "AdamS keeps exp_avg alone; load the model's weights only and let the optimizer start "
-        "anew (Megatron: --no-load-optim, or --finetune)"
+        "AdamS keeps exp_avg alone; go on from Adam's momentum (Megatron: --adams-from-adam; "
+        "elsewhere: megatron_adams.checkpoint.state_dict_from_adam), or load the model's weights "
+        "only and let the optimizer start anew (Megatron: --no-load-optim, or --finetune)"
     )
 
 

@@ -56,6 +56,13 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             "code does; the paper, and the default, has no bias correction.",
         )
         group.add_argument(
+            "--adams-from-adam",
+            action="store_true",
+            help="Resume from a checkpoint of --optimizer adam: momentum, main params, step and "
+            "scheduler go on, exp_avg_sq is dropped. It may stay for later resumes, from adams's "
+            "own checkpoints, which it leaves as they are.",
+        )
+        group.add_argument(
             "--adams-kernel",
             choices=KERNELS,
             default=KERNELS[0],
@@ -105,6 +112,7 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse_own_flags(args: argparse.Namespace) -> None:
     given = {
         "--adams-bias-correction": args.adams_bias_correction,
+        "--adams-from-adam": args.adams_from_adam,
         "--adams-no-param-remainders": args.adams_no_param_remainders,
         f"--adams-kernel {args.adams_kernel}": args.adams_kernel != KERNELS[0],
     }
@@ -198,6 +206,7 @@ def wrap_get_megatron_optimizer_config(original: Callable[..., Any]) -> Callable
         config = AdamSOptimizerConfig.from_config(
             config,
             adams_bias_correction=args.adams_bias_correction,
+            adams_from_adam=args.adams_from_adam,
             adams_kernel=args.adams_kernel,
             store_param_remainders=not args.adams_no_param_remainders,
             **{name: getattr(args, name) for name in NO_PRECISION},

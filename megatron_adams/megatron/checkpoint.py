@@ -2,43 +2,29 @@
 
 Megatron (0.19) reports a truncated file as whatever error its reader stumbles over, and exits
 with status 0 where a legacy file or the tracker file is damaged. Both formats, torch_dist and the
-legacy torch. Runs only for adams.
+legacy torch. Another optimizer is told that it cannot load what adams saved.
 """
 
 import logging
 import os
-import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from megatron_adams.checkpoint import (
+    METADATA_WRITTEN_LAST,
+    TRACKER,
+    DamagedCheckpointError,
+    damage,
+    is_legacy,
+    saved_optimizer,
+)
 from megatron_adams.megatron.config import ADAMS
 
 logger = logging.getLogger(__name__)
-
-_WRITTEN_LAST = "metadata.json"
-
-
-# What unpickling raises on bytes that are no pickle, or half of one (Python's documentation).
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    TypeError,
-)
-
-
-class DamagedCheckpointError(RuntimeError):
-    """A checkpoint lacks a file or a part of one."""
 
 
 def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,11 +58,11 @@ def withdraw(save_dir: Path, step: int) -> None:
         earlier = [known for known in _complete_steps(save_dir) if known < step]
         if earlier:
             _write_tracker(tracker, max(earlier))
-    (folder / _WRITTEN_LAST).unlink(missing_ok=True)
+    (folder / METADATA_WRITTEN_LAST).unlink(missing_ok=True)
 
 
 def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check a checkpoint of this run's before loading it."""
+    """Check a checkpoint of this run's before loading it; one of adams's, before another does."""
 
     def load_checkpoint(
         ddp_model: Any,
@@ -90,8 +76,9 @@ def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         args = get_args()
         load_dir = getattr(args, load_arg)
         # Non-persistent checkpoints have a manager of their own, which checks them.
-        if args.optimizer == ADAMS and load_dir is not None:
-            _on_rank_0(lambda: check_checkpoint(Path(load_dir), args))
+        if load_dir is not None:
+            check = check_checkpoint if args.optimizer == ADAMS else refuse_adams_checkpoint
+            _on_rank_0(lambda: check(Path(load_dir), args))
         return original(ddp_model, optimizer, opt_param_scheduler, load_arg=load_arg, **kwargs)
 
     return load_checkpoint
@@ -133,20 +120,45 @@ def check_checkpoint(load_dir: Path, args: Any) -> None:
             f"{folder}: not found, although {'--ckpt-step' if args.ckpt_step else tracker} names "
             f"it; restore it, or {_choose_another(load_dir)}"
         )
-    damage = _damage(folder)
-    if damage:
+    if (found := damage(folder)) is not None:
         raise DamagedCheckpointError(
-            f"{folder}: {damage}; the checkpoint is incomplete. Restore it, or "
+            f"{folder}: {found}; the checkpoint is incomplete. Restore it, or "
             f"{_choose_another(load_dir)}"
         )
-    if _is_legacy(folder):
+    if is_legacy(folder):
         _check_legacy_step(tracker, args)
     else:
         _check_expert_parallel_size(folder, args)
 
 
+def refuse_adams_checkpoint(load_dir: Path, args: Any) -> None:
+    """Raise where another optimizer than adams is about to load adams's state.
+
+    Args:
+        load_dir: the folder given by --load.
+        args: Megatron's arguments.
+    Raises:
+        ValueError: it is.
+    """
+    tracker = _tracker(load_dir)
+    if not _loads_optimizer(args) or not (args.ckpt_step or tracker.is_file()):
+        return
+    text = str(args.ckpt_step) if args.ckpt_step else tracker.read_text().strip()
+    folder = _folder(load_dir, int(text)) if text.isdecimal() else load_dir / text
+    # Whatever else there is about it is Megatron's own affair.
+    if not folder.is_dir() or damage(folder) is not None:
+        return
+    if saved_optimizer(folder) == ADAMS:
+        raise ValueError(
+            f"--optimizer {args.optimizer}: the checkpoint {folder} was saved by {ADAMS}, which "
+            f"keeps exp_avg and no exp_avg_sq, so that {args.optimizer} cannot go on from it; "
+            f"resume with --optimizer {ADAMS}, or load the weights alone with --no-load-optim or "
+            f"--finetune"
+        )
+
+
 def _tracker(load_dir: Path) -> Path:
-    return load_dir / "latest_checkpointed_iteration.txt"
+    return load_dir / TRACKER
 
 
 def _folder(load_dir: Path, step: int) -> Path:
@@ -183,7 +195,7 @@ def _steps(load_dir: Path) -> list[int]:
 
 
 def _complete_steps(load_dir: Path) -> list[int]:
-    return [step for step in _steps(load_dir) if _damage(_folder(load_dir, step)) is None]
+    return [step for step in _steps(load_dir) if damage(_folder(load_dir, step)) is None]
 
 
 def _choose_another(load_dir: Path) -> str:
@@ -192,49 +204,6 @@ def _choose_another(load_dir: Path) -> str:
         f"write the iteration to resume from into {_tracker(load_dir)} (complete ones there: "
         f"{steps or 'none'})"
     )
-
-
-def _is_legacy(folder: Path) -> bool:
-    return any(folder.glob("mp_rank_*"))
-
-
-def _damage(folder: Path) -> str | None:
-    """What is missing of a checkpoint, None if nothing is."""
-    return _damage_of_legacy(folder) if _is_legacy(folder) else _damage_of_torch_dist(folder)
-
-
-def _damage_of_torch_dist(folder: Path) -> str | None:
-    """From the metadata and the files' sizes."""
-    for name in (_WRITTEN_LAST, ".metadata"):
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-    except _UNREADABLE as exc:
-        return f".metadata is unreadable ({exc})"
-    sizes: dict[str, int] = {}
-    for stored in metadata.storage_data.values():
-        end = stored.offset + stored.length
-        sizes[stored.relative_path] = max(end, sizes.get(stored.relative_path, 0))
-    for name, size in sorted(sizes.items()):
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size < size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
-    return None
-
-
-def _damage_of_legacy(folder: Path) -> str | None:
-    """From the files' ends: they are zip archives, whose index comes last."""
-    for model_parallel_rank in sorted(folder.glob("mp_rank_*")):
-        model = model_parallel_rank / "model_optim_rng.pt"
-        for path in sorted({model, *model_parallel_rank.glob("*.pt")}):
-            if not path.is_file():
-                return f"{path.relative_to(folder)} is missing"
-            if not zipfile.is_zipfile(path):
-                return f"{path.relative_to(folder)} is truncated"
-    return None
 
 
 def _check_legacy_step(tracker: Path, args: Any) -> None:

@@ -19,7 +19,6 @@ KERNELS = ("auto", *BACKENDS)
 DEFAULT_BETA2 = 0.95
 
 _NOT_SUPPORTED = {
-    "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "optimizer_cuda_graph": "--optimizer-cuda-graph",
 }
 
@@ -57,6 +56,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
     adam_beta2: float = DEFAULT_BETA2
     adams_bias_correction: bool = False
     """Divide the old and the new exp_avg by 1 - beta1^step (the authors' released code)."""
+
+    adams_from_adam: bool = False
+    """Take over an AdamW checkpoint: momentum and main params; exp_avg_sq is dropped."""
 
     adams_kernel: str = "auto"
     """What computes the step: one of KERNELS."""
@@ -109,6 +111,7 @@ def check_config(config: Any) -> None:
                 f"(the optimizer then keeps fp32 exp_avg and main params on the GPU)"
             )
     _check_precision(config)
+    _check_offload(config)
     AdamS.from_param_groups(
         [],
         betas=(config.adam_beta1, config.adam_beta2),
@@ -163,19 +166,66 @@ def _check_precision(config: Any) -> None:
             )
 
 
+def _check_offload(config: Any) -> None:
+    """Refuse flags of --optimizer-cpu-offload that say nothing, or what adams does not do.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if config.use_torch_optimizer_for_cpu_offload:
+        raise ValueError(
+            f"--use-torch-optimizer-for-cpu-offload with --optimizer {ADAMS}: torch has no "
+            f"{ADAMS}; remove the flag (the CPU's part runs {ADAMS}'s own CPU kernel)"
+        )
+    fraction = config.optimizer_offload_fraction
+    if not config.optimizer_cpu_offload:
+        given = {
+            # The defaults of OptimizerConfig and of the command line.
+            f"--optimizer-offload-fraction {fraction}": fraction not in (0.0, 1.0),
+            "--overlap-cpu-optimizer-d2h-h2d": config.overlap_cpu_optimizer_d2h_h2d,
+            "--no-pin-cpu-grads": not config.pin_cpu_grads,
+            "--no-pin-cpu-params": not config.pin_cpu_params,
+        }
+        for flag, is_given in given.items():
+            if is_given:
+                raise ValueError(
+                    f"{flag} with --optimizer {ADAMS}: belongs to --optimizer-cpu-offload; add "
+                    f"that, or remove the flag"
+                )
+        return
+    if not config.use_precision_aware_optimizer:
+        raise ValueError(
+            f"--optimizer-cpu-offload with --optimizer {ADAMS}: Megatron offloads the "
+            f"precision-aware optimizer only; add --use-precision-aware-optimizer"
+        )
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"--optimizer-offload-fraction {fraction} with --optimizer {ADAMS}: must be in (0, 1]; "
+            f"remove --optimizer-cpu-offload to offload nothing"
+        )
+    kernel = getattr(config, "adams_kernel", KERNELS[0])
+    if kernel == "cuda" and fraction == 1:
+        raise ValueError(
+            "--adams-kernel cuda with --optimizer-cpu-offload: no param stays on the GPU; give "
+            "--optimizer-offload-fraction below 1, or remove one of the flags"
+        )
+
+
 @contextmanager
 def built_as_adam(config: "AdamSOptimizerConfig") -> Iterator[None]:
     """As `stated_as_adam`, for Megatron to build an Adam that any installation has.
 
-    The arguments that it would give to TransformerEngine's FusedAdam are given to AdamS.
+    The arguments that it would give to TransformerEngine's FusedAdam, or to the optimizer that
+    offloads, are given to AdamS.
     """
-    precision_aware = config.use_precision_aware_optimizer
-    config.use_precision_aware_optimizer = False
+    names = ("use_precision_aware_optimizer", "optimizer_cpu_offload")
+    stated = {name: getattr(config, name) for name in names}
+    vars(config).update(dict.fromkeys(names, False))
     try:
         with stated_as_adam(config):
             yield
     finally:
-        config.use_precision_aware_optimizer = precision_aware
+        vars(config).update(stated)
 
 
 @contextmanager

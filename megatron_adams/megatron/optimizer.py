@@ -15,6 +15,7 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.utils import log_single_rank
 
+from megatron_adams.checkpoint import is_adam_group, state_dict_from_adam
 from megatron_adams.megatron.config import (
     ADAMS,
     AdamSOptimizerConfig,
@@ -23,10 +24,13 @@ from megatron_adams.megatron.config import (
     dtype_name,
 )
 from megatron_adams.megatron.fused_step import FusedStepChain, FusedStepOptimizer, describe
+from megatron_adams.megatron.offload import HybridAdamS, refuse_quantized
 from megatron_adams.optimizer import AdamS
 
 logger = logging.getLogger(__name__)
 
+# Megatron's keys of a param group for the scheduler.
+_RATES = ("max_lr", "min_lr")
 # Hyperparameters that a param group can carry for both optimizers; Megatron's MuP sets eps.
 _SHARED_WITH_ADAM = {"lr", "betas", "eps", "weight_decay"}
 
@@ -50,6 +54,7 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
                 f"use_megatron_fsdp with optimizer={ADAMS!r}: not supported; use "
                 f"use_distributed_optimizer"
             )
+        refuse_quantized(config, model_chunks[0].ddp_config)
         with built_as_adam(config):
             optimizer = original(config, model_chunks, *args, **kwargs)
         return adopt(optimizer, config)
@@ -73,6 +78,8 @@ def adopt(optimizer: ChainedOptimizer, config: AdamSOptimizerConfig) -> "AdamSCh
         if part.optimizer is not None:
             part.optimizer = _adams_from(part.optimizer, config)
             part.init_state_fn = init_state
+            if config.adams_from_adam:
+                part.optimizer.register_load_state_dict_pre_hook(take_from_adam)
             if isinstance(part, AdamSDistributedOptimizer):
                 part.prepare_step()
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
@@ -88,7 +95,10 @@ def _describe_state(chain: ChainedOptimizer) -> str:
     """What the inner optimizers of this rank will keep, in which dtypes, in bytes."""
     num_params = 0
     num_bytes: dict[tuple[str, torch.dtype], int] = {}
+    num_offloaded = 0
     for part in chain.chained_optimizers:
+        if isinstance(part.optimizer, HybridAdamS):
+            num_offloaded += part.optimizer.num_offloaded
         for param in part.get_parameters():
             num_params += param.numel()
             for name, dtype in part.optimizer.state_dtypes(param).items():
@@ -99,17 +109,23 @@ def _describe_state(chain: ChainedOptimizer) -> str:
         f"({size} bytes)"
         for (name, dtype), size in num_bytes.items()
     ]
-    return f"state is {' and '.join(kept) or 'empty'} for the {num_params} parameters of this rank"
+    where = f", {num_offloaded} of them on the CPU" if num_offloaded else ""
+    return (
+        f"state is {' and '.join(kept) or 'empty'} for the {num_params} parameters of this "
+        f"rank{where}"
+    )
 
 
-def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> AdamS:
+def _adams_from(
+    adam: torch.optim.Optimizer, config: AdamSOptimizerConfig
+) -> AdamS | HybridAdamS:
     # Taken over as they are: the dp shards in them are views, which torch's add_param_group
     # refuses, and Megatron holds the group dicts' own keys (wd_mult, max_lr, ...).
     adam_only = set(adam.defaults) - _SHARED_WITH_ADAM
     for group in adam.param_groups:
         for key in adam_only & group.keys():
             del group[key]
-    return AdamS.from_param_groups(
+    adams = AdamS.from_param_groups(
         adam.param_groups,
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -120,6 +136,7 @@ def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> Ad
         kernel=config.adams_kernel,
         **_storage(config),
     )
+    return HybridAdamS(adams, config, _storage(config)) if config.optimizer_cpu_offload else adams
 
 
 def _storage(config: AdamSOptimizerConfig) -> dict[str, Any]:
@@ -139,6 +156,47 @@ def _storage(config: AdamSOptimizerConfig) -> dict[str, Any]:
     return storage
 
 
+def take_from_adam(optimizer: AdamS, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hook of AdamS's load_state_dict: an Adam's state becomes its own.
+
+    Raises:
+        ValueError: a parameter has no momentum in the checkpoint.
+    """
+    saved = state_dict["param_groups"]
+    if not any(map(is_adam_group, saved)):
+        log_single_rank(
+            logger,
+            logging.INFO,
+            f"{ADAMS}: the checkpoint is {ADAMS}'s own, --adams-from-adam has nothing to do",
+        )
+        return state_dict
+    adam_w_mode = optimizer.defaults["adam_w_mode"]
+    converted = state_dict_from_adam(state_dict, adam_w_mode=adam_w_mode)
+    # Of the distributed optimizer the groups alone come here.
+    if converted["state"]:
+        params = [index for group in saved for index in group["params"]]
+        if missing := sorted(set(params) - converted["state"].keys()):
+            raise ValueError(
+                f"--adams-from-adam: the checkpoint has no momentum of {len(missing)} of "
+                f"{len(params)} parameters (number {missing[0]} and so on): {ADAMS} would start "
+                f"them anew; train the same parameters as the run that saved it, or load the "
+                f"weights alone with --no-load-optim"
+            )
+        steps = [int(state["step"]) for state in state_dict["state"].values() if "step" in state]
+        steps += [int(group["step"]) for group in saved if "step" in group]
+        message = continued_from_adam(len(params), len(params), max(steps, default=0))
+        log_single_rank(logger, logging.INFO, message)
+    return converted
+
+
+def continued_from_adam(num_restored: int, num_params: int, step: int) -> str:
+    """The line of the log that says what a run has taken from Adam."""
+    return (
+        f"{ADAMS}: goes on from Adam's step {step}: momentum and main params of {num_restored} of "
+        f"{num_params} parameters of this rank restored, exp_avg_sq dropped"
+    )
+
+
 def init_state(optimizer: AdamS, config: Any = None) -> None:
     """Allocate the state of every parameter that has none: Megatron's init_state_fn."""
     for group in optimizer.param_groups:
@@ -155,6 +213,8 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
 
     optimizer_state_keys = ("exp_avg",)
 
+    # Set while Adam's state is loaded: the params that have not got theirs.
+    _params_to_restore: set[Any] | None = None
     # Set while a fully_reshardable state dict is built, see get_parameter_state_dp_zero.
     _keep_bucket_padding = False
 
@@ -180,21 +240,33 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         """Load, after pairing every current param group with a saved one."""
         if self.is_stub_optimizer:
             return
-        groups = match_param_groups(
-            self.optimizer.param_groups, state_dict["optimizer"]["param_groups"]
-        )
+        saved = state_dict["optimizer"]["param_groups"]
+        groups = match_param_groups(self.optimizer.param_groups, saved)
+        self._params_to_restore = None
+        if self.config.adams_from_adam and any(map(is_adam_group, saved)):
+            self._params_to_restore = set(self.model_param_group_index_map)
         # Upstream would allocate it as FusedAdam has it.
         init_state(self.optimizer)
         with self.optimizer.state_left_out():
             super().load_state_dict({**state_dict, "optimizer": {"param_groups": groups}})
         if "param_state" in state_dict:
-            self._gather_params_of_remainders()
+            self._finish_loading()
 
     def load_parameter_state(self, *args: Any, **kwargs: Any) -> None:
         """As upstream: the second file of a legacy checkpoint."""
         super().load_parameter_state(*args, **kwargs)
         if not self.is_stub_optimizer:
-            self._gather_params_of_remainders()
+            self._finish_loading()
+
+    def _finish_loading(self) -> None:
+        self._gather_params_of_remainders()
+        if self._params_to_restore is None:
+            return
+        assert not self._params_to_restore, "Megatron has not set the state of every param"
+        self._params_to_restore = None
+        num_params = len(self.model_param_group_index_map)
+        step = max((group["step"] for group in self.optimizer.param_groups), default=0)
+        log_single_rank(logger, logging.INFO, continued_from_adam(num_params, num_params, step))
 
     def _gather_params_of_remainders(self) -> None:
         """Give all dp ranks the params that loading remainders has written on one.
@@ -228,6 +300,8 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         param = self._inner_param(model_param)
         self.optimizer.set_scaled_state(param, "master_param", tensors["param"])
         self.optimizer.set_scaled_state(param, "exp_avg", tensors["exp_avg"])
+        if self._params_to_restore is not None:
+            self._params_to_restore.discard(model_param)
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
@@ -379,10 +453,11 @@ def match_param_groups(
     """Find for every current param group the saved one that it continues.
 
     Groups are the same if Megatron's `param_group_identifier_keys` are; failing that, if they
-    are the same but for `is_expert_parallel`, which changes with the expert parallel size.
+    are the same but for `is_expert_parallel`, which changes with the expert parallel size; failing
+    that, for Adam's groups, if they are the same but for that and the learning rates too.
 
     Returns:
-        Copies of saved groups, in the order of `current`, with its `is_expert_parallel`.
+        Copies of saved groups, in the order of `current`, with its `is_expert_parallel` and rates.
     Raises:
         ValueError: a current group has no counterpart.
     """
@@ -392,11 +467,18 @@ def match_param_groups(
 
     all_keys = tuple(param_group_identifier_keys)
     dense_keys = tuple(key for key in all_keys if key != "is_expert_parallel")
+    # The two optimizers want different learning rates.
+    rateless_keys = tuple(key for key in dense_keys if key not in _RATES)
     exact = {identity(group, all_keys): group for group in saved}
     either = {identity(group, dense_keys): group for group in reversed(saved)}
+    adams = [group for group in saved if is_adam_group(group)]
+    rateless = {identity(group, rateless_keys): group for group in reversed(adams)}
+    if len(rateless) < len(adams):
+        rateless = {}
     matched = []
     for group in current:
         found = exact.get(identity(group, all_keys)) or either.get(identity(group, dense_keys))
+        found = found or rateless.get(identity(group, rateless_keys))
         if found is None:
             wanted = dict(zip(all_keys, identity(group, all_keys), strict=True))
             known = [dict(zip(all_keys, key, strict=True)) for key in exact]
@@ -405,7 +487,8 @@ def match_param_groups(
                 f"the learning rates and weight decay settings that it was saved with, or load "
                 f"with --no-load-optim"
             )
-        matched.append({**found, "is_expert_parallel": group.get("is_expert_parallel")})
+        own = {key: group[key] for key in ("is_expert_parallel", *_RATES) if key in group}
+        matched.append({**found, **own})
     return matched
 
 
