@@ -467,14 +467,13 @@ def match_param_groups(
 
     all_keys = tuple(param_group_identifier_keys)
     dense_keys = tuple(key for key in all_keys if key != "is_expert_parallel")
-    # The two optimizers want different learning rates.
+    # The two optimizers want different learning rates, and the scheduler sets them once it is
+    # loaded: of groups that differ in nothing else any one will do.
     rateless_keys = tuple(key for key in dense_keys if key not in _RATES)
     exact = {identity(group, all_keys): group for group in saved}
     either = {identity(group, dense_keys): group for group in reversed(saved)}
     adams = [group for group in saved if is_adam_group(group)]
     rateless = {identity(group, rateless_keys): group for group in reversed(adams)}
-    if len(rateless) < len(adams):
-        rateless = {}
     matched = []
     for group in current:
         found = exact.get(identity(group, all_keys)) or either.get(identity(group, dense_keys))
