@@ -32,7 +32,7 @@ def test_from_config_keeps_every_field() -> None:
     config = AdamSOptimizerConfig.from_config(
         plain, adams_bias_correction=True, adams_kernel="host"
     )
-    own = {"adams_bias_correction": True, "adams_kernel": "host"}
+    own = {"adams_bias_correction": True, "adams_from_adam": False, "adams_kernel": "host"}
     assert {**vars(plain), **own} == vars(config)
 
 
