@@ -41,6 +41,11 @@ class FusedStepOptimizer(DistributedOptimizer):
     def prepare_step(self) -> None:
         """Tell the inner optimizer which model param belongs to each main param."""
         self.optimizer.register_step_pre_hook(self._add_grad_scale)
+        if self.has_main_params_inside():
+            for buffer in self.buffers:
+                for model_param in buffer.params:
+                    # Megatron leaves None there, and --log-params-norm would leave the param out.
+                    vars(model_param).pop("main_param", None)
         if self.why_params_are_copied() is None and not self.has_main_params_inside():
             # These tensors live as long as the model: where Megatron offloads param buffers or main
             # params to the CPU, it exchanges the memory behind them.

@@ -1,5 +1,6 @@
 """--use-precision-aware-optimizer without TransformerEngine: state in fewer bits."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,17 @@ def test_remainders_change_no_bit_of_main_params_and_exp_avg(cluster: Cluster, l
     kept = [shard["state"]["master_param"] for shard in shards(mine.results[0])]
     assert {tensor.dtype for tensor in kept} == {torch.int16}
     assert any(tensor.any() for tensor in kept)
+
+
+@pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2"], ids=["dp2", "tp2"])
+def test_logged_params_norm_is_that_of_the_params(cluster: Cluster, layout: str) -> None:
+    norms = []
+    for flags in (ADAMS, AWARE):
+        argv = f"{flags} --bf16 --train-iters 2 --log-params-norm {layout}"
+        log = cluster.run(TRAIN, 2, argv=argv).logs[-1]
+        norms.append([float(text) for text in re.findall(r"params norm: ([\d.]+)", log)])
+    # Of the bf16 params: their roundings cancel out.
+    assert len(norms[0]) == 2 and norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 # Parity of layouts
