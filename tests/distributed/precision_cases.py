@@ -7,7 +7,11 @@ from typing import Any
 import torch
 
 from megatron_adams.megatron.fused_step import FusedStepOptimizer
-from megatron_adams.megatron.optimizer import AdamSChainedOptimizer, AdamSDistributedOptimizer
+from megatron_adams.megatron.optimizer import (
+    AdamSChainedOptimizer,
+    AdamSDistributedOptimizer,
+    init_state,
+)
 from megatron_adams.precision import split_master
 from tests.distributed import cases
 
@@ -143,5 +147,25 @@ def params_after_load_halfway(argv: str) -> dict[str, Any]:
 
     AdamSDistributedOptimizer._set_main_param_and_optimizer_states = set_halfway
     training.setup_model_and_optimizer = recording_setup
+    cases.train(argv)
+    return told
+
+
+def pointers_over_load(argv: str) -> list[tuple[list[int], list[int]]]:
+    """Load a checkpoint; return for each optimizer where its state was before, and is after."""
+    told: list[tuple[list[int], list[int]]] = []
+    load = AdamSDistributedOptimizer.load_state_dict
+
+    def pointers(part: Any) -> list[int]:
+        states = part.optimizer.state.values()
+        return [tensor.data_ptr() for state in states for tensor in state.values()]
+
+    def watched_load(part: Any, state_dict: Any) -> None:
+        init_state(part.optimizer)
+        before = pointers(part)
+        load(part, state_dict)
+        told.append((before, pointers(part)))
+
+    AdamSDistributedOptimizer.load_state_dict = watched_load
     cases.train(argv)
     return told

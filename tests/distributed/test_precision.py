@@ -23,6 +23,7 @@ LOAD = "tests.distributed.cases:load_plain"
 TIES_AWAY = "tests.distributed.precision_cases:train_rounding_ties_away"
 POISONED = "tests.distributed.precision_cases:train_poisoned"
 RELOADING = "tests.distributed.precision_cases:train_reloading"
+POINTERS = "tests.distributed.precision_cases:pointers_over_load"
 HALFWAY = "tests.distributed.precision_cases:params_after_load_halfway"
 AFTER_LOAD = "tests.distributed.precision_cases:params_after_load"
 
@@ -251,6 +252,15 @@ def test_checkpoint_of_any_precision_loads_into_any_other(
             # The smallest numbers of a tensor are fixed-point ones, in units of its largest.
             absolute = 2**-14 * float(before[key].abs().max())
             np.testing.assert_allclose(after[key], before[key], rtol=relative, atol=absolute)
+
+
+def test_loading_allocates_no_state_anew(cluster: Cluster, tmp_path: Path) -> None:
+    """It is written where it is: there is no room for it twice, least of all in fp32."""
+    flags = f"{AWARE} --bf16 --exp-avg-dtype bf16 --train-iters {SAVED_AT}"
+    cluster.run(TRAIN, 2, argv=f"{flags} --save {tmp_path}")
+    for parts in cluster.run(POINTERS, 2, argv=f"{flags} --load {tmp_path}").results:
+        for before, after in parts:
+            assert before and before == after
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch_dist", "torch"])
