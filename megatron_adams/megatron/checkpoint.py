@@ -125,6 +125,10 @@ def check_checkpoint(load_dir: Path, args: Any) -> None:
             f"{folder}: {found}; the checkpoint is incomplete. Restore it, or "
             f"{_choose_another(load_dir)}"
         )
+    if args.adams_from_adam and _loads_optimizer(args) and saved_optimizer(folder) == ADAMS:
+        logger.info(
+            "%s: the checkpoint is %s's own, --adams-from-adam has nothing to do", ADAMS, ADAMS
+        )
     if is_legacy(folder):
         _check_legacy_step(tracker, args)
     else:

@@ -220,12 +220,12 @@ def built_as_adam(config: "AdamSOptimizerConfig") -> Iterator[None]:
     """
     names = ("use_precision_aware_optimizer", "optimizer_cpu_offload")
     stated = {name: getattr(config, name) for name in names}
-    vars(config).update(dict.fromkeys(names, False))
+    config.__dict__.update(dict.fromkeys(names, False))
     try:
         with stated_as_adam(config):
             yield
     finally:
-        vars(config).update(stated)
+        config.__dict__.update(stated)
 
 
 @contextmanager

@@ -116,9 +116,7 @@ def _describe_state(chain: ChainedOptimizer) -> str:
     )
 
 
-def _adams_from(
-    adam: torch.optim.Optimizer, config: AdamSOptimizerConfig
-) -> AdamS | HybridAdamS:
+def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> AdamS | HybridAdamS:
     # Taken over as they are: the dp shards in them are views, which torch's add_param_group
     # refuses, and Megatron holds the group dicts' own keys (wd_mult, max_lr, ...).
     adam_only = set(adam.defaults) - _SHARED_WITH_ADAM
@@ -164,11 +162,7 @@ def take_from_adam(optimizer: AdamS, state_dict: dict[str, Any]) -> dict[str, An
     """
     saved = state_dict["param_groups"]
     if not any(map(is_adam_group, saved)):
-        log_single_rank(
-            logger,
-            logging.INFO,
-            f"{ADAMS}: the checkpoint is {ADAMS}'s own, --adams-from-adam has nothing to do",
-        )
+        # AdamS's own, which Megatron also passes through here to have state allocated.
         return state_dict
     adam_w_mode = optimizer.defaults["adam_w_mode"]
     converted = state_dict_from_adam(state_dict, adam_w_mode=adam_w_mode)

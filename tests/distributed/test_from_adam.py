@@ -71,6 +71,7 @@ def test_momentum_main_params_and_step_are_adams(
                 assert not {"amsgrad", "fused", "decoupled_weight_decay"} & set(group)
                 assert group["lr"] == 1e-3
     num_params = [len(part["shards"]) for part in loaded.results[0]["parts"]]
+    assert "adams's own" not in loaded.log
     lines = [line for line in loaded.logs[0].splitlines() if "goes on from Adam's step" in line]
     assert len(lines) == len(num_params)
     for line, number in zip(lines, num_params, strict=True):
@@ -137,6 +138,7 @@ def test_flag_may_stay_for_resumes_from_adams(
             for name, tensor in theirs["model"].items():
                 assert torch.equal(mine["model"][name], tensor), name
     assert "the checkpoint is adams's own" in with_flag.logs[0]
+    assert "goes on from Adam" not in with_flag.log
 
 
 def test_learning_rate_may_change_at_the_switch(
