@@ -648,6 +648,13 @@ def rehearsal_flags(argv: Sequence[str]) -> list[str]:
     ]
     if refused:
         raise RehearsalError(" ".join([*refused, "Leave them out of the rehearsal."]))
+    # The last of two values is argparse's.
+    if "--optimizer-cpu-offload" in given and given.get("--optimizer", [])[-1:] != ["adams"]:
+        raise RehearsalError(
+            "--optimizer-cpu-offload cannot be rehearsed on CPUs but with --optimizer adams: "
+            "Megatron tells its own sub-optimizers' params by their device, which is one here. "
+            "Leave it out of the rehearsal."
+        )
     added: list[str] = []
     for flag, value in _NEEDED_FLAGS:
         if value is None and flag not in given:

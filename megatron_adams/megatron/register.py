@@ -13,9 +13,11 @@ logger = logging.getLogger(__name__)
 _OPTIMIZERS = "megatron.core.optimizer.optimizer"
 _DDP = "megatron.core.distributed.distributed_data_parallel.DistributedDataParallel"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_OFFLOADING = "megatron.core.optimizer.cpu_offloading"
+_HYBRID_OPTIMIZER = f"{_OFFLOADING}.hybrid_optimizer.HybridDeviceOptimizer"
 
-# What AdamSDistributedOptimizer and AdamSChainedOptimizer override, and what this package's
-# modules import by name.
+# What AdamSDistributedOptimizer, AdamSChainedOptimizer and HybridAdamS override, and what this
+# package's modules import by name.
 _RELIED_ON = (
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.optimizer_state_keys"),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.state_dict", ("self",)),
@@ -54,6 +56,7 @@ _RELIED_ON = (
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._copy_main_params_to_model_params", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._collect_main_grad_data_for_unscaling", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._get_model_param_range_map", ("self", "param")),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}._is_distopt_quantized_param"),
     Symbol(
         f"{_OPTIMIZERS}.MixedPrecisionOptimizer._unscale_main_grads_and_check_for_nan", ("self",)
     ),
@@ -62,6 +65,29 @@ _RELIED_ON = (
     Symbol(f"{_OPTIMIZERS}.param_group_identifier_keys"),
     Symbol(f"{_DDP}.start_param_sync", ("self",)),
     Symbol(f"{_DDP}.reset_param_sync_dispatch_state", ("self",)),
+    Symbol(
+        f"{_HYBRID_OPTIMIZER}.__init__",
+        (
+            "self",
+            "params",
+            "offload_fraction",
+            "cpu_optimizer_cls",
+            "gpu_optimizer_cls",
+            "param_update_in_fp32",
+            "pin_cpu_grads",
+            "pin_cpu_params",
+            "overlap_cpu_optimizer_d2h_h2d",
+        ),
+    ),
+    Symbol(f"{_HYBRID_OPTIMIZER}._init_sub_optimizers", ("self",)),
+    Symbol(f"{_HYBRID_OPTIMIZER}._get_sub_optimizer_param_groups", ("self", "offload_fraction")),
+    Symbol(f"{_HYBRID_OPTIMIZER}._set_sub_optimizer_grads", ("self",)),
+    Symbol(f"{_HYBRID_OPTIMIZER}._sync_hdo_param_groups_to_sub_optimizers", ("self",)),
+    Symbol(f"{_HYBRID_OPTIMIZER}._sync_hdo_state_to_sub_optimizers", ("self",)),
+    Symbol(f"{_HYBRID_OPTIMIZER}._register_param_copy_back_gpu_hook", ("self",)),
+    Symbol(f"{_HYBRID_OPTIMIZER}._register_load_state_dict_hooks", ("self",)),
+    Symbol(f"{_HYBRID_OPTIMIZER}.sub_optimizers"),
+    Symbol(f"{_OFFLOADING}.HybridDeviceOptimizer"),
     Symbol("megatron.core.optimizer.ChainedOptimizer"),
     Symbol("megatron.core.optimizer.DistributedOptimizer"),
     Symbol("megatron.core.models.mimo.model.base.MimoModel"),

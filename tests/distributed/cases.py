@@ -121,6 +121,8 @@ def describe(part: Any, names: dict[int, str]) -> dict[str, Any]:
         tensors by key (in fp8: as uint8), of AdamS also "main_param" and "exp_avg" in full, and
         "bytes_per_param" of all state.
     """
+    from megatron_adams.megatron.offload import HybridAdamS
+
     inner = part.optimizer
     described: dict[str, Any] = {
         "classes": (type(part).__name__, type(inner).__name__),
@@ -142,7 +144,7 @@ def describe(part: Any, names: dict[int, str]) -> dict[str, Any]:
                     for k, v in state.items()
                 },
             }
-            if isinstance(inner, AdamS) and state:
+            if isinstance(inner, (AdamS, HybridAdamS)) and state:
                 shard["main_param"] = inner.get_unscaled_state(param, "master_param").clone()
                 shard["exp_avg"] = inner.get_unscaled_state(param, "exp_avg").clone()
                 shard["bytes_per_param"] = sum(v.dtype.itemsize for v in state.values())

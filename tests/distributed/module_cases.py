@@ -120,6 +120,7 @@ def train(
     frozen_stages: Sequence[int] = (),
     overrides: dict[str, dict[str, float]] | None = None,
     plain_config: bool = False,
+    fields: dict[str, Any] | None = None,
     num_steps: int = 20,
     save: str | None = None,
 ) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def train(
             none does. The stages do not communicate: each has the whole module.
         overrides: pattern of names -> overrides of the param group.
         plain_config: configure by OptimizerConfig(optimizer="adams").
+        fields: more of the configuration's.
         save: a folder; the state after half the steps is saved there as dp_reshardable, and
             loaded again at the end.
     Returns:
@@ -180,6 +182,7 @@ def train(
         "weight_decay": 0.1,
         "clip_grad": 0.5,  # less than the norms seen here: it takes part in every step
         "use_distributed_optimizer": distributed,
+        **(fields or {}),
     }
     optimizer_config = (
         OptimizerConfig(optimizer="adams", adam_beta2=0.95, **settings)

@@ -284,7 +284,23 @@ def test_given_hyperparameters_reach_the_optimizer(cluster: Cluster) -> None:
 
 REFUSED = {
     "remainders": ("--adams-no-param-remainders", "--adams-no-param-remainders: only"),
-    "cpu_offload": ("--optimizer-cpu-offload", "--optimizer-cpu-offload"),
+    "cpu_offload_alone": (
+        "--optimizer-cpu-offload",
+        "--optimizer-cpu-offload with --optimizer adams: Megatron offloads the precision-aware",
+    ),
+    "torch_optimizer_for_cpu_offload": (
+        "--use-precision-aware-optimizer --optimizer-cpu-offload "
+        "--use-torch-optimizer-for-cpu-offload",
+        "--use-torch-optimizer-for-cpu-offload with --optimizer adams: torch has no adams",
+    ),
+    "overlapped_offload_of_nothing": (
+        "--overlap-cpu-optimizer-d2h-h2d",
+        "--overlap-cpu-optimizer-d2h-h2d with --optimizer adams: belongs to",
+    ),
+    "cuda_kernel_of_offloaded_params": (
+        "--use-precision-aware-optimizer --optimizer-cpu-offload --adams-kernel cuda",
+        "--adams-kernel cuda with --optimizer-cpu-offload: no param stays on the GPU",
+    ),
     "cuda_graph": ("--optimizer-cuda-graph", "--optimizer-cuda-graph"),
     "megatron_fsdp": ("--use-megatron-fsdp --ckpt-format fsdp_dtensor", "--use-megatron-fsdp"),
     "torch_fsdp2": ("--use-torch-fsdp2", "--use-torch-fsdp2"),

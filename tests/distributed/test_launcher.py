@@ -94,6 +94,6 @@ def test_death_of_the_checkpoint_worker_ends_the_job(tmp_path: Path) -> None:
 
 
 def test_unsupported_flag_ends_the_job_with_its_sentence() -> None:
-    run = launch("--optimizer adams --train-iters 1 --optimizer-cpu-offload")
+    run = launch("--optimizer adams --train-iters 1 --use-torch-fsdp2")
     assert run.returncode != 0
-    assert "--optimizer-cpu-offload with --optimizer adams: not supported" in run.stderr
+    assert "--use-torch-fsdp2 with --optimizer adams: not supported" in run.stderr

@@ -15,7 +15,8 @@ from megatron_adams.megatron.arguments import (
     wrap_validate_args,
     wrap_validate_yaml,
 )
-from megatron_adams.megatron.config import check_config, stated_as_adam
+from megatron_adams.megatron.config import built_as_adam, check_config, stated_as_adam
+from megatron_adams.megatron.offload import refuse_quantized, sub_kernels
 
 
 def test_config_has_adams_beta2_and_name() -> None:
@@ -52,11 +53,83 @@ def test_config_is_adams_again_where_megatron_raises() -> None:
     assert config.optimizer == "adams"
 
 
-@pytest.mark.parametrize("flag", ["optimizer_cpu_offload", "optimizer_cuda_graph"])
+@pytest.mark.parametrize("flag", ["optimizer_cuda_graph"])
 def test_config_refuses_what_is_not_supported(flag: str) -> None:
     name = f"--{flag.replace('_', '-')} with --optimizer adams: not supported"
     with pytest.raises(ValueError, match=name):
         AdamSOptimizerConfig(lr=1e-3, **{flag: True})
+
+
+OFFLOAD = {
+    "optimizer_cpu_offload": True,
+    "use_precision_aware_optimizer": True,
+    "use_distributed_optimizer": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimizer_offload_fraction": 0.5}, "--optimizer-offload-fraction 0.5 .*: belongs to"),
+        ({"overlap_cpu_optimizer_d2h_h2d": True}, "--overlap-cpu-.*-h2d .*: belongs to"),
+        ({"pin_cpu_grads": False}, "--no-pin-cpu-grads .*: belongs to --optimizer-cpu-offload"),
+        ({"pin_cpu_params": False}, "--no-pin-cpu-params .*: belongs to --optimizer-cpu-offload"),
+        ({"use_torch_optimizer_for_cpu_offload": True}, "torch has no adams; remove the flag"),
+        ({"optimizer_cpu_offload": True}, "add --use-precision-aware-optimizer"),
+        (OFFLOAD, "--optimizer-offload-fraction 0.0 .*: must be in"),
+        (OFFLOAD | {"optimizer_offload_fraction": 1.5}, "fraction 1.5 .*: must be in"),
+        (
+            OFFLOAD | {"optimizer_offload_fraction": 1.0, "adams_kernel": "cuda"},
+            "--adams-kernel cuda with --optimizer-cpu-offload: no param stays on the GPU",
+        ),
+    ],
+)
+def test_config_refuses_offload_that_cannot_be(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdamSOptimizerConfig(lr=1e-3, **values)
+
+
+def test_config_offloads_and_megatron_builds_as_if_it_did_not() -> None:
+    config = AdamSOptimizerConfig(
+        lr=1e-3, **OFFLOAD, optimizer_offload_fraction=0.5, adams_kernel="cuda"
+    )
+    # Whatever the recipe of fp8: the inner optimizer keeps the main params.
+    assert config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    with built_as_adam(config):
+        assert config.optimizer == "adam"
+        assert not config.optimizer_cpu_offload and not config.use_precision_aware_optimizer
+    assert config.optimizer == "adams"
+    assert config.optimizer_cpu_offload and config.use_precision_aware_optimizer
+    with pytest.raises(RuntimeError, match="Megatron's"), built_as_adam(config):
+        raise RuntimeError("Megatron's")
+    assert config.optimizer_cpu_offload and config.use_precision_aware_optimizer
+
+
+@pytest.mark.parametrize("name", ["fp8_param_gather", "fp4_param_gather"])
+def test_quantized_params_are_not_offloaded(name: str) -> None:
+    config = AdamSOptimizerConfig(lr=1e-3, **OFFLOAD, optimizer_offload_fraction=1.0)
+    settings = {"fp8_param_gather": False, "fp4_param_gather": False}
+    refuse_quantized(config, SimpleNamespace(**settings))
+    quantized = SimpleNamespace(**{**settings, name: True})
+    with pytest.raises(ValueError, match=f"--optimizer-cpu-offload with {name}: not supported"):
+        refuse_quantized(config, quantized)
+    refuse_quantized(AdamSOptimizerConfig(lr=1e-3), quantized)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kernels"),
+    [
+        ("auto", ("auto", "auto")),
+        ("cuda", ("auto", "cuda")),
+        ("host", ("host", "auto")),
+        ("foreach", ("foreach", "foreach")),
+    ],
+)
+def test_kernel_of_one_device_leaves_the_other_to_its_own(
+    asked: str, kernels: tuple[str, str]
+) -> None:
+    """Of the CPU's part and of the GPU's."""
+    assert sub_kernels(asked) == kernels
 
 
 @pytest.mark.parametrize(
@@ -102,8 +175,14 @@ def test_argument_dump_shows_adams_only_while_that_namespace_is_validated() -> N
         adam_eps=1e-8,
         weight_decay=0.1,
         adams_no_param_remainders=False,
+        adams_from_adam=False,
         use_precision_aware_optimizer=False,
         optimizer_cpu_offload=False,
+        optimizer_offload_fraction=1.0,
+        use_torch_optimizer_for_cpu_offload=False,
+        overlap_cpu_optimizer_d2h_h2d=False,
+        pin_cpu_grads=True,
+        pin_cpu_params=True,
         optimizer_cuda_graph=False,
         use_megatron_fsdp=False,
         use_torch_fsdp2=False,

@@ -312,6 +312,14 @@ def test_flags_that_cannot_be_rehearsed_are_refused_by_name(flags: list[str]) ->
         rehearsal_flags(["--num-layers", "2", *flags, "--bf16"])
 
 
+@pytest.mark.parametrize("optimizer", [[], ["--optimizer", "adam"], ["--optimizer=sgd"]])
+def test_offload_is_rehearsed_with_adams_alone(optimizer: list[str]) -> None:
+    with pytest.raises(RehearsalError, match=r"^--optimizer-cpu-offload cannot be rehearsed on"):
+        rehearsal_flags(["--optimizer-cpu-offload", *optimizer])
+    assert rehearsal_flags(["--optimizer-cpu-offload", "--optimizer", "adams"]) == NEEDED
+    assert rehearsal_flags(["--optimizer=adams", "--optimizer-cpu-offload"]) == NEEDED
+
+
 def test_all_refused_flags_are_named_at_once() -> None:
     with pytest.raises(RehearsalError, match=r"--sequence-parallel .* --fp8-format hybrid "):
         rehearsal_flags(["--fp8-format", "hybrid", "--sequence-parallel"])

@@ -1,0 +1,243 @@
+"""--optimizer-cpu-offload: AdamS in Megatron's HybridDeviceOptimizer, on the GPU and on the CPU.
+
+Megatron (0.19) knows two classes of sub-optimizers, Adam and, for every other name, SGD. Here both
+are AdamS, in the precisions of the run: an offloaded param has a copy in host memory, which AdamS
+updates there as it would have updated the param, with the CPU's kernel, so that offloading changes
+no bit. Built by optimizer.py.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from torch import Tensor
+
+from megatron_adams.megatron.config import AdamSOptimizerConfig
+from megatron_adams.optimizer import AdamS
+
+
+def sub_kernels(kernel: str) -> tuple[str, str]:
+    """The kernels of the CPU's and of the GPU's part, for the one that was asked for.
+
+    A kernel that is one device's leaves the other device to its own.
+    """
+    return "auto" if kernel == "cuda" else kernel, "auto" if kernel == "host" else kernel
+
+
+def refuse_quantized(config: AdamSOptimizerConfig, ddp_config: Any) -> None:
+    """Refuse to offload params that are kept in 8 or 4 bits.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name in ("fp8_param_gather", "fp4_param_gather"):
+        if config.optimizer_cpu_offload and getattr(ddp_config, name):
+            raise ValueError(
+                f"--optimizer-cpu-offload with {name}: not supported, the CPU has no copies of "
+                f"quantized params; remove one of the two"
+            )
+
+
+class HybridAdamS(HybridDeviceOptimizer):
+    """Megatron's HybridDeviceOptimizer (0.19), whose sub-optimizers are AdamS.
+
+    Upstream keeps fp32 copies of all params and its own entries of state beside the
+    sub-optimizers'. Here a sub-optimizer's params are the params themselves, on the GPU, or copies
+    of the same dtype, on the CPU, and all state is AdamS's own, in `state[param]` of the params
+    given. It has AdamS's methods for Megatron's checkpoints.
+
+    Args:
+        adams: without state; its param groups are taken over, and its storage options are those of
+            the sub-optimizers.
+        config: the fields of the flags that --optimizer-cpu-offload has.
+        storage: the storage options that `adams` was built with.
+    """
+
+    def __init__(self, adams: AdamS, config: AdamSOptimizerConfig, storage: dict[str, Any]) -> None:
+        # Has the groups, loads and saves them, and never any state.
+        self._groups_owner = adams
+        self.use_decoupled_grad = adams.use_decoupled_grad
+        self.store_param_remainders = adams.store_param_remainders
+        cpu_kernel, gpu_kernel = sub_kernels(config.adams_kernel)
+        build = partial(AdamS.from_param_groups, **storage)
+        # Empty at first: torch's constructor refuses shards that are views, and writes into the
+        # groups, which are saved, everything that is given to it.
+        super().__init__(
+            [{"params": []}],
+            offload_fraction=config.optimizer_offload_fraction,
+            cpu_optimizer_cls=partial(build, kernel=cpu_kernel),
+            gpu_optimizer_cls=partial(build, kernel=gpu_kernel),
+            param_update_in_fp32=False,
+            pin_cpu_grads=config.pin_cpu_grads,
+            pin_cpu_params=config.pin_cpu_params,
+            overlap_cpu_optimizer_d2h_h2d=config.overlap_cpu_optimizer_d2h_h2d,
+        )
+        self.param_groups = adams.param_groups
+        self._init_sub_optimizers()
+
+    def _init_sub_optimizers(self) -> None:
+        super()._init_sub_optimizers()
+        # inner param -> the sub-optimizer that has it
+        self._owners = {
+            param: optimizer
+            for optimizer in self.sub_optimizers
+            for group in optimizer.param_groups
+            for param in group["params"]
+        }
+
+    def _get_sub_optimizer_param_groups(self, offload_fraction: float) -> tuple[Any, ...]:
+        """As upstream, group by group: the first params, up to the fraction, go to the CPU.
+
+        The copies are pinned or not, as the flag says; upstream pins all of them, and for an
+        fp32 master makes another, which is not.
+
+        Returns:
+            CPU groups, GPU groups, param -> CPU copy, CPU copy -> param, param -> fp32 copy (none).
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        threshold = offload_fraction * sum(param.numel() for param in params)
+        num_offloaded = 0
+        copies: dict[Tensor, Tensor] = {}
+        cpu_groups: list[dict[str, Any]] = []
+        gpu_groups: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            cpu_params, gpu_params = [], []
+            for param in group["params"]:
+                if num_offloaded < threshold:
+                    num_offloaded += param.numel()
+                    copies[param] = _like_on_cpu(param, pinned=self.pin_cpu_params)
+                    cpu_params.append(copies[param])
+                else:
+                    gpu_params.append(param)
+            for groups, own in ((cpu_groups, cpu_params), (gpu_groups, gpu_params)):
+                if own:
+                    groups.append({**group, "params": own})
+        return cpu_groups, gpu_groups, copies, {copy: p for p, copy in copies.items()}, {}
+
+    @property
+    def num_offloaded(self) -> int:
+        """How many elements of params are updated on the CPU."""
+        return sum(param.numel() for param in self.gpu_params_map_cpu_copy)
+
+    @torch.no_grad()
+    def step(self, closure: None = None, *, grad_scale: float | Tensor = 1.0) -> None:
+        """As upstream, but that the gradients are multiplied by `grad_scale` on the way.
+
+        Args:
+            closure: none; the sub-optimizers would each evaluate it.
+            grad_scale: as AdamS.step's.
+        """
+        assert closure is None
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.initialize_state(param)
+        # The scheduler's lr and weight decay, and the step, which is counted here.
+        self._sync_hdo_param_groups_to_sub_optimizers()
+        self._d2h_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._d2h_stream):
+            self._set_sub_optimizer_grads()
+        if self.gpu_optimizer is not None:
+            self.gpu_optimizer.step(grad_scale=grad_scale)
+        # Waits for the GPU where it is a tensor: after the GPU's own step has been launched.
+        scale_on_cpu = float(grad_scale)
+        for optimizer in self.cpu_optimizers:
+            self._cpu_optimizer_map_data_event.pop(optimizer).synchronize()
+            optimizer.step(grad_scale=scale_on_cpu)
+        for group in self.param_groups:
+            group["step"] += 1
+
+    def _set_sub_optimizer_grads(self) -> None:
+        """Copy the offloaded params' gradients to the CPU, in their own dtype.
+
+        Upstream converts them to the param's. Those of GPU params are where AdamS reads them.
+        """
+        for optimizer in self.cpu_optimizers:
+            for group in optimizer.param_groups:
+                for copy in group["params"]:
+                    grad = getattr(self.cpu_copys_map_gpu_param[copy], "decoupled_grad", None)
+                    copy.decoupled_grad = None
+                    if grad is None:
+                        continue
+                    if copy not in self.cpu_copy_map_grad:
+                        self.cpu_copy_map_grad[copy] = _like_on_cpu(grad, pinned=self.pin_cpu_grads)
+                    copy.decoupled_grad = self.cpu_copy_map_grad[copy]
+                    copy.decoupled_grad.copy_(grad, non_blocking=True)
+            self._cpu_optimizer_map_data_event[optimizer] = self._d2h_stream.record_event()
+
+    def _home(self, param: Tensor) -> tuple[AdamS, Tensor]:
+        """The sub-optimizer of a param, and the param as it is there."""
+        inner = self.param_to_inner_param[param]
+        return self._owners[inner], inner
+
+    def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
+        """As AdamS's."""
+        return self._groups_owner.state_dtypes(param)
+
+    @torch.no_grad()
+    def initialize_state(self, param: Tensor) -> None:
+        """As AdamS's; a CPU copy starts from its param here, which has been loaded by now."""
+        if param in self.state:
+            return
+        optimizer, inner = self._home(param)
+        if inner is not param:
+            inner.copy_(param)
+        optimizer.initialize_state(inner)
+        # Not the dict itself: in it Megatron puts entries of its own, and moves tensors to the GPU
+        # (optimizer.py:MegatronOptimizer.restore_from_cpu, 0.19).
+        self.state[param] = dict(optimizer.state[inner])
+
+    def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
+        """As AdamS's; on the device where it is kept."""
+        optimizer, inner = self._home(param)
+        return optimizer.get_unscaled_state(inner, name)
+
+    @torch.no_grad()
+    def set_scaled_state(self, param: Tensor, name: str, state: Tensor) -> None:
+        """As AdamS's; a param that storing its main param has changed, on both devices."""
+        self.initialize_state(param)
+        optimizer, inner = self._home(param)
+        if inner is not param:
+            inner.copy_(param)
+        optimizer.set_scaled_state(inner, name, state.to(inner.device))
+        if inner is not param:
+            param.copy_(inner)
+
+    def compile_kernels(self, grad_dtype: torch.dtype | None = None) -> None:
+        """As AdamS's, for both devices."""
+        for optimizer in self.sub_optimizers:
+            optimizer.compile_kernels(grad_dtype)
+
+    @contextmanager
+    def state_left_out(self) -> Iterator[None]:
+        """As AdamS's; here it always is, as Megatron saves the state by other functions."""
+        yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """The param groups, as AdamS's, and no state."""
+        return self._groups_owner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the param groups, as AdamS does."""
+        with self._groups_owner.state_left_out():
+            self._groups_owner.load_state_dict({**state_dict, "state": {}})
+        self.param_groups = self._groups_owner.param_groups
+        # Megatron has put it there for torch's Adam, where it finds TransformerEngine or Apex.
+        for state in self.state.values():
+            state.pop("step", None)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """As torch's: the hook is given the optimizer of the groups that are loaded."""
+        return self._groups_owner.register_load_state_dict_pre_hook(hook, prepend)
+
+    def _register_load_state_dict_hooks(self) -> None:
+        """None: upstream's build the sub-optimizers anew, from the params as they are rounded."""
+
+    def _sync_hdo_state_to_sub_optimizers(self) -> None:
+        """Nothing: `set_scaled_state` has stored it there. Megatron calls it after a load."""
+
+
+def _like_on_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
