@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -39,6 +40,12 @@ _OF_ADAM = (
 # The mark of AdamS's groups: no Adam has it there.
 _OF_ADAMS = "adam_w_mode"
 _COPIED_AT_ONCE = 2**24
+# Where Megatron before 0.19 has what is in common_state since, in the format torch_dist.
+_COMMON_FILE = "common.pt"
+# Objects with an optimizer's param groups, or (dp_zero_gather_scatter) with all its tensors.
+_OPTIMIZER_OBJECTS = (".optimizer/", ".param_state/")
+# With the name of the param behind it: its main param, in the format fully_reshardable.
+_MAIN_PARAM = "optimizer.state.param."
 
 # What unpickling raises on bytes that are no pickle, or half of one (Python's documentation).
 _UNREADABLE = (
@@ -115,6 +122,24 @@ def _without_adam(tree: Any, *, adam_w_mode: bool | None = None) -> Any:
     if isinstance(tree, list):
         return [_without_adam(entry, adam_w_mode=adam_w_mode) for entry in tree]
     return tree
+
+
+def contradict(weights: Tensor, main_params: Tensor) -> bool:
+    """Whether weights cannot be main params that were rounded, because most of them differ.
+
+    Main params that stock Adam saved as fully_reshardable are shifted, and so belong to other
+    weights, wherever a bucket is padded at its end and another follows (Megatron 0.19:
+    DistributedOptimizer.get_parameter_state_dp_zero drops the padding that param_index_map counts).
+
+    Args:
+        weights: floating, what the model computes with.
+        main_params: fp32, of the same shape.
+    """
+    main_params = main_params.to(weights.device)
+    # Four times what rounding to fp8 (e4m3) changes, as --fp8-param-gather does, and fp16's
+    # smallest number. Of values that have nothing to do with each other four in five differ so.
+    differ = (weights.float() - main_params).abs() > main_params.abs() / 4 + 2.0**-24
+    return 2 * int(differ.sum()) > differ.numel()
 
 
 # Checkpoints on disk
@@ -194,8 +219,9 @@ def convert(
         destination: a folder that does not exist or is empty; gets the checkpoint and a tracker.
         report: is told each file.
     Raises:
-        ValueError: there is no checkpoint of Adam's at `source`, or something at `destination`.
-        DamagedCheckpointError: the source is not whole.
+        ValueError: there is no checkpoint of Adam's at `source`, or none that has its state, or
+            something at `destination`.
+        DamagedCheckpointError: the source is not whole, or its main params are not its weights'.
         OSError: it cannot be read, or the new one cannot be written.
         ImportError: Megatron is not installed, of whose objects the source has some.
     """
@@ -204,12 +230,10 @@ def convert(
         raise DamagedCheckpointError(f"{folder}: {found}; the checkpoint is incomplete")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination}: must be a new or an empty folder; name another")
-    optimizer = _arguments(folder).optimizer
-    if optimizer != "adam":
-        raise ValueError(
-            f"{folder}: was saved with --optimizer {optimizer}; must be adam's"
-            + (", and this one needs no conversion" if optimizer == "adams" else "")
-        )
+    if destination.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{destination}: is inside the source, which is only read; name another")
+    if (unfit := unfit_for_adams(saved_arguments(folder, weights_only=False))) is not None:
+        raise ValueError(f"{folder}: {unfit}")
     destination.mkdir(parents=True, exist_ok=True)
     written = destination / f".{folder.name}.incomplete"
     try:
@@ -224,9 +248,20 @@ def convert(
     return Conversion(target, _size(folder), _size(target))
 
 
-def saved_optimizer(folder: Path) -> str:
-    """The --optimizer that a checkpoint was saved with."""
-    return str(_arguments(folder).optimizer)
+def unfit_for_adams(args: Any) -> str | None:
+    """Why AdamS cannot go on from a checkpoint as from Adam's, None if it can.
+
+    Args:
+        args: see `saved_arguments`.
+    """
+    optimizer = getattr(args, "optimizer", None)
+    if optimizer == "adams":
+        return "was saved with --optimizer adams; must be adam's, and this one needs no conversion"
+    if optimizer != "adam":
+        return f"was saved with --optimizer {optimizer}; must be adam's"
+    if getattr(args, "no_save_optim", False):
+        return "was saved with --no-save-optim: there is no momentum to go on from"
+    return None
 
 
 def _checkpoint_of(source: Path) -> Path:
@@ -248,27 +283,47 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _arguments(folder: Path) -> Any:
-    """Megatron's arguments of the run that saved a checkpoint."""
+def saved_arguments(folder: Path, *, weights_only: bool = True) -> Any:
+    """Megatron's arguments of the run that saved a checkpoint, None where it has none.
+
+    Args:
+        folder: of a checkpoint that is whole.
+        weights_only: as of torch.load, which then unpickles only what Megatron has registered;
+            False: anything, so that Megatron need not have been started.
+    Raises:
+        ImportError, AttributeError: they are made of objects of a Megatron that is not installed.
+        pickle.UnpicklingError: of objects that are not registered.
+    """
     if is_legacy(folder):
         path = min(folder.glob("mp_rank_*/model_optim_rng.pt"))
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)["args"]
+        return _load(path, weights_only=weights_only).get("args")
+    if (folder / _COMMON_FILE).is_file():
+        return _load(folder / _COMMON_FILE, weights_only=weights_only).get("args")
     metadata = FileSystemReader(folder).read_metadata()
     for index, stored in metadata.storage_data.items():
         if _is_common_state(index.fqn):
-            with open(folder / stored.relative_path, "rb") as file:
-                file.seek(stored.offset)
-                (state,) = _unpickle(file.read(stored.length))
-                return state["args"]
-    raise DamagedCheckpointError(f"{folder}: has no common state")
+            (state,) = _read(folder, stored, weights_only=weights_only)
+            return state.get("args")
+    return None
+
+
+def _load(path: Path, *, weights_only: bool = False) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+
+
+def _read(folder: Path, stored: Any, *, weights_only: bool = False) -> Any:
+    """An object or a tensor of a torch_dist checkpoint, from where its metadata say it is."""
+    with open(folder / stored.relative_path, "rb") as file:
+        file.seek(stored.offset)
+        return _unpickle(file.read(stored.length), weights_only=weights_only)
 
 
 def _is_common_state(fqn: str) -> bool:
     return fqn.startswith("common_state/")
 
 
-def _unpickle(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+def _unpickle(data: bytes, *, weights_only: bool = False) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=weights_only)
 
 
 def _pickle(value: Any) -> bytes:
@@ -280,6 +335,7 @@ def _pickle(value: Any) -> bytes:
 def _convert_torch_dist(source: Path, target: Path, report: Callable[[str], None]) -> None:
     """Copy the stored items of each file, but Adam's own; all else is metadata about them."""
     metadata = FileSystemReader(source).read_metadata()
+    _check_main_params(source, metadata.storage_data)
     by_file: dict[str, list[Any]] = {}
     for index, stored in metadata.storage_data.items():
         by_file.setdefault(stored.relative_path, []).append((index, stored))
@@ -291,7 +347,7 @@ def _convert_torch_dist(source: Path, target: Path, report: Callable[[str], None
                     continue
                 offset = new.tell()
                 old.seek(stored.offset)
-                if _is_common_state(index.fqn) or ".optimizer/" in index.fqn:
+                if _is_common_state(index.fqn) or any(k in index.fqn for k in _OPTIMIZER_OBJECTS):
                     # Megatron stores an object as a list of it.
                     values = _unpickle(old.read(stored.length))
                     new.write(_pickle([_of_adams(value) for value in values]))
@@ -311,21 +367,51 @@ def _convert_torch_dist(source: Path, target: Path, report: Callable[[str], None
         _sync(file)
     # What the checkpoint has beside these, and last what says that it is whole.
     for path in sorted(source.iterdir(), key=lambda path: path.name == METADATA_WRITTEN_LAST):
-        if path.is_file() and not (target / path.name).exists() and path.name not in by_file:
+        if not path.is_file() or (target / path.name).exists() or path.name in by_file:
+            continue
+        if path.name == _COMMON_FILE:
+            torch.save(_of_adams(_load(path)), target / path.name)
+        else:
             shutil.copyfile(path, target / path.name)
 
 
+def _check_main_params(folder: Path, storage_data: Any) -> None:
+    """Raise where main params were saved that are not those of the weights beside them."""
+    places = {(index.fqn, index.offset): stored for index, stored in storage_data.items()}
+    for (name, offset), stored in places.items():
+        weights = places.get((name.removeprefix(_MAIN_PARAM), offset))
+        if not name.startswith(_MAIN_PARAM) or weights is None:
+            continue
+        main_params, weights = _read(folder, stored), _read(folder, weights)
+        # Parts can have been saved in other sizes.
+        if weights.shape == main_params.shape and contradict(weights, main_params):
+            raise DamagedCheckpointError(f"{folder}: {shifted(name.removeprefix(_MAIN_PARAM))}")
+
+
+def shifted(name: str) -> str:
+    """What to say of a param that `contradict`s its main params."""
+    return (
+        f"the main params of {name} are not those of its weights. Megatron saves them wrong with "
+        "--dist-ckpt-optim-fully-reshardable where buckets are padded: save the AdamW run without "
+        "that flag, or load the weights alone with --no-load-optim"
+    )
+
+
 def _of_adams(value: Any) -> Any:
-    """The common state, or the param groups of a distributed optimizer, as AdamS has them."""
+    """The common state, or what a distributed optimizer has for itself, as AdamS has them."""
     if "args" not in value:
         return _without_adam(value)
     value["args"].optimizer = "adams"
-    return {**value, "optimizer": _without_adam(value["optimizer"])}
+    # A rank without trainable parameters has none.
+    own = {"optimizer": _without_adam(value["optimizer"])} if "optimizer" in value else {}
+    return {**value, **own}
 
 
 def _copy(old: io.BufferedReader, new: io.BufferedWriter, length: int) -> None:
     while length:
         data = old.read(min(length, _COPIED_AT_ONCE))
+        if not data:
+            raise DamagedCheckpointError(f"{old.name}: became shorter while it was read")
         new.write(data)
         length -= len(data)
 
@@ -341,6 +427,5 @@ def _convert_legacy(source: Path, target: Path, report: Callable[[str], None]) -
     for number, path in enumerate(paths, 1):
         new = target / path.relative_to(source)
         new.parent.mkdir(exist_ok=True)
-        value = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-        torch.save(_of_adams(value), new)
+        torch.save(_of_adams(_load(path)), new)
         report(f"[{number}/{len(paths)}] {path.relative_to(source)}")

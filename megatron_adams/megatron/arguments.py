@@ -165,6 +165,8 @@ def wrap_print_args(original: Callable[..., Any]) -> Callable[..., Any]:
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse, before any work, what Megatron's configuration of the optimizer does not show."""
     check_config(args)
+    if args.adams_from_adam:
+        _check_from_adam(args)
     if args.adams_no_param_remainders and not (
         args.use_precision_aware_optimizer
         and args.bf16
@@ -190,6 +192,25 @@ def _check_arguments(args: argparse.Namespace) -> None:
             f"--adam-beta2 {args.adam_beta2} with --optimizer {ADAMS}: the update's bound grows "
             f"as sqrt(1 / (1 - beta2)); 0.95 is the paper's value",
             stacklevel=2,
+        )
+
+
+def _check_from_adam(args: argparse.Namespace) -> None:
+    """Refuse flags beside --adams-from-adam with which no momentum would be loaded."""
+    for flag, is_given in (
+        ("--finetune", args.finetune),
+        ("--no-load-optim", args.no_load_optim),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint is not None),
+    ):
+        if is_given:
+            raise ValueError(
+                f"--adams-from-adam with {flag}: that loads the weights alone, and no momentum to "
+                f"go on from; remove one of the two"
+            )
+    if args.load is None:
+        raise ValueError(
+            "--adams-from-adam without --load: must have a checkpoint of Adam's to go on from; add "
+            "--load, or remove the flag"
         )
 
 

@@ -20,7 +20,8 @@ from megatron_adams.checkpoint import (
     DamagedCheckpointError,
     damage,
     is_legacy,
-    saved_optimizer,
+    saved_arguments,
+    unfit_for_adams,
 )
 from megatron_adams.megatron.config import ADAMS
 
@@ -90,7 +91,7 @@ def _on_rank_0(check: Callable[[], None]) -> None:
     if torch.distributed.get_rank() == 0:
         try:
             check()
-        except (DamagedCheckpointError, OSError, ValueError) as exc:
+        except Exception as exc:  # Whatever it is: the other ranks are told below.
             error[0] = exc
     torch.distributed.broadcast_object_list(error, src=0)
     if error[0] is not None:
@@ -105,13 +106,19 @@ def check_checkpoint(load_dir: Path, args: Any) -> None:
         args: Megatron's arguments.
     Raises:
         DamagedCheckpointError: a file is missing, truncated or unreadable.
-        ValueError: the checkpoint cannot be loaded at the run's expert parallel size.
+        ValueError: the checkpoint cannot be loaded at the run's expert parallel size, or
+            --adams-from-adam is given and there is no state of Adam's or adams's in it.
     """
     tracker = _tracker(load_dir)
     if args.ckpt_step:
         text = str(args.ckpt_step)
     elif tracker.exists():
         text = _read_tracker(tracker)
+    elif args.adams_from_adam:
+        raise ValueError(
+            f"--adams-from-adam: {tracker} not found, the run would start from random weights; "
+            f"give --load the folder with Adam's checkpoint, or remove the flag"
+        )
     else:
         return  # A new run, or --exit-on-missing-checkpoint: Megatron's own affair.
     folder = load_dir / text if text == "release" else _folder(load_dir, int(text))
@@ -125,14 +132,31 @@ def check_checkpoint(load_dir: Path, args: Any) -> None:
             f"{folder}: {found}; the checkpoint is incomplete. Restore it, or "
             f"{_choose_another(load_dir)}"
         )
-    if args.adams_from_adam and _loads_optimizer(args) and saved_optimizer(folder) == ADAMS:
-        logger.info(
-            "%s: the checkpoint is %s's own, --adams-from-adam has nothing to do", ADAMS, ADAMS
-        )
     if is_legacy(folder):
         _check_legacy_step(tracker, args)
     else:
         _check_expert_parallel_size(folder, args)
+    if args.adams_from_adam:
+        _check_has_momentum(folder)
+
+
+def _check_has_momentum(folder: Path) -> None:
+    """Raise where --adams-from-adam would find none; say where it has nothing to do."""
+    saved = saved_arguments(folder)
+    if getattr(saved, "optimizer", None) == ADAMS:
+        logger.info(
+            "%s: the checkpoint is %s's own, --adams-from-adam has nothing to do", ADAMS, ADAMS
+        )
+    elif (unfit := unfit_for_adams(saved)) is not None:
+        raise ValueError(
+            f"--adams-from-adam: the checkpoint {folder} {unfit}; name one of --optimizer adam, or "
+            f"load the weights alone with --no-load-optim in place of the flag"
+        )
+    if folder.name == "release":
+        raise ValueError(
+            f"--adams-from-adam: Megatron loads the weights alone of {folder}, a release; remove "
+            f"the flag, or name a checkpoint of an iteration"
+        )
 
 
 def refuse_adams_checkpoint(load_dir: Path, args: Any) -> None:
@@ -152,7 +176,11 @@ def refuse_adams_checkpoint(load_dir: Path, args: Any) -> None:
     # Whatever else there is about it is Megatron's own affair.
     if not folder.is_dir() or damage(folder) is not None:
         return
-    if saved_optimizer(folder) == ADAMS:
+    try:
+        saved = saved_arguments(folder)
+    except Exception:
+        return
+    if getattr(saved, "optimizer", None) == ADAMS:
         raise ValueError(
             f"--optimizer {args.optimizer}: the checkpoint {folder} was saved by {ADAMS}, which "
             f"keeps exp_avg and no exp_avg_sq, so that {args.optimizer} cannot go on from it; "

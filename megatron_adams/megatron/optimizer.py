@@ -15,7 +15,13 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.utils import log_single_rank
 
-from megatron_adams.checkpoint import is_adam_group, state_dict_from_adam
+from megatron_adams.checkpoint import (
+    DamagedCheckpointError,
+    contradict,
+    is_adam_group,
+    shifted,
+    state_dict_from_adam,
+)
 from megatron_adams.megatron.config import (
     ADAMS,
     AdamSOptimizerConfig,
@@ -291,11 +297,40 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         }
 
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: Any) -> None:
+        if self._params_to_restore is not None:
+            # Before the main param is set, which writes the weights where it is remainders.
+            self._check_taken_from_adam(model_param, tensors)
+            self._params_to_restore.discard(model_param)
         param = self._inner_param(model_param)
         self.optimizer.set_scaled_state(param, "master_param", tensors["param"])
         self.optimizer.set_scaled_state(param, "exp_avg", tensors["exp_avg"])
-        if self._params_to_restore is not None:
-            self._params_to_restore.discard(model_param)
+
+    def _check_taken_from_adam(self, model_param: Any, tensors: Any) -> None:
+        """Raise unless what Adam has saved of a param is there, and is that param's.
+
+        Megatron has loaded the model's weights already.
+
+        Raises:
+            ValueError: a tensor is missing.
+            DamagedCheckpointError: the main params are not those of the weights.
+        """
+        if missing := {"param", "exp_avg"} - tensors.keys():
+            raise ValueError(
+                f"--adams-from-adam: the checkpoint has no {' and no '.join(sorted(missing))} of "
+                f"{self._name_of(model_param)}, which {ADAMS} would start anew; train the params "
+                f"of the run that saved it, or load the weights alone with --no-load-optim"
+            )
+        if self._is_distopt_quantized_param(model_param):
+            return
+        shard = self._get_model_param_range_map(model_param)["param"]
+        weights = model_param.detach().view(-1)[shard.start : shard.end]
+        if contradict(weights, tensors["param"]):
+            words = shifted(self._name_of(model_param))
+            raise DamagedCheckpointError(f"--adams-from-adam: {words}")
+
+    def _name_of(self, model_param: Any) -> str:
+        named = (pair for chunk in self.model_chunks for pair in chunk.named_parameters())
+        return next(name for name, param in named if param is model_param)
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:

@@ -33,5 +33,18 @@ def state_after_load(argv: str) -> dict[str, Any]:
     sys.exit("Megatron did not set the model up")
 
 
+def train_saving_as(argv: str, kind: str) -> dict[str, Any]:
+    """Train, and save the distributed optimizer in a format that no flag chooses any more."""
+    from megatron.training import checkpointing
+
+    build = checkpointing._build_sharded_state_dict_metadata
+
+    def build_as(*args: Any, **kwargs: Any) -> Any:
+        return {**build(*args, **kwargs), "distrib_optim_sharding_type": kind}
+
+    checkpointing._build_sharded_state_dict_metadata = build_as
+    return cases.train(argv)
+
+
 class _LoadedError(Exception):
     """Everything is loaded, and has been looked at."""

@@ -1,12 +1,16 @@
 """From an AdamW checkpoint to adams: nothing is lost but exp_avg_sq, nothing starts anew."""
 
+import pickle
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_adams.cli import main as megatron_adams_command
 from tests.distributed.cluster import REPO, Cluster, Outcome
@@ -23,6 +27,8 @@ TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
 AFTER_LOAD = "tests.distributed.from_adam_cases:state_after_load"
 COMMON = "tests.distributed.checkpoint_cases:read_common"
+SAVE_AS = "tests.distributed.from_adam_cases:train_saving_as"
+REFUSALS = "tests.distributed.flag_cases:refusals"
 
 FROM_ADAM = "--optimizer adams --adams-from-adam"
 DISTRIBUTED = "--use-distributed-optimizer"
@@ -83,12 +89,13 @@ def test_momentum_main_params_and_step_are_adams(
         assert len(rank["grad_norms"]) == NUM_STEPS - SAVED_AT
 
 
+@pytest.mark.parametrize("name", ["dp_reshardable", "legacy", "plain_bf16"])
 def test_state_of_the_world_with_apex_is_taken(
-    cluster: Cluster, apex_cluster: Cluster, checkpoints: Path
+    cluster: Cluster, apex_cluster: Cluster, checkpoints: Path, name: str
 ) -> None:
     """Its groups have the step, its state has none; and so without it."""
-    saved = adam_run(apex_cluster, DISTRIBUTED, checkpoints)
-    argv = f"{FROM_ADAM} {DISTRIBUTED} {STEPS} --load {checkpoints}"
+    saved = adam_run(apex_cluster, FORMATS[name], checkpoints)
+    argv = f"{FROM_ADAM} {FORMATS[name]} {STEPS} --load {checkpoints}"
     for each in (cluster, apex_cluster):
         for rank, adam_rank in zip(
             each.run(AFTER_LOAD, 2, argv=argv).results, saved.results, strict=True
@@ -121,13 +128,14 @@ def test_switch_at_another_layout_and_precision_loses_no_bit(
         assert torch.equal(before[key], after[key]), key
 
 
+@pytest.mark.parametrize("name", ["dp_reshardable", "legacy", "plain_bf16"])
 def test_flag_may_stay_for_resumes_from_adams(
-    cluster: Cluster, plain_cluster: Cluster, tmp_path: Path
+    cluster: Cluster, plain_cluster: Cluster, tmp_path: Path, name: str
 ) -> None:
     """As in a job that is restarted with the same command."""
     adam, folder = tmp_path / "adam", tmp_path / "adams"
-    adam_run(plain_cluster, DISTRIBUTED, adam)
-    base = f"{FROM_ADAM} {DISTRIBUTED} --train-iters {NUM_STEPS} --save-interval 4"
+    adam_run(plain_cluster, FORMATS[name], adam)
+    base = f"{FROM_ADAM} {FORMATS[name]} --train-iters {NUM_STEPS} --save-interval 4"
     whole = cluster.run(TRAIN, 2, argv=f"{base} --load {adam} --save {folder}").results
     argv = f"{base} {choose(folder, 4)}"
     with_flag = cluster.run(TRAIN, 2, argv=argv)
@@ -137,8 +145,169 @@ def test_flag_may_stay_for_resumes_from_adams(
             assert mine["losses"] == theirs["losses"][1:]
             for name, tensor in theirs["model"].items():
                 assert torch.equal(mine["model"][name], tensor), name
-    assert "the checkpoint is adams's own" in with_flag.logs[0]
+    said = "is adams's own, --adams-from-adam has nothing to do"
+    assert (with_flag.log.count(said), without.log.count(said)) == (1, 0)
     assert "goes on from Adam" not in with_flag.log
+
+
+CONTRADICTIONS = {
+    "--load x --finetune": "--adams-from-adam with --finetune: that loads the weights alone",
+    "--load x --no-load-optim": "--adams-from-adam with --no-load-optim: that loads the weights",
+    "--load x --pretrained-checkpoint y": "--adams-from-adam with --pretrained-checkpoint: that",
+    "": "--adams-from-adam without --load: must have a checkpoint of Adam's",
+}
+
+
+def test_flag_with_which_no_momentum_would_be_loaded_is_refused(cluster: Cluster) -> None:
+    commands = [f"{FROM_ADAM} {DISTRIBUTED} {flags}" for flags in CONTRADICTIONS]
+    commands += [f"--optimizer {name} --adams-from-adam --load x" for name in ("adam", "sgd")]
+    words = [*CONTRADICTIONS.values()]
+    words += [f"--adams-from-adam with --optimizer {name}: it belongs" for name in ("adam", "sgd")]
+    for message, expected in zip(
+        cluster.run(REFUSALS, 1, commands=commands).results[0], words, strict=True
+    ):
+        assert message is not None and message.startswith(expected)
+
+
+def refused_words(cluster: Cluster, argv: str, num_ranks: int = 2) -> list[str]:
+    """The last words of every rank of a run that has to fail."""
+    run = cluster.run(TRAIN, num_ranks, argv=argv, check=False, timeout_s=60)
+    assert run.codes == [1] * num_ranks
+    return [log.rstrip().splitlines()[-1] for log in run.logs]
+
+
+def test_checkpoint_without_adams_momentum_is_refused_on_every_rank(
+    cluster: Cluster, plain_cluster: Cluster, tmp_path: Path
+) -> None:
+    """Megatron would start from random weights, or the optimizer anew."""
+    argv = f"{DISTRIBUTED} {STEPS} --exit-interval {SAVED_AT}"
+    others = {"sgd": f"--optimizer sgd {STEPS} --exit-interval {SAVED_AT}"}
+    others["no_optim"] = f"--optimizer adam {argv} --no-save-optim"
+    others["adam"] = f"--optimizer adam {argv}"
+    for name, flags in others.items():
+        plain_cluster.run(TRAIN, 2, argv=f"{flags} --save {tmp_path / name}")
+    adam = tmp_path / "adam"
+    Path(folder_of(adam, SAVED_AT)).rename(adam / "release")
+    (adam / "latest_checkpointed_iteration.txt").write_text("release")
+    expected = {
+        "nothing": "latest_checkpointed_iteration.txt not found, the run would start from random",
+        "sgd": "was saved with --optimizer sgd; must be adam's",
+        "no_optim": "was saved with --no-save-optim: there is no momentum",
+        "adam": "Megatron loads the weights alone of",
+    }
+    for name, words in expected.items():
+        flags = f"{FROM_ADAM} {DISTRIBUTED} {STEPS} --load {tmp_path / name}"
+        for line in refused_words(cluster, flags):
+            assert line.startswith("ValueError: --adams-from-adam: ") and words in line
+
+
+def edit_metadata(folder: str, drop: Callable[[str], bool]) -> list[str]:
+    """Take what `drop` chooses out of a torch_dist checkpoint; return the keys."""
+    metadata = FileSystemReader(folder).read_metadata()
+    dropped = [key for key in metadata.state_dict_metadata if drop(key)]
+    for key in dropped:
+        del metadata.state_dict_metadata[key]
+    for index in [index for index in metadata.storage_data if index.fqn in dropped]:
+        del metadata.storage_data[index]
+    (Path(folder) / ".metadata").write_bytes(pickle.dumps(metadata))
+    return dropped
+
+
+@pytest.mark.parametrize("tensor", ["exp_avg", "param"])
+def test_tensor_that_the_checkpoint_lacks_is_named(
+    cluster: Cluster, plain_cluster: Cluster, checkpoints: Path, tensor: str
+) -> None:
+    """Whatever Megatron has been told about tensors that are missing."""
+    flags = f"{DISTRIBUTED} --dist-ckpt-optim-fully-reshardable {STEPS}"
+    adam_run(plain_cluster, flags, checkpoints)
+    key = f"optimizer.state.{tensor}.decoder.layers.mlp.linear_fc2.weight"
+    assert edit_metadata(folder_of(checkpoints, SAVED_AT), key.__eq__)
+    base = f"{FROM_ADAM} {flags} --load {checkpoints} --dist-ckpt-strictness"
+    words = refused_words(cluster, f"{base} ignore_all")
+    expected = f"the checkpoint has no {tensor} of module.decoder.layers."
+    assert any(expected in line and "mlp.linear_fc2.weight, which" in line for line in words)
+    assert all(key in line for line in refused_words(cluster, f"{base} assume_ok_unexpected"))
+
+
+def test_momentum_that_a_plain_checkpoint_lacks_is_numbered(
+    cluster: Cluster, plain_cluster: Cluster, checkpoints: Path
+) -> None:
+    adam_run(plain_cluster, FORMATS["plain_legacy"], checkpoints)
+    path = Path(folder_of(checkpoints, SAVED_AT)) / "mp_rank_00" / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    num_params = len(state["optimizer"]["state"])
+    del state["optimizer"]["state"][3]
+    torch.save(state, path)
+    words = f"has no momentum of 1 of {num_params} parameters (number 3 and so on)"
+    argv = f"{FROM_ADAM} {FORMATS['plain_legacy']} {STEPS} --load {checkpoints}"
+    assert all(words in line for line in refused_words(cluster, argv))
+
+
+@pytest.mark.parametrize("flags", ["--bf16", "--bf16 --use-precision-aware-optimizer"])
+def test_main_params_of_other_weights_are_refused(
+    cluster: Cluster, plain_cluster: Cluster, tmp_path: Path, flags: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As stock Adam saves them where a bucket is padded at its end and another follows."""
+    layout = f"{DISTRIBUTED} --pipeline-model-parallel-size 2 --dist-ckpt-optim-fully-reshardable"
+    adam = tmp_path / "adam"
+    adam_run(plain_cluster, f"{layout} --bf16", adam)
+    words = "the main params of {}embedding.word_embeddings.weight are not those of its weights"
+    argv = f"{FROM_ADAM} {layout} {flags} {STEPS} --load {adam}"
+    refused = refused_words(cluster, argv)
+    assert words.format("module.module.") in refused[0]
+    assert megatron_adams_command(["convert", str(adam), str(tmp_path / "end")]) == 1
+    assert words.format("") in capsys.readouterr().err
+    assert not list((tmp_path / "end").iterdir())
+
+
+def test_checkpoint_of_an_earlier_megatron_is_taken_and_converted(
+    cluster: Cluster, plain_cluster: Cluster, tmp_path: Path
+) -> None:
+    """Before 0.19, what is no tensor is in a file of its own, common.pt."""
+    adam, earlier, converted = tmp_path / "adam", tmp_path / "earlier", tmp_path / "adams"
+    adam_run(plain_cluster, "", adam)
+    common = cluster.run(COMMON, checkpoint=folder_of(adam, SAVED_AT)).results[0]
+    del common["keys"]
+    shutil.copytree(adam, earlier)
+    folder = folder_of(earlier, SAVED_AT)
+    assert edit_metadata(folder, lambda key: key.startswith("common_state"))
+    torch.save(common, Path(folder) / "common.pt")
+    assert megatron_adams_command(["convert", str(earlier), str(converted)]) == 0
+    runs = [
+        cluster.run(TRAIN, 2, argv=f"{flags} {STEPS} --load {root}").results
+        for flags, root in (
+            (FROM_ADAM, adam),
+            (FROM_ADAM, earlier),
+            ("--optimizer adams", converted),
+        )
+    ]
+    for run in runs[1:]:
+        for mine, theirs in zip(run, runs[0], strict=True):
+            assert mine["losses"] == theirs["losses"]
+            assert [p["groups"] for p in mine["parts"]] == [p["groups"] for p in theirs["parts"]]
+    # Adam itself goes on from it with the plugin registered as without.
+    for each in (cluster, plain_cluster):
+        run = each.run(TRAIN, 2, argv=f"--optimizer adam {STEPS} --load {earlier}")
+        assert len(run.results[0]["losses"]) == NUM_STEPS - SAVED_AT
+
+
+def test_gathered_state_of_an_earlier_megatron_is_converted(
+    cluster: Cluster, plain_cluster: Cluster, tmp_path: Path
+) -> None:
+    """dp_zero_gather_scatter, which keeps a distributed optimizer's tensors in one object."""
+    adam, converted = tmp_path / "adam", tmp_path / "adams"
+    argv = f"--optimizer adam {DISTRIBUTED} {STEPS} --exit-interval {SAVED_AT} --save {adam}"
+    saved = plain_cluster.run(SAVE_AS, 2, argv=argv, kind="dp_zero_gather_scatter")
+    assert megatron_adams_command(["convert", str(adam), str(converted)]) == 0
+    num_params = sum(s["param"].numel() for r in saved.results for p in r["parts"]
+                     for s in p["shards"])  # fmt: skip
+    sizes = [sum(p.stat().st_size for p in root.rglob("*.distcp")) for root in (adam, converted)]
+    assert sizes[0] - sizes[1] == pytest.approx(4 * num_params, rel=0.01)
+    for flags, root in ((FROM_ADAM, adam), ("--optimizer adams", converted)):
+        loaded = cluster.run(AFTER_LOAD, 2, argv=f"{flags} {DISTRIBUTED} {STEPS} --load {root}")
+        for rank, adam_rank in zip(loaded.results, saved.results, strict=True):
+            assert_same_state(rank["parts"], adam_rank["parts"])
 
 
 def test_learning_rate_may_change_at_the_switch(

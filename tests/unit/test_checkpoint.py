@@ -4,6 +4,9 @@ import argparse
 import copy
 import io
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from megatron_adams import AdamS
 from megatron_adams.checkpoint import (
     TRACKER,
     DamagedCheckpointError,
+    _copy,
+    contradict,
     convert,
     is_adam_group,
     state_dict_from_adam,
@@ -143,6 +148,103 @@ def test_checkpoint_folder_itself_can_be_named(tmp_path):
     assert (tmp_path / "end" / TRACKER).read_text() == "7"
     assert done.bytes_before == path.stat().st_size
     assert done.bytes_after == (done.folder / "mp_rank_00" / path.name).stat().st_size
+
+
+def test_refusal_names_the_ways_to_go_on():
+    adams = trained(AdamS)
+    with pytest.raises(ValueError, match=r"--adams-from-adam.*state_dict_from_adam.*--no-load-op"):
+        adams.load_state_dict(trained(torch.optim.AdamW).state_dict())
+
+
+def test_destination_inside_the_source_is_refused(tmp_path, capsys):
+    folder = legacy(tmp_path / "source").parents[1]
+    assert "is inside the source" in fails(capsys, tmp_path / "source", folder / "end")
+    assert not (folder / "end").exists()
+
+
+def test_checkpoint_without_state_of_the_optimizer_is_refused(tmp_path, capsys):
+    path = legacy(tmp_path / "source")
+    args = argparse.Namespace(optimizer="adam", no_save_optim=True)
+    torch.save({"args": args, "iteration": 7}, path)
+    words = fails(capsys, tmp_path / "source", tmp_path / "end")
+    assert "--no-save-optim: there is no momentum to go on from" in words
+    torch.save({"iteration": 7}, path)
+    words = fails(capsys, tmp_path / "source", tmp_path / "end")
+    assert "was saved with --optimizer None" in words
+
+
+def test_rank_without_trainable_parameters_is_converted(tmp_path):
+    path = legacy(tmp_path / "source")
+    frozen = path.parents[1] / "mp_rank_01" / path.name
+    frozen.parent.mkdir()
+    state = {"args": argparse.Namespace(optimizer="adam"), "model": {"weight": torch.ones(3)}}
+    torch.save(state, frozen)
+    done = convert(tmp_path / "source", tmp_path / "end")
+    converted = torch.load(done.folder / "mp_rank_01" / path.name, weights_only=False)
+    assert (converted["args"].optimizer, converted.keys()) == ("adams", state.keys())
+    assert torch.equal(converted["model"]["weight"], torch.ones(3))
+
+
+def test_killed_conversion_is_not_taken_for_a_checkpoint(tmp_path, capsys):
+    legacy(tmp_path / "source")
+    code = (
+        "import os, signal, sys, torch\n"
+        "save = torch.save\n"
+        "def half(value, path):\n"
+        "    save(value, path); os.truncate(path, os.path.getsize(path) // 2)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "torch.save = half\n"
+        "from megatron_adams.cli import main\n"
+        "main(['convert', *sys.argv[1:]])\n"
+    )
+    end = tmp_path / "end"
+    command = [sys.executable, "-c", code, str(tmp_path / "source"), str(end)]
+    assert subprocess.run(command, timeout=120, check=False).returncode == -signal.SIGKILL
+    # Neither a tracker, nor a folder of an iteration.
+    assert [path.name for path in end.iterdir()] == [".iter_0000007.incomplete"]
+    assert "must be a new or an empty folder" in fails(capsys, tmp_path / "source", end)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+)
+def test_only_main_params_of_other_weights_contradict(dtype):
+    main_params = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 0.02
+    scale = 448 / main_params.abs().max() if dtype == torch.float8_e4m3fn else 1
+    weights = (main_params * scale).to(dtype).float() / scale
+    assert not contradict(weights, main_params)
+    assert contradict(weights, main_params.roll(1))
+    # Biases that have hardly moved from zero, below fp16's smallest number; nothing at all.
+    assert not contradict((main_params * 1e-7).half(), main_params * 1e-7)
+    assert not contradict(weights[:0], main_params[:0])
+
+
+def test_source_that_shrinks_while_it_is_read_is_an_error(tmp_path):
+    (tmp_path / "old").write_bytes(b"123")
+    with (
+        open(tmp_path / "old", "rb") as old,
+        open(tmp_path / "new", "wb") as new,
+        pytest.raises(DamagedCheckpointError, match="old: became shorter"),
+    ):
+        _copy(old, new, 5)
+
+
+def test_checkpoint_that_cannot_be_looked_into_is_left_to_megatron(tmp_path):
+    """Where another optimizer than adams loads it, which the plugin is to leave as it was."""
+    from megatron_adams.megatron.checkpoint import refuse_adams_checkpoint
+
+    path = legacy(tmp_path)
+    settings = {"optimizer": "adam", "ckpt_step": None, "finetune": False, "no_load_optim": False}
+    args = argparse.Namespace(**settings)
+    for state in ({"args": pickle.Pickler, "iteration": 7}, {"iteration": 7}):
+        torch.save(state, path)
+        refuse_adams_checkpoint(tmp_path, args)
+    torch.save({"args": argparse.Namespace(optimizer="adams")}, path)
+    with (
+        torch.serialization.safe_globals([argparse.Namespace]),
+        pytest.raises(ValueError, match=r"--optimizer adam: the checkpoint .* saved by adams"),
+    ):
+        refuse_adams_checkpoint(tmp_path, args)
 
 
 def test_conversion_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch, capsys):
