@@ -47,7 +47,8 @@ def _describe(hybrid: HybridAdamS) -> dict[str, Any]:
         "params": of each, in order, its size and "cpu" or "gpu"; "kernels", "classes": of the
         sub-optimizers on either side; "num_cpu_optimizers"; "detached": has each CPU copy memory
         of its own; "equal": and the param's values; "grad_dtypes": of the gradients on the CPU;
-        "state_keys": of the sub-optimizers.
+        "state_keys": of the sub-optimizers, after Megatron has put an entry into the hybrid
+        optimizer's; "saved_state": what state its own state dict has.
     """
     homes = {}
     for side, optimizers in _sides(hybrid).items():
@@ -56,6 +57,8 @@ def _describe(hybrid: HybridAdamS) -> dict[str, Any]:
                 homes.update(dict.fromkeys(group["params"], side))
     params = [param for group in hybrid.param_groups for param in group["params"]]
     inner = {param: hybrid.param_to_inner_param[param] for param in params}
+    for state in hybrid.state.values():
+        state["of_megatron"] = 0
     copies = [(param, copy) for param, copy in inner.items() if homes[copy] == "cpu"]
     return {
         "params": [(param.numel(), homes[inner[param]]) for param in params],
@@ -65,6 +68,7 @@ def _describe(hybrid: HybridAdamS) -> dict[str, Any]:
         "detached": all(param.data_ptr() != copy.data_ptr() for param, copy in copies),
         "equal": all(torch.equal(param.detach(), copy.detach()) for param, copy in copies),
         "grad_dtypes": {copy.decoupled_grad.dtype for _, copy in copies},
+        "saved_state": hybrid.state_dict()["state"],
         "state_keys": {k for o in hybrid.sub_optimizers for s in o.state.values() for k in s},
     }
 

@@ -81,6 +81,7 @@ def test_offloading_changes_no_bit(cluster: Cluster, name: str) -> None:
             assert hybrid["grad_dtypes"] == kept
             names = {key for shard in shards(theirs) for key in shard["state"]}
             assert hybrid["state_keys"] <= names
+            assert hybrid["saved_state"] == {}
         norms = [norm for norm in mine["grad_norms"] if norm is not None]
         clip_grad = 1.18 if EP2 in flags else 1.7
         assert min(norms) < clip_grad < max(norms)
@@ -347,3 +348,12 @@ def test_megatron_without_its_hybrid_optimizer_is_refused(plain_cluster: Cluster
     kind, message = told["error"]
     assert kind == "UnsupportedMegatronError" and message.startswith(f"{path}: not found")
     assert told["wrapped"] == []
+
+
+def test_kernel_that_cannot_be_had_is_an_error_at_start(cluster: Cluster) -> None:
+    """Of the GPU's part: here there is no GPU."""
+    argv = f"{AWARE} --train-iters 1 {HALF} --adams-kernel cuda"
+    run = cluster.run(TRAIN, 1, argv=argv, check=False)
+    assert run.codes != [0]
+    assert "in compile_kernels" in run.log and "in train_step" not in run.log
+    assert "ValueError: " in run.log
