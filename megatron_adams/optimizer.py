@@ -21,6 +21,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from megatron_adams.kernels import (
     BACKENDS,
     Batch,
+    Fp8Scaling,
     Mode,
     PointerTable,
     Scalars,
@@ -90,6 +91,7 @@ class _Lists:
     main_params: list[Tensor] = field(default_factory=list)
     exp_avg_scales: list[Tensor] = field(default_factory=list)
     main_scales: list[Tensor] = field(default_factory=list)
+    fp8_scaling: list[Fp8Scaling] = field(default_factory=list)
 
 
 @dataclass
@@ -120,7 +122,9 @@ class AdamS(Optimizer):
     Args:
         params: parameters, named parameters, or group dicts, as torch's optimizers take them;
             fp32, bf16, fp16 or fp64. Without master weights, small updates of bf16 and fp16
-            params are lost to rounding.
+            params are lost to rounding. With them also TransformerEngine's quantized tensors:
+            with delayed scaling the step itself writes their bytes, amax and scale_inv, others
+            are quantized from their master weights after it.
         lr: learning rate, a float or a tensor with one element.
         betas: beta1 in [0, 1), beta2 in (0, 1). An update is at most `update_bound(...)` times
             lr: 1.026 at (0.9, 0.95), 3.29 at (0.9, 0.999), so AdamW's 0.999 is no good default
@@ -280,14 +284,25 @@ class AdamS(Optimizer):
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
         """The dtypes in which the state of a param is stored, by the names in `state[param]`.
 
-        torch.int16 are remainders, see `store_param_remainders`.
+        torch.int16 are remainders, see `store_param_remainders`; a quantized param has none.
+
+        Raises:
+            ValueError: a quantized param without master weights.
         """
         if param.dtype == torch.float64:
             return {"exp_avg": torch.float64}
         dtypes = {"exp_avg": _EXP_AVG_DTYPES[self.exp_avg_dtype]}
-        if self.master_weights and param.dtype != torch.float32:
-            is_remainder = self.store_param_remainders and param.dtype == torch.bfloat16
+        # The dtype of a quantized tensor is the one that it pretends to have.
+        quantized = is_quantized(param)
+        if self.master_weights and (quantized or param.dtype != torch.float32):
+            is_bf16 = param.dtype == torch.bfloat16 and not quantized
+            is_remainder = self.store_param_remainders and is_bf16
             dtypes["master_param"] = torch.int16 if is_remainder else self.master_weight_dtype
+        elif quantized:
+            raise ValueError(
+                f"quantized parameter of shape {tuple(param.shape)} without master weights: its "
+                "updates would be lost to rounding; add master_weights=True"
+            )
         return dtypes
 
     @torch.no_grad()
@@ -297,7 +312,8 @@ class AdamS(Optimizer):
         for name, dtype in self.state_dtypes(param).items():
             if name in state:
                 continue
-            state[name] = torch.zeros_like(param, dtype=dtype)
+            memory, _ = _memory(param)
+            state[name] = torch.zeros_like(memory, dtype=dtype)
             if dtype in _SCALED_DTYPES:
                 scales = self._scales.setdefault(param, {})
                 scales[name] = torch.ones((), dtype=torch.float32, device=param.device)
@@ -336,6 +352,8 @@ class AdamS(Optimizer):
         if name == "master_param" and name not in self.state[param]:
             param.copy_(state)
             return
+        if is_quantized(state):
+            state = cast(Any, state).dequantize(dtype=torch.float32)
         scale = self._scales.get(param, {}).get(name)
         write_stored_(self.state[param][name], state, scale=scale, param=param)
 
@@ -435,18 +453,19 @@ class AdamS(Optimizer):
             exp_avg, main_param = self._stored(param)
             if not type(grad) is type(exp_avg) is Tensor:
                 return None
-            scales = self._scales.get(param, {})
+            memory, fp8_scaling = _memory(param)
+            scales = [*self._scales.get(param, {}).values(), *(fp8_scaling or ())]
             model_param = self.model_params.get(param) if self.model_params else None
             signature.append(
                 (
                     param.shape,
-                    param.data_ptr(),
+                    memory.data_ptr(),
                     grad.data_ptr(),
                     grad.dtype,
                     grad.is_contiguous(),
                     exp_avg.data_ptr(),
                     0 if main_param is None else main_param.data_ptr(),
-                    [scale.data_ptr() for scale in scales.values()],
+                    [scale.data_ptr() for scale in scales],
                     0 if model_param is None else model_param.data_ptr(),
                 )
             )
@@ -460,7 +479,7 @@ class AdamS(Optimizer):
             if grad is None:
                 continue
             exp_avg, main_param = self._stored(param)
-            model_param = param
+            model_param, fp8_scaling = _memory(param)
             if param in self.model_params:
                 model_param, main_param = self.model_params[param], param
             tensors = [model_param, grad, exp_avg]
@@ -490,6 +509,8 @@ class AdamS(Optimizer):
                 lists.exp_avg_scales.append(scales["exp_avg"])
             if "master_param" in scales:
                 lists.main_scales.append(scales["master_param"])
+            if fp8_scaling is not None:
+                lists.fp8_scaling.append(fp8_scaling)
         for key, lists in batches.items():
             yield (
                 key,
@@ -500,6 +521,7 @@ class AdamS(Optimizer):
                     lists.main_params or None,
                     lists.exp_avg_scales or None,
                     lists.main_scales or None,
+                    lists.fp8_scaling or None,
                 ),
             )
 
@@ -518,7 +540,8 @@ class AdamS(Optimizer):
         model_param = self.model_params.get(param)
         if model_param is not None:
             return mode_of(grad_dtype, model_param.dtype, dtypes["exp_avg"], param.dtype)
-        return mode_of(grad_dtype, param.dtype, dtypes["exp_avg"], dtypes.get("master_param"))
+        memory, _ = _memory(param)
+        return mode_of(grad_dtype, memory.dtype, dtypes["exp_avg"], dtypes.get("master_param"))
 
     @contextmanager
     def state_left_out(self) -> Iterator[None]:
@@ -649,6 +672,36 @@ class AdamS(Optimizer):
             _check_hyperparameters(group)
             groups.append(group)
         return groups
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether it is one of TransformerEngine's quantized tensors, of any recipe."""
+    # Whoever made one has imported the module.
+    module = sys.modules.get("transformer_engine.pytorch.quantized_tensor")
+    return module is not None and isinstance(tensor, module.QuantizedTensor)
+
+
+def fp8_memory(tensor: Tensor) -> tuple[Tensor, Fp8Scaling] | None:
+    """What a Float8Tensor of TransformerEngine (2.20) with delayed scaling consists of.
+
+    Returns:
+        Its bytes, as a plain fp8 tensor of the same shape, and its scaling, all of which share
+        their memory with it; None for any other tensor.
+    """
+    module = sys.modules.get("transformer_engine.pytorch.tensor.float8_tensor")
+    if module is None or not isinstance(tensor, module.Float8Tensor):
+        return None
+    quantizer = tensor._quantizer
+    if not isinstance(quantizer, module.Float8Quantizer):
+        return None
+    is_e5m2 = quantizer.dtype.name == "kFloat8E5M2"
+    data = tensor._data.view(torch.float8_e5m2 if is_e5m2 else torch.float8_e4m3fn)
+    return data, Fp8Scaling(quantizer.scale, quantizer.amax, tensor._scale_inv)
+
+
+def _memory(param: Tensor) -> tuple[Tensor, Fp8Scaling | None]:
+    """The tensor that a kernel writes as the param, and its scaling where it is fp8."""
+    return fp8_memory(param) or (param, None)
 
 
 def _local(tensor: Tensor) -> Tensor:

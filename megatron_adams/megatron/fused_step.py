@@ -20,6 +20,8 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from torch import Tensor
 
+from megatron_adams.optimizer import fp8_memory
+
 _NOT_DISTRIBUTED = "the optimizer is not a distributed one"
 
 
@@ -125,8 +127,22 @@ class FusedStepOptimizer(DistributedOptimizer):
             self._params_are_written = False
 
     def _copy_main_params_to_model_params(self) -> None:
+        if self.has_main_params_inside():
+            self._share_fp8_scaling()
         if not self._params_are_written:
             super()._copy_main_params_to_model_params()
+
+    def _share_fp8_scaling(self) -> None:
+        """Set scale_inv of fp8 params of which this rank owns no part.
+
+        The inner step sets that of its own. The others' bytes come from their owners, which have
+        scaled them by the scale that all ranks have; upstream would read them by an old scale_inv.
+        """
+        for buffer in self.buffers:
+            for param in buffer.params:
+                if (fp8 := fp8_memory(param)) is not None:
+                    _, scaling = fp8
+                    scaling.scale_inv.copy_(1 / scaling.scale)
 
 
 class FusedStepChain(ChainedOptimizer):
