@@ -6,12 +6,14 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -V >/dev/n
 VENV ?= .venv
 SETUP := $(if $(VENV),$(VENV)/.complete,)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+# TransformerEngine's Python code, which only some tests see: tests/distributed/with_te.
+WITH_TE := $(if $(VENV),$(VENV)/transformer-engine/.complete,)
 
 .PHONY: help setup train test lint sweep bench clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
-setup: $(SETUP)  ## create the environment alone
+setup: $(SETUP) $(WITH_TE)  ## create the environment alone
 
 $(VENV)/.complete: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
@@ -23,6 +25,12 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	  --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(VENV)/transformer-engine/.complete: tests/distributed/with_te/requirements.txt | $(SETUP)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --target $(@D) --requirement $<
+	@touch $@
+
 train: $(SETUP)  ## train a small GPT with AdamS and with AdamW, and compare them
 	$(RUN) examples/pretrain_gpt/train.py $(ARGS)
 
@@ -32,7 +40,7 @@ sweep: $(SETUP)  ## the learning-rate sweep behind the recipe's defaults
 bench: $(SETUP)  ## time AdamS's step against other optimizers and the memory stream
 	$(RUN) benchmarks/step.py $(ARGS)
 
-test: lint  ## lint, type-check and run all tests
+test: lint $(WITH_TE)  ## lint, type-check and run all tests
 	$(RUN) -m pytest $(ARGS)
 
 lint: $(SETUP)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import with_te
 from tests.distributed.cluster import Cluster
 
 
@@ -27,6 +28,17 @@ def apex_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """As `cluster`, where Megatron finds Apex: a stand-in for it in PyTorch."""
     folder = tmp_path_factory.mktemp("apex_cluster")
     cluster = Cluster(folder, extra_path=Path(__file__).parent / "with_apex")
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="session")
+def te_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """As `cluster`, where Megatron finds TransformerEngine: its Python code, see with_te."""
+    if missing := with_te.what_is_missing():
+        pytest.skip(missing)
+    folder = tmp_path_factory.mktemp("te_cluster")
+    cluster = Cluster(folder, ["--with-transformer-engine"])
     yield cluster
     cluster.close()
 

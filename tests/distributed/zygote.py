@@ -23,10 +23,14 @@ GRACE_S = 10.0
 """How long the other ranks may go on after the first one has failed."""
 
 
-def import_megatron(*, register: bool) -> None:
+def import_megatron(*, register: bool, transformer_engine: bool) -> None:
     from megatron_adams import cpu_rehearsal
 
     cpu_rehearsal.install()
+    if transformer_engine:
+        from tests.distributed import with_te
+
+        with_te.import_transformer_engine()
     if register:
         import megatron_adams
 
@@ -141,7 +145,10 @@ def kill_group(pid: int) -> None:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an import prints is no answer
-    import_megatron(register="--without-plugin" not in sys.argv)
+    import_megatron(
+        register="--without-plugin" not in sys.argv,
+        transformer_engine="--with-transformer-engine" in sys.argv,
+    )
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(run_case(json.loads(line))), file=answers, flush=True)
