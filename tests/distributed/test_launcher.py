@@ -60,8 +60,11 @@ if __name__ == "__main__":
     train_step = training.train_step
 
     def train_step_after_kill(*args, iteration, **kwargs):
-        if iteration == 5 and os.environ["RANK"] == "1":
-            os.kill(PersistentAsyncCaller._persistent_process.pid, signal.SIGKILL)
+        if iteration == 5:
+            # The save of iteration 3 is complete by then, however slow the machine is.
+            training.maybe_finalize_async_save(blocking=True)
+            if os.environ["RANK"] == "1":
+                os.kill(PersistentAsyncCaller._persistent_process.pid, signal.SIGKILL)
         return train_step(*args, iteration=iteration, **kwargs)
 
     training.train_step = train_step_after_kill
