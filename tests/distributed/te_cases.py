@@ -17,20 +17,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from transformer_engine.common.recipe import DelayedScaling
-from transformer_engine.pytorch import DType
 from transformer_engine.pytorch.optimizers import FusedAdam
 from transformer_engine.pytorch.quantization import RecipeState, _amax_and_scale_update
-from transformer_engine.pytorch.tensor import (
-    Float8BlockQuantizer,
-    Float8CurrentScalingQuantizer,
-    Float8Quantizer,
-    MXFP8Quantizer,
-)
+from transformer_engine.pytorch.tensor import Float8Quantizer
 
 from megatron_adams import AdamS
 from megatron_adams.megatron import AdamSOptimizerConfig
-from megatron_adams.update import adams_update_
 from tests.distributed import cases, module_cases
+from tests.kernels.quantized import make_quantizer, memory_of
 
 HIDDEN, OUTPUT = 128, 256
 WEIGHTS = ("weight", "inner")
@@ -68,94 +62,16 @@ def initialized(**options: Any) -> dict[str, Any]:
         told[cls.__name__] = {}
         for name, tensor in optimizer.state[param].items():
             told[cls.__name__][name] = {
-                "dtype": str(_memory(tensor).dtype).replace("float8_e4m3fn", "uint8"),
+                "dtype": str(memory_of(tensor).dtype).replace("float8_e4m3fn", "uint8"),
                 "full": optimizer.get_unscaled_state(param, name).detach().clone(),
             }
         told["param"] = values.detach().clone()
     return told
 
 
-def step_quantized(
-    recipe: str,
-    fp8_dtype: str = "kFloat8E4M3",
-    nominal: str = "bfloat16",
-    kernel: str = "auto",
-    **options: Any,
-) -> list[dict[str, torch.Tensor]]:
-    """Three steps of AdamS with master weights on one quantized param, as it is.
-
-    Args:
-        recipe: "delayed", with a scale that changes between the steps, or one of RECIPES.
-        nominal: the dtype that the param pretends to have.
-        options: of AdamS, dtypes by their names in torch.
-    Returns:
-        After each step "main" and what `adams_update_` makes of the same gradients, "expected";
-        "full", the param's values, and "again", those of a tensor that is quantized from "main";
-        with delayed scaling also "scale", "amax", "scale_inv", each one element.
-    """
-    generator = torch.Generator().manual_seed(0)
-    scale, amax = torch.tensor(16.0), torch.zeros(1)
-    quantizer = (
-        Float8Quantizer(scale, amax, DType[fp8_dtype]) if recipe == "delayed" else RECIPES[recipe]()
-    )
-    quantizer.set_usage(rowwise=True, columnwise=False)
-    values = torch.randn(128, 256, generator=generator).to(getattr(torch, nominal))
-    param = torch.nn.Parameter(quantizer(values))
-    dtypes = {k: getattr(torch, v) for k, v in options.items() if isinstance(v, str)}
-    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    optimizer = AdamS(
-        [param],
-        **settings,
-        kernel=kernel,
-        master_weights=True,
-        use_decoupled_grad=True,
-        **{**options, **dtypes},
-    )
-    expected, exp_avg = param.dequantize(dtype=torch.float32).detach(), torch.zeros(128, 256)
-    param.decoupled_grad = torch.zeros(128, 256)
-    told = []
-    for step in range(1, 4):
-        param.decoupled_grad.normal_(generator=generator)
-        if recipe == "delayed":
-            # What the step before has launched is written elsewhere by now.
-            if step == 2:
-                param._data = param._data.clone()
-            if step == 3:
-                scale = scale.clone()
-                quantizer.scale = param._quantizer.scale = scale
-            scale.fill_(16.0 * step)
-            amax.zero_()
-        optimizer.step()
-        adams_update_(
-            expected,
-            param.decoupled_grad,
-            exp_avg,
-            lr=0.1,
-            beta1=0.9,
-            beta2=0.95,
-            eps=1e-8,
-            weight_decay=0.1,
-            step=step,
-            bias_correction=False,
-        )
-        main = optimizer.get_unscaled_state(param, "master_param")
-        looked = {
-            "main": main,
-            "expected": expected,
-            "full": param.dequantize(dtype=torch.float32).detach(),
-            "scale": scale,
-            "amax": amax,
-        }
-        if recipe == "delayed":
-            looked["scale_inv"] = param.data._scale_inv
-        told.append({name: tensor.clone() for name, tensor in looked.items()})
-        told[-1]["again"] = quantizer.copy()(main).dequantize(dtype=torch.float32)
-    return told
-
-
 def refusal_of_quantized_params() -> str:
     """What AdamS says of a quantized param without master weights."""
-    param = torch.nn.Parameter(RECIPES["tensorwise"]()(torch.ones(128, 128)))
+    param = torch.nn.Parameter(make_quantizer("tensorwise", "cpu")(torch.ones(128, 128)))
     param.grad = torch.ones(128, 128)
     try:
         AdamS([param]).step()
@@ -177,19 +93,11 @@ def train_fused_adam(argv: str) -> dict[str, Any]:
         dtypes: dict[str, set[str]] = {}
         for state in inner.state.values():
             for name, tensor in state.items():
-                dtypes.setdefault(name, set()).add(str(_memory(tensor).dtype))
+                dtypes.setdefault(name, set()).add(str(memory_of(tensor).dtype))
         return {"class": f"{type(inner).__module__}.{type(inner).__name__}", "dtypes": dtypes}
 
     cases.describe = describe
     return cases.train(argv)
-
-
-def _memory(tensor: Any) -> torch.Tensor:
-    """The bytes of a tensor of TransformerEngine's; any other tensor itself."""
-    for name in ("_data", "_rowwise_data"):
-        if hasattr(tensor, name):
-            return getattr(tensor, name)
-    return tensor
 
 
 # --- quantized params --------------------------------------------------------------------------
@@ -252,15 +160,6 @@ class Delayed:
         self.state.amax_history.copy_(saved[1])
 
 
-RECIPES = {
-    "tensorwise": lambda: Float8CurrentScalingQuantizer(
-        DType.kFloat8E4M3, torch.device("cpu"), columnwise=False
-    ),
-    "blockwise": lambda: Float8BlockQuantizer(DType.kFloat8E4M3, rowwise=True, columnwise=True),
-    "mxfp8": lambda: MXFP8Quantizer(DType.kFloat8E4M3),
-}
-
-
 def train_quantized(
     recipe: str,
     optimizer: str = "adams",
@@ -273,7 +172,7 @@ def train_quantized(
     """Train a Quantized over all ranks as data parallel ones, by megatron.core's API.
 
     Args:
-        recipe: "delayed", or one of RECIPES.
+        recipe: "delayed", or as `make_quantizer`.
         reuse_grad_buf: --reuse-grad-buf-for-mxfp8-param-ag.
         save, load: a folder; it is saved after half of the steps, or loaded before the first, which
             is then the one after.
@@ -297,8 +196,9 @@ def train_quantized(
         gradient_accumulation_fusion=False,
     )
     delayed = Delayed() if recipe == "delayed" else None
-    make_quantizer = RECIPES.get(recipe)
-    quantizers = delayed.quantizers if delayed else {name: make_quantizer() for name in WEIGHTS}
+    quantizers = (
+        delayed.quantizers if delayed else {n: make_quantizer(recipe, "cpu") for n in WEIGHTS}
+    )
     module = Quantized(config, quantizers)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
@@ -355,7 +255,7 @@ def train_quantized(
         type(module.weight.data).__name__,
     )
     told["end"] = {
-        name: _memory(param.data).detach().clone() for name, param in module.named_parameters()
+        name: memory_of(param.data).detach().clone() for name, param in module.named_parameters()
     }
     return told
 
@@ -372,7 +272,7 @@ def _look_at(part: Any, weight: Any) -> dict[str, Any]:
     inner, tensor = part.optimizer, weight.data
     told: dict[str, Any] = {
         "full": tensor.dequantize(dtype=torch.float32).detach().clone(),
-        "data": _memory(tensor).detach().clone(),
+        "data": memory_of(tensor).detach().clone(),
         "shard": (0, 0),
     }
     main_params = torch.zeros(weight.numel())
@@ -387,7 +287,7 @@ def _look_at(part: Any, weight: Any) -> dict[str, Any]:
         told |= {
             "shard": (shard.start, shard.end),
             "exp_avg": inner.get_unscaled_state(param, "exp_avg").clone(),
-            "dtypes": {k: str(_memory(v).dtype) for k, v in inner.state[param].items()},
+            "dtypes": {k: str(memory_of(v).dtype) for k, v in inner.state[param].items()},
         }
     torch.distributed.all_reduce(main_params)
     told["main"] = main_params.view(weight.shape)
