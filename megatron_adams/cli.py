@@ -28,7 +28,7 @@ from megatron_adams.kernels.compile import (
     host_compiler,
     host_recipe,
 )
-from megatron_adams.kernels.modes import ALL_MODES, Mode
+from megatron_adams.kernels.modes import ALL_MODES, GUARDED_MODES, Mode
 
 _PRECOMPILE = """\
 Fill the cache of compiled kernels, so that a job compiles nothing. For container images:
@@ -79,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="extend",
         default=[],
         metavar="NAME",
-        help="the dtypes of gradient, param, exp_avg and master weights, as g32-pb16-m32-w32; by "
-        f"default all {len(ALL_MODES)} modes",
+        help="the dtypes of gradient, param, exp_avg and master weights, as g32-pb16-m32-w32, with "
+        "-rms behind it for the kernel that --optimizer adams logs the update RMS with; by default "
+        f"all {len(ALL_MODES)} modes, both ways",
     )
     precompile.add_argument(
         "--cache-dir",
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _convert(args.source, args.destination)
     try:
         archs = _archs(args.arch, host=args.host)
-        modes = [_mode(name) for name in args.mode] or list(ALL_MODES)
+        modes = [_mode(name) for name in args.mode] or [*ALL_MODES, *GUARDED_MODES]
         recipes = _recipes(archs, modes)
     except ValueError as exc:
         precompile.error(str(exc))
@@ -132,7 +133,7 @@ def _archs(names: Sequence[str], *, host: bool) -> list[str]:
 
 
 def _mode(name: str) -> Mode:
-    modes = {mode.name: mode for mode in ALL_MODES}
+    modes = {mode.name: mode for mode in (*ALL_MODES, *GUARDED_MODES)}
     if name not in modes:
         raise ValueError(
             f"--mode {name}: must be g<gradient>-p<param>-m<exp_avg>-w<master weights>; the "

@@ -71,6 +71,8 @@ def multi_tensor_adams(
     exp_avg_scales: Sequence[Tensor] | None = None,
     main_scales: Sequence[Tensor] | None = None,
     fp8_scaling: Sequence[Fp8Scaling] | None = None,
+    update_sums: Sequence[Tensor] | None = None,
+    update_factors: Sequence[Tensor] | None = None,
     backend: str,
     table: PointerTable | None = None,
 ) -> None:
@@ -100,6 +102,9 @@ def multi_tensor_adams(
         found_inf: one fp32 element; where it is not 0, nothing is written.
         exp_avg_scales, main_scales: a one-element fp32 tensor per tensor, read and written.
         fp8_scaling: one per param, with fp8 params.
+        update_sums: (2,) int64 per tensor; what `count_squares` says of its update is added to it.
+        update_factors: a one-element fp32 tensor per tensor; what its update is multiplied by,
+            before weight decay.
         backend: "cuda", "host" or "foreach"; `select_backend` chooses one.
         table: of this call site, to be reused by the next step; None: made for this call.
 
@@ -108,7 +113,17 @@ def multi_tensor_adams(
             is for, tensors that the backend cannot read.
         CompileError: the kernel cannot be compiled.
     """
-    batch = Batch(params, grads, exp_avgs, main_params, exp_avg_scales, main_scales, fp8_scaling)
+    batch = Batch(
+        params,
+        grads,
+        exp_avgs,
+        main_params,
+        exp_avg_scales,
+        main_scales,
+        fp8_scaling,
+        update_sums,
+        update_factors,
+    )
     scalars = Scalars(
         lr=lr,
         grad_scale=grad_scale,
@@ -123,30 +138,45 @@ def multi_tensor_adams(
     run(batch, scalars, backend, PointerTable() if table is None else table)
 
 
-def run(batch: Batch, scalars: Scalars, backend: str, table: PointerTable) -> None:
-    """As `multi_tensor_adams`, which gives names to what a batch and its scalars are made of."""
+def run(
+    batch: Batch,
+    scalars: Scalars,
+    backend: str,
+    table: PointerTable,
+    *,
+    only_count: bool = False,
+) -> None:
+    """As `multi_tensor_adams`, which gives names to what a batch and its scalars are made of.
+
+    Args:
+        only_count: add the squares of the updates to the batch's update_sums, and write nothing
+            else.
+    """
     batch.check()
     scalars.check(batch.device)
     if backend == "foreach":
-        foreach.run(batch, scalars)
+        foreach.run(batch, scalars, only_count=only_count)
         return
     _check_device(backend, batch.device)
     batch.check_layout()
     if backend == "cuda":
         from megatron_adams.kernels import cuda
 
-        cuda.run(batch, scalars, table, cuda.CudaDriver())
+        cuda.run(batch, scalars, table, cuda.CudaDriver(), only_count=only_count)
     else:
-        host.run(batch, scalars, table)
+        host.run(batch, scalars, table, only_count=only_count)
 
 
-def launch(table: PointerTable, scalars: Scalars, backend: str) -> None:
+def launch(
+    table: PointerTable, scalars: Scalars, backend: str, *, only_count: bool = False
+) -> None:
     """Repeat the last `run` with this table, with other scalars.
 
     Args:
         table: its tensors must still be where they were.
         scalars: of this step.
         backend: of that run, "cuda" or "host".
+        only_count: of that run.
     Raises:
         ValueError: as `run`, of the scalars.
     """
@@ -154,9 +184,9 @@ def launch(table: PointerTable, scalars: Scalars, backend: str) -> None:
     if backend == "cuda":
         from megatron_adams.kernels import cuda
 
-        cuda.launch(table, scalars, cuda.CudaDriver())
+        cuda.launch(table, scalars, cuda.CudaDriver(), only_count=only_count)
     else:
-        host.launch(table, scalars)
+        host.launch(table, scalars, only_count=only_count)
 
 
 @functools.cache

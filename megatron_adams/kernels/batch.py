@@ -54,6 +54,8 @@ class Batch:
     exp_avg_scales: Sequence[Tensor] | None = None
     main_scales: Sequence[Tensor] | None = None
     fp8_scaling: Sequence[Fp8Scaling] | None = None
+    update_sums: Sequence[Tensor] | None = None
+    update_factors: Sequence[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +84,8 @@ class Batch:
                 "main_params fp32, bf16 or fp16, with fp32 or fp16 ones bf16, fp16 or fp8, and "
                 "bf16 beside int16 remainders"
             )
-        return mode
+        guarded = self.update_sums is not None or self.update_factors is not None
+        return mode._replace(is_guarded=guarded)
 
     def columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
         """The lists of full-size tensors, by name."""
@@ -100,6 +103,11 @@ class Batch:
         yield "exp_avg_scales", self.exp_avg_scales
         yield "main_scales", self.main_scales
 
+    def guard_columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
+        """The lists of what guards read and write, by name, likewise."""
+        yield "update_sums", self.update_sums
+        yield "update_factors", self.update_factors
+
     def check(self) -> None:
         """Refuse lists that do not fit together.
 
@@ -108,7 +116,7 @@ class Batch:
                 is scaled without scales, or scales without such state.
         """
         num_tensors = len(self.params)
-        for name, column in (*self.columns(), *self.scale_columns()):
+        for name, column in (*self.columns(), *self.scale_columns(), *self.guard_columns()):
             if column is None:
                 continue
             if len(column) != num_tensors:
@@ -152,6 +160,14 @@ class Batch:
                 scale.numel() != 1 or scale.dtype != torch.float32 for scale in column
             ):
                 raise ValueError(f"{name}: each must have one fp32 element")
+        for name, column in self.guard_columns():
+            numel, dtype = (1, torch.float32) if name == "update_factors" else (2, torch.int64)
+            for tensor in column or ():
+                if tensor.numel() != numel or tensor.dtype != dtype or not tensor.is_contiguous():
+                    raise ValueError(
+                        f"{name}: one of shape {tuple(tensor.shape)} is {tensor.dtype}: each must "
+                        f"have {numel} {dtype} elements, side by side"
+                    )
 
     def check_layout(self) -> None:
         """Refuse what a kernel, which walks through memory, cannot read.
@@ -245,9 +261,16 @@ def correction_of(bias_correction: bool | Tensor, beta1: float, step: int) -> fl
     return bias_correction_factor(beta1, step) if bias_correction else 1.0
 
 
+def _table_columns(batch: Batch) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
+    """In the order of table.POINTERS."""
+    yield from batch.columns()
+    yield from batch.scale_columns()
+    yield from batch.guard_columns()
+
+
 def update_table(batch: Batch, table: PointerTable, *, is_capturing: bool = False) -> None:
     """Make `table` describe the tensors of `batch`."""
-    columns = [column for _, column in (*batch.columns(), *batch.scale_columns())]
+    columns = [column for _, column in _table_columns(batch)]
     table.update(columns, mode=batch.mode, device=batch.device, is_capturing=is_capturing)
 
 

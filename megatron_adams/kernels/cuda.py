@@ -119,18 +119,29 @@ def _kernel(mode: Mode, entry_point: str, index: int) -> Any:
     return _call("cuModuleGetFunction", _module(mode, index), entry_point.encode())
 
 
-def run(batch: Batch, scalars: Scalars, table: PointerTable, driver: Driver) -> None:
-    """Update `batch`; `table` describes it then."""
+def run(
+    batch: Batch,
+    scalars: Scalars,
+    table: PointerTable,
+    driver: Driver,
+    *,
+    only_count: bool = False,
+) -> None:
+    """Update `batch`, or only count the squares of its updates; `table` describes it then."""
     update_table(batch, table, is_capturing=driver.is_capturing(batch.device))
-    launch(table, scalars, driver)
+    launch(table, scalars, driver, only_count=only_count)
 
 
-def launch(table: PointerTable, scalars: Scalars, driver: Driver) -> None:
-    """Update what `table` describes by one launch, or, with scaled state, by three."""
+def launch(
+    table: PointerTable, scalars: Scalars, driver: Driver, *, only_count: bool = False
+) -> None:
+    """As `run` what `table` describes, by one launch, or, to update scaled state, by three."""
     if table.num_chunks == 0:
         return
     arguments = kernel_arguments(table, scalars)
-    for entry_point in table.mode.entry_points:
+    mode = table.mode
+    entry_points = mode.count_entry_points if only_count else mode.entry_points
+    for entry_point in entry_points:
         per_tensor = entry_point == "adams_finish"
         num_blocks = -(-table.num_tensors // BLOCK) if per_tensor else table.num_chunks
         driver.launch(table.mode, entry_point, num_blocks, arguments.values, table.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_adams.kernels.batch import Batch, Scalars
 from megatron_adams.precision import read_stored, to_fp8, write_stored_
-from megatron_adams.update import exp_avg_dtype
+from megatron_adams.update import count_squares, exp_avg_dtype
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -19,12 +19,12 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 _PART = 2**24
 
 
-def run(batch: Batch, scalars: Scalars) -> None:
-    """Update `batch`. On a GPU, found_inf is waited for."""
+def run(batch: Batch, scalars: Scalars, *, only_count: bool = False) -> None:
+    """Update `batch`, or only count its updates' squares. On a GPU, found_inf is waited for."""
     if scalars.found_inf is not None and scalars.found_inf.item() != 0:
         return
     for indices in _parts(batch.params):
-        _update(batch, indices, scalars)
+        _update(batch, indices, scalars, only_count)
 
 
 def _parts(params: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -39,7 +39,7 @@ def _parts(params: Sequence[Tensor]) -> Iterator[list[int]]:
     yield part
 
 
-def _update(batch: Batch, indices: list[int], scalars: Scalars) -> None:
+def _update(batch: Batch, indices: list[int], scalars: Scalars, only_count: bool) -> None:
     dtype = exp_avg_dtype(batch.params[0])
     lr, grad_scale, correction = (
         value.to(dtype).reshape(()) if isinstance(value, Tensor) else value
@@ -68,6 +68,14 @@ def _update(batch: Batch, indices: list[int], scalars: Scalars) -> None:
     torch._foreach_add_(exp_avgs, grads)
     updates = torch._foreach_mul(exp_avgs, correction)
     torch._foreach_div_(updates, _denominators(v, scalars.eps))
+    if batch.update_sums is not None:
+        for i, update in zip(indices, updates, strict=True):
+            batch.update_sums[i].add_(count_squares(update))
+    if only_count:
+        return
+    if batch.update_factors is not None:
+        factors = [batch.update_factors[i].to(dtype).reshape(()) for i in indices]
+        torch._foreach_mul_(updates, factors)
     if decay is not None and scalars.decoupled_weight_decay:
         torch._foreach_add_(updates, decay)
     torch._foreach_mul_(updates, lr)

@@ -21,16 +21,18 @@ def load(mode: Mode) -> ctypes.CDLL:
     return host_library(mode)
 
 
-def run(batch: Batch, scalars: Scalars, table: PointerTable) -> None:
-    """Update `batch`; `table` describes it then."""
+def run(batch: Batch, scalars: Scalars, table: PointerTable, *, only_count: bool = False) -> None:
+    """Update `batch`, or only count the squares of its updates; `table` describes it then."""
     update_table(batch, table)
-    launch(table, scalars)
+    launch(table, scalars, only_count=only_count)
 
 
-def launch(table: PointerTable, scalars: Scalars) -> None:
-    """Update what `table` describes, on torch's number of threads or one for each chunk."""
+def launch(table: PointerTable, scalars: Scalars, *, only_count: bool = False) -> None:
+    """As `run` what `table` describes, on torch's number of threads or one for each chunk."""
     library = load(table.mode)
     arguments = kernel_arguments(table, scalars)
     num_threads = max(1, min(torch.get_num_threads(), table.num_chunks))
-    for entry_point in table.mode.entry_points:
+    mode = table.mode
+    entry_points = mode.count_entry_points if only_count else mode.entry_points
+    for entry_point in entry_points:
         library[entry_point](*arguments.values, ctypes.c_int(num_threads))

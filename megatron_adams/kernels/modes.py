@@ -28,18 +28,22 @@ class Mode(NamedTuple):
         exp_avg: "fp32", "bf16", or, with a scale per tensor, "fp16" or "e4m3".
         main: the master weights: "none" (param is the master), "fp32", "fp16" with a scale per
             tensor, or "remainder" (the low 16 bits of an fp32 master whose high half is param).
+        is_guarded: whether it also counts the squares of updates and multiplies updates by a
+            factor; the kernel without has nothing of it.
     """
 
     grad: str
     param: str
     exp_avg: str
     main: str
+    is_guarded: bool = False
 
     @property
     def name(self) -> str:
         """As `megatron-adams precompile --mode` takes it: g32-pb16-m32-w32."""
         main = {"none": "0", "remainder": "r"}.get(self.main) or _TOKENS[self.main]
-        return f"g{_TOKENS[self.grad]}-p{_TOKENS[self.param]}-m{_TOKENS[self.exp_avg]}-w{main}"
+        name = f"g{_TOKENS[self.grad]}-p{_TOKENS[self.param]}-m{_TOKENS[self.exp_avg]}-w{main}"
+        return f"{name}-rms" if self.is_guarded else name
 
     @property
     def entry_points(self) -> tuple[str, ...]:
@@ -47,6 +51,12 @@ class Mode(NamedTuple):
         if self.is_scaled:
             return ("adams_measure", "adams_update", "adams_finish")
         return ("adams_update",)
+
+    @property
+    def count_entry_points(self) -> tuple[str, ...]:
+        """The functions that count the squares of the updates of a step, and update nothing."""
+        assert self.is_guarded
+        return ("adams_rms",)
 
     @property
     def is_scaled(self) -> bool:
@@ -61,6 +71,7 @@ class Mode(NamedTuple):
             "ADAMS_EXP_AVG": _CODECS[self.exp_avg],
             "ADAMS_MAIN": _CODECS[self.main],
             "ADAMS_SCALED": str(int(self.is_scaled)),
+            "ADAMS_GUARDED": str(int(self.is_guarded)),
         }
 
 
@@ -76,3 +87,5 @@ ALL_MODES = tuple(
     for exp_avg in ("fp32", "bf16", "fp16", "e4m3")
     for grad in ("fp32", "bf16", "fp16")
 )
+# The kernels of the same modes that count updates and scale them.
+GUARDED_MODES = tuple(mode._replace(is_guarded=True) for mode in ALL_MODES)

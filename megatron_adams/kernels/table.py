@@ -25,6 +25,8 @@ POINTERS = (
     "param_scale_inv",
     "exp_avg_scale",
     "main_scale",
+    "update_sum",
+    "update_factor",
 )
 
 

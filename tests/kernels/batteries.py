@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import DTYPES, MISALIGNED, check, differences, expected, make_batch, scalar_cases
+from checks import (
+    DTYPES,
+    MISALIGNED,
+    check,
+    differences,
+    expected,
+    make_batch,
+    scalar_cases,
+    with_guards,
+)
 from emulator import SOURCE, EmulatedDriver, build, load_once
 from torch import Tensor
 
@@ -23,6 +32,7 @@ from megatron_adams.kernels.compile import load_library, source_text
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.table import CHUNK, PointerTable
 from megatron_adams.precision import split_master, to_fp8
+from megatron_adams.update import count_squares
 
 # Every way from tensors to elements, in few elements.
 SMALL_SIZES = (0, 1, 7, 33, 0, 4099, CHUNK - 1, CHUNK + 5, 2 * CHUNK, 18, 0)
@@ -75,6 +85,35 @@ def check_host(subject: Subject, mode: Mode) -> None:
             cases[name],
         )
         assert not found, (name, found)
+
+
+def check_guards(subject: Subject, mode: Mode, *, of_host: bool = False) -> None:
+    """Counting the squares of updates, before an update and in it, and scaling updates."""
+    cases = scalar_cases()
+    # So large an update that the scales of the state depend on its factor.
+    cases["huge_lr"] = replace(cases["no_decay"], lr=1e5)
+    for number, (name, guards, only_count, special) in enumerate(
+        (
+            ("device_scalars", {"sums": True}, True, False),
+            ("l2", {"sums": True}, True, False),
+            ("decoupled", {"sums": True}, False, True),
+            ("decoupled", {"sums": True, "factors": True}, False, True),
+            ("huge_lr", {"factors": True}, False, False),
+            ("found_inf", {"sums": True}, True, False),
+        )
+    ):
+        batch = make_batch(
+            mode, SMALL_SIZES, offsets=(0,) if number % 2 else MISALIGNED, special=special
+        )
+        batch = with_guards(batch, **guards)
+        want = expected(batch, cases[name], only_count=only_count)
+        if of_host:
+            subject.run_host(batch, cases[name], subject.new_table(), only_count=only_count)
+        else:
+            driver = subject.driver(order=number)
+            subject.run(batch, cases[name], subject.new_table(), driver, only_count=only_count)
+        found = differences(batch, want)
+        assert not found, (name, guards, found)
 
 
 def check_one_tensor_misaligned(subject: Subject, mode: Mode) -> None:
@@ -196,10 +235,22 @@ extern "C" long long count_lost(long long stride) {
 """
 
 
+_SQUARES = """
+extern "C" void count_each(const float* updates, long long* sums, long long count) {
+    for (long long i = 0; i < count; ++i) {
+        adams::Squares squares = {0, 0};
+        adams::Squares::add(squares, updates[i]);
+        sums[2 * i] = squares.sum;
+        sums[2 * i + 1] = squares.num_not_finite;
+    }
+}
+"""
+
+
 def element_library(subject: Subject, folder: Path) -> ctypes.CDLL:
     """The functions of element.h for one element, in loops."""
     text = source_text("element.h", subject.source)
-    text += "".join(_EXPORTS.format(codec=codec) for codec in _CODECS) + _REMAINDERS
+    text += "".join(_EXPORTS.format(codec=codec) for codec in _CODECS) + _REMAINDERS + _SQUARES
     output = folder / f"element-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     flags = (
         "-std=c++17",
@@ -267,6 +318,18 @@ def _call(function: Callable[..., None], source: Tensor, target: Tensor) -> None
         ctypes.c_void_p(target.data_ptr()),
         ctypes.c_longlong(source.numel()),
     )
+
+
+def check_squares(library: ctypes.CDLL) -> None:
+    """What an update counts for, around each border of two numbers of units, and of no number."""
+    units = torch.cat((torch.arange(2000.0), 2.0 ** torch.arange(11, 32)))
+    updates = _near_borders(((units * 2.0**-20).sqrt()).unique())
+    sums = torch.empty(updates.numel(), 2, dtype=torch.int64)
+    _call(library.count_each, updates, sums)
+    want = torch.stack([count_squares(update) for update in updates])
+    wrong = (sums != want).any(dim=1)
+    assert not wrong.any(), (updates[wrong][:5], sums[wrong][:5], want[wrong][:5])
+    assert want[:, 1].any() and (want[:, 0] == 2**30 - 64).any()
 
 
 def check_remainders(library: ctypes.CDLL, stride: int = 1) -> None:

@@ -163,7 +163,20 @@ _SPECIAL = (
 )
 
 
-def expected(batch: Batch, scalars: Scalars) -> Batch:
+def with_guards(batch: Batch, *, sums: bool = False, factors: bool = False) -> Batch:
+    """The same batch, whose updates are counted, or multiplied by factors, 1 among them."""
+    num_tensors, device = len(batch.params), batch.device
+    # Not zeros: what is counted is added.
+    counted = torch.full((num_tensors, 2), 5, dtype=torch.int64, device=device)
+    factor = torch.tensor([0.37, 1.0, 3.0, 1e-3], device=device).repeat(num_tensors)[:num_tensors]
+    return replace(
+        batch,
+        update_sums=list(counted) if sums else None,
+        update_factors=list(factor) if factors else None,
+    )
+
+
+def expected(batch: Batch, scalars: Scalars, *, only_count: bool = False) -> Batch:
     """What the step makes of a copy of `batch`, by adams_update_ and precision.py, on the CPU."""
     batch = copy_batch(batch, "cpu")
     if scalars.found_inf is not None and scalars.found_inf.item() != 0:
@@ -187,7 +200,11 @@ def expected(batch: Batch, scalars: Scalars) -> Batch:
             step=STEP,
             bias_correction=scalars.correction != 1.0,
             decoupled_weight_decay=scalars.decoupled_weight_decay,
+            update_sums=None if batch.update_sums is None else batch.update_sums[i],
+            update_factor=1.0 if batch.update_factors is None else batch.update_factors[i],
         )
+        if only_count:
+            continue
         if batch.exp_avg_scales is None:
             batch.exp_avgs[i].copy_(exp_avg)
         else:
@@ -248,6 +265,8 @@ def copy_batch(batch: Batch, device: str) -> Batch:
         fp8_scaling=None
         if batch.fp8_scaling is None
         else [Fp8Scaling(*copies(scaling)) for scaling in batch.fp8_scaling],
+        update_sums=copies(batch.update_sums),
+        update_factors=copies(batch.update_factors),
     )
 
 
@@ -272,8 +291,8 @@ def differences(got: Batch, want: Batch) -> list[Difference]:
     """Compare two batches bit for bit, but for the payloads of NaNs; the first of each tensor."""
     found = []
     columns = zip(
-        (*got.columns(), *got.scale_columns()),
-        (*want.columns(), *want.scale_columns()),
+        (*got.columns(), *got.scale_columns(), *got.guard_columns()),
+        (*want.columns(), *want.scale_columns(), *want.guard_columns()),
         strict=True,
     )
     for (name, mine), (_, theirs) in columns:

@@ -46,7 +46,8 @@ class _Grid(ctypes.Structure):
 
 def device_text(mode: Mode, source: Path = SOURCE) -> str:
     """The emulated kernel of a mode: shim.h, device.cu with its includes, and the exports."""
-    exports = (f"EMULATED({entry_point})" for entry_point in mode.entry_points)
+    names = mode.entry_points + (mode.count_entry_points if mode.is_guarded else ())
+    exports = (f"EMULATED({entry_point})" for entry_point in names)
     return "\n".join((_SHIM.read_text(), compiling.source_text("device.cu", source), *exports, ""))
 
 

@@ -39,6 +39,9 @@ REMAINDER = Mode("bf16", "bf16", "bf16", "remainder")
 BESIDE = Mode("bf16", "bf16", "fp32", "fp32")
 SCALED = Mode("fp32", "e4m3", "fp16", "fp16")
 E5M2 = Mode("bf16", "e5m2", "e4m3", "fp32")
+GUARDED = FP32._replace(is_guarded=True)
+GUARDED_REMAINDER = REMAINDER._replace(is_guarded=True)
+GUARDED_SCALED = SCALED._replace(is_guarded=True)
 
 
 class Fault(NamedTuple):
@@ -101,7 +104,7 @@ FAULTS = (
         ("no correction in the update", FP32, "(exp_avg * s.correction) /", "exp_avg /"),
         ("no correction in v", FP32, "exp_avg * s.correction;", "exp_avg;"),
         ("grad_scale ignored", FP32, "grad * s.grad_scale", "grad"),
-        ("L2 decay as decoupled", FP32, "s.decay == L2", "s.decay == DECOUPLED"),
+        ("L2 decay as decoupled", FP32, "s.decay == L2 ?", "s.decay == DECOUPLED ?"),
         ("decoupled decay with L2 too", FP32, "s.decay == DECOUPLED", "s.decay != NO_DECAY"),
         (
             "multiplication and subtraction fused",
@@ -129,6 +132,27 @@ FAULTS = (
         ),
         ("exp_avg: no amax", SCALED, "larger(amax.exp_avg, magnitude(m))", "amax.exp_avg"),
         ("atomic maximum: condition reversed", SCALED, "seen < value", "seen > value"),
+        ("atomic sum: subtracted", GUARDED, "fetch_add(address, value", "fetch_sub(address, value"),
+        ("squares: in other units", GUARDED, "* 1048576.0f", "* 1048575.0f"),
+        ("squares: truncated", GUARDED, ": largest) + 0.5f", ": largest) + 0.0f"),
+        ("squares: a larger limit", GUARDED, "1073741760.0f", "1073741824.0f"),
+        ("squares: NaN converted", GUARDED, "scaled < largest ? scaled : largest", "scaled"),
+        ("squares: infinities not counted", GUARDED, ">= 0x7f800000 ? 1", "> 0x7f800000 ? 1"),
+        ("squares: of the scaled update", GUARDED, "squares, u);", "squares, u * factor);"),
+        ("factor ignored", GUARDED, "u = u * factor;", ""),
+        (
+            "factor in the decay too",
+            GUARDED,
+            "u + param * s.weight_decay : u;",
+            "u + param * s.weight_decay * factor : u;",
+        ),
+        (
+            "factor: not when measured",
+            GUARDED_SCALED,
+            "s, scales.update,",
+            "s, PASS == MEASURE ? 1.0f : scales.update,",
+        ),
+        ("counted without L2's decay", GUARDED, "|| s.decay == L2;", "|| false;"),
     ),
     *_faults(
         "source/multi_tensor.h",
@@ -180,6 +204,31 @@ FAULTS = (
         ("exp_avg's amax not reset", SCALED, "table.amax[t] = 0;", ""),
         ("main's amax not reset", SCALED, " amax = 0;", ""),
         (
+            "factors: of the first tensor",
+            GUARDED,
+            "Table::pointer<const float>(table, UPDATE_FACTOR, t)",
+            "Table::pointer<const float>(table, UPDATE_FACTOR, 0)",
+        ),
+        (
+            "sums: of the first tensor",
+            GUARDED,
+            "Table::pointer<long long>(table, UPDATE_SUM, tensor)",
+            "Table::pointer<long long>(table, UPDATE_SUM, 0)",
+        ),
+        (
+            "sums: no pointer looked at",
+            GUARDED,
+            "UPDATE_SUM, tensor) == 0) return;",
+            "UPDATE_SUM, tensor) == 1) return;",
+        ),
+        (
+            "factors: no pointer looked at",
+            GUARDED,
+            "UPDATE_FACTOR, t) != 0",
+            "UPDATE_FACTOR, t) != 1",
+        ),
+        ("not finite: in the sum's place", GUARDED, "atomic_add(sums + 1,", "atomic_add(sums,"),
+        (
             "new scale is its inverse",
             SCALED,
             "scale_for(table.amax[t], largest_scaled<ExpAvg>).forward",
@@ -230,13 +279,37 @@ FAULTS = (
             "if (!has_main) store(chunk.param + i, param);",
         ),
         ("amax of one lane", SCALED, "amax.main = __reduce_max_sync(0xffffffffu, amax.main);", ""),
-        ("amax of one warp", SCALED, "threadIdx.x % warpSize == 0", "threadIdx.x == 0"),
+        ("amax of one warp", SCALED, "% warpSize == 0) merge_amax", "== 0) merge_amax"),
         (
             "a lane ends before the reduction",
             SCALED,
-            "    if constexpr (!STORE || Param::is_fp8) {",
+            "    if constexpr (PASS == MEASURE || (STORE && Param::is_fp8)) {",
             "    if (int(threadIdx.x) >= chunk.count) return;\n"
-            "    if constexpr (!STORE || Param::is_fp8) {",
+            "    if constexpr (PASS == MEASURE || (STORE && Param::is_fp8)) {",
+        ),
+        ("sums of 24 bits", GUARDED, "{(high << 24) + low,", "{low,"),
+        ("sums: not of the low bits", GUARDED, "lane.sum & 0xffffff", "lane.sum & 0xfffffe"),
+        ("sums: of one warp", GUARDED, "% warpSize == 0) merge_sq", "== 0) merge_sq"),
+        ("sums: of one lane", GUARDED, "squares = of_warp(squares);", ""),
+        ("sums: not of an update", GUARDED, "(STORE && is_guarded)", "false"),
+        (
+            "sums: of a measurement too",
+            GUARDED_SCALED,
+            "PASS == COUNT || (STORE && is_guarded)",
+            "is_guarded",
+        ),
+        (
+            "not finite: of one lane",
+            GUARDED,
+            "__reduce_add_sync(all, unsigned(lane.num_not_finite))",
+            "lane.num_not_finite",
+        ),
+        ("counted: nothing loaded", GUARDED_REMAINDER, "|| scalars.decay == L2) {", "|| false) {"),
+        (
+            "counted where a step is skipped",
+            GUARDED,
+            "adams_rms(ADAMS_PARAMETERS) {\n    if (ADAMS_IS_SKIPPED) return;",
+            "adams_rms(ADAMS_PARAMETERS) {",
         ),
         (
             "scale_inv written by other blocks",
@@ -284,6 +357,26 @@ FAULTS = (
             "STORE && chunk.is_first",
             "STORE && index == 0",
         ),
+        ("host: squares of the last element", GUARDED, "sum += squares.sum;", "sum = squares.sum;"),
+        (
+            "host: not finite: of the last element",
+            GUARDED,
+            "num_not_finite += sq",
+            "num_not_finite = sq",
+        ),
+        ("host: sums not of an update", GUARDED, "(STORE && is_guarded)", "false"),
+        (
+            "host: sums of a measurement too",
+            GUARDED_SCALED,
+            "PASS == COUNT || (STORE && is_guarded)",
+            "is_guarded",
+        ),
+        (
+            "host: counted where a step is skipped",
+            GUARDED,
+            "adams_rms(ADAMS_PARAMETERS, int num_threads) {\n    if (ADAMS_IS_SKIPPED) return;",
+            "adams_rms(ADAMS_PARAMETERS, int num_threads) {",
+        ),
         (
             "host: a tensor's last element left out",
             FP32,
@@ -323,9 +416,13 @@ FAULTS = (
         (
             "launch: measured last",
             SCALED,
-            "in table.mode.entry_points:",
-            "in reversed(table.mode.entry_points):",
+            "in entry_points:",
+            "in reversed(entry_points):",
         ),
+    ),
+    *_faults(
+        "cuda.py",
+        ("launch: counted by an update", GUARDED, "if only_count else", "if False else"),
     ),
     *_faults(
         "batch.py",
@@ -410,7 +507,11 @@ def checks_for(
     """The checks of the tests, each by a name; the fastest first."""
     if fault.file == "source/host.cpp":
         yield "host steps", partial(batteries.check_host, subject, fault.mode)
+        if fault.mode.is_guarded:
+            yield "host guards", partial(batteries.check_guards, subject, fault.mode, of_host=True)
         return
+    if fault.mode.is_guarded:
+        yield "guards", partial(batteries.check_guards, subject, fault.mode)
     yield "steps", partial(batteries.check_steps, subject, fault.mode)
     yield "alignments", partial(batteries.check_one_tensor_misaligned, subject, fault.mode)
     yield "neighbours", partial(batteries.check_neighbours, subject, fault.mode)
@@ -419,6 +520,7 @@ def checks_for(
     yield "far elements", partial(batteries.check_far_elements, subject)
     library = batteries.element_library(subject, folder)
     yield "codecs", partial(batteries.check_codecs, library)
+    yield "squares", partial(batteries.check_squares, library)
     yield "remainders", partial(batteries.check_remainders, library, stride=4099)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from batteries import Subject
-from checks import check, make_batch, scalar_cases
+from checks import check, make_batch, scalar_cases, with_guards
 from emulator import FLAGS, SOURCE, build, device_text
 from mutate import FAULTS, planted
 from test_backends import REPRESENTATIVES
@@ -23,7 +23,10 @@ from megatron_adams.kernels.compile import host_arch, host_flags, load_library, 
 from megatron_adams.kernels.table import CHUNK
 
 NUM_BATCHES = 12
-MODES = tuple(REPRESENTATIVES[i] for i in (0, 1, 2, 4))
+MODES = (
+    *(REPRESENTATIVES[i] for i in (0, 1, 2, 4)),
+    REPRESENTATIVES[4]._replace(is_guarded=True),
+)
 _SANITIZERS = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1")
 
 
@@ -45,7 +48,8 @@ def _random_batch(mode, generator):
     ]
     offsets = generator.choice(((0,), (1,), [generator.randint(0, 16) for _ in range(7)]))
     special = generator.random() < 0.5
-    return make_batch(mode, sizes, offsets=offsets, special=special, seed=len(sizes))
+    batch = make_batch(mode, sizes, offsets=offsets, special=special, seed=len(sizes))
+    return with_guards(batch, sums=mode.is_guarded, factors=mode.is_guarded)
 
 
 @torch.no_grad()

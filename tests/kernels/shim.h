@@ -1,6 +1,6 @@
 // What device.cu takes from CUDA, for g++. emulator.py puts this text before the kernel's.
 //
-// The lanes of a warp are fibers: each runs to its next __reduce_max_sync, or to its end, then the
+// The lanes of a warp are fibers: each runs to its next reduction, or to its end, then the
 // next one. A lane that ends where others wait is an error: on a GPU it would be undefined.
 // Blocks, warps and lanes go in any order that is asked for.
 
@@ -30,6 +30,7 @@ static Lane* current;
 static ucontext_t scheduler;
 // Of the reduction that the lanes come to, and of the one that they come from.
 static int maxima[2];
+static unsigned sums[2];
 static int round;
 
 // What is executed of a grid, in which order; emulator.py has the same structure.
@@ -63,6 +64,7 @@ struct Launch {
         }
         for (round = 0;; ++round) {
             maxima[round % 2] = -0x7fffffff - 1;
+            sums[round % 2] = 0;
             int num_finished = 0;
             for (int i = 0; i < LANES; ++i) {
                 current = &lanes[order[i]];
@@ -86,6 +88,14 @@ static inline int __reduce_max_sync(unsigned mask, int value) {
     if (value > maximum) maximum = value;
     swapcontext(&shim::current->context, &shim::scheduler);
     return maximum;
+}
+
+static inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+    if (mask != 0xffffffffu) __builtin_trap();
+    unsigned& sum = shim::sums[shim::round % 2];
+    if (__builtin_add_overflow(sum, value, &sum)) __builtin_trap();
+    swapcontext(&shim::current->context, &shim::scheduler);
+    return sum;
 }
 
 namespace shim {

@@ -172,5 +172,9 @@ def test_every_encoding_and_every_rounding_is_torchs(element_library):
     batteries.check_codecs(element_library)
 
 
+def test_what_an_update_counts_for_is_that_of_the_oracle(element_library):
+    batteries.check_squares(element_library)
+
+
 def test_all_fp32_numbers_come_back_from_a_param_and_its_remainder(element_library):
     batteries.check_remainders(element_library)

@@ -20,7 +20,7 @@ from megatron_adams.kernels.compile import (
     host_compiler,
     host_library,
 )
-from megatron_adams.kernels.modes import ALL_MODES
+from megatron_adams.kernels.modes import ALL_MODES, GUARDED_MODES
 
 MODES = ALL_MODES[:3]
 NAMES = [mode.name for mode in MODES]
@@ -84,8 +84,18 @@ def test_job_compiles_nothing_after_precompile(monkeypatch, capsys, default_fold
 def test_all_modes_are_the_default(monkeypatch, capsys, default_folder):
     asked = fast_compilers(monkeypatch)
     assert main(["precompile", "--arch", "sm_90"]) == 0
-    assert len(asked) == len(list(default_folder.iterdir())) == len(ALL_MODES)
-    assert f"{len(ALL_MODES)} compiled" in capsys.readouterr().out
+    count = len(ALL_MODES) + len(GUARDED_MODES)
+    assert len(asked) == len(list(default_folder.iterdir())) == count == 288
+    assert f"{count} compiled" in capsys.readouterr().out
+
+
+def test_a_guarded_mode_has_a_name_of_its_own(monkeypatch, default_folder):
+    fast_compilers(monkeypatch)
+    assert main(["precompile", "--arch", "sm_90", "--mode", f"{NAMES[0]}-rms"]) == 0
+    (entry,) = default_folder.iterdir()
+    assert entry.name.startswith(f"{NAMES[0]}-rms.sm_90.")
+    monkeypatch.setattr(compile_module, "compile_cuda", must_not_compile)
+    assert cubin(MODES[0]._replace(is_guarded=True), "sm_90") == b"cubin"
 
 
 def test_modes_and_archs_are_combined_once_each(monkeypatch, capsys):

@@ -54,13 +54,22 @@ ADAMS_FUNCTION void store(T* memory, const T (&registers)[VECTOR]) {
     }
 }
 
-// STORE: update and write; otherwise only measure how large the scaled state becomes.
-template <bool STORE>
+// The squares of all lanes. A lane has less than 128 elements of a chunk, so its sum has 37 bits.
+ADAMS_FUNCTION Squares of_warp(const Squares& lane) {
+    const unsigned all = 0xffffffffu;
+    const long long low = __reduce_add_sync(all, unsigned(lane.sum & 0xffffff));
+    const long long high = __reduce_add_sync(all, unsigned(lane.sum >> 24));
+    return {(high << 24) + low, int(__reduce_add_sync(all, unsigned(lane.num_not_finite)))};
+}
+
+template <Pass PASS>
 ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
+    constexpr bool STORE = PASS == UPDATE;
     const Chunk chunk = chunk_at(table, blockIdx.x);
     // By value: a pointer into the chunk would put it into local memory.
     const TensorScales scales = chunk.scales;
     Amax amax = {0, 0, 0};
+    Squares squares = {0, 0};
     int done = 0;
     if (is_aligned(chunk.grad) && is_aligned(chunk.param) && is_aligned(chunk.exp_avg) &&
         (!has_main || is_aligned(chunk.main))) {
@@ -72,11 +81,14 @@ ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
             alignas(16) Main::Storage main[VECTOR];
             load(grad, chunk.grad + i);
             load(exp_avg, chunk.exp_avg + i);
-            if constexpr (has_main) load(main, chunk.main + i);
-            if constexpr (Master<Param, Main>::reads_param) load(param, chunk.param + i);
+            if (PASS != COUNT || scalars.decay == L2) {
+                if constexpr (has_main) load(main, chunk.main + i);
+                if constexpr (Master<Param, Main>::reads_param) load(param, chunk.param + i);
+            }
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) {
-                update_element<STORE>(k, grad, param, exp_avg, main, scalars, scales, amax);
+                update_element<PASS>(k, grad, param, exp_avg, main, scalars, scales, amax,
+                                     squares);
             }
             if constexpr (STORE) {
                 store(chunk.exp_avg + i, exp_avg);
@@ -86,16 +98,20 @@ ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
         }
     }
     for (int i = done + threadIdx.x; i < chunk.count; i += BLOCK) {
-        update_element<STORE>(i, chunk.grad, chunk.param, chunk.exp_avg, chunk.main, scalars,
-                              scales, amax);
+        update_element<PASS>(i, chunk.grad, chunk.param, chunk.exp_avg, chunk.main, scalars,
+                             scales, amax, squares);
     }
 
-    if constexpr (!STORE || Param::is_fp8) {
+    if constexpr (PASS == MEASURE || (STORE && Param::is_fp8)) {
         // One atomic operation a warp. Every thread gets here.
         amax.param = __reduce_max_sync(0xffffffffu, amax.param);
         amax.exp_avg = __reduce_max_sync(0xffffffffu, amax.exp_avg);
         amax.main = __reduce_max_sync(0xffffffffu, amax.main);
         if (threadIdx.x % warpSize == 0) merge_amax<STORE>(table, chunk.tensor, amax);
+    }
+    if constexpr (PASS == COUNT || (STORE && is_guarded)) {
+        squares = of_warp(squares);
+        if (threadIdx.x % warpSize == 0) merge_squares(table, chunk.tensor, squares);
     }
     if constexpr (STORE) {
         if (chunk.is_first && threadIdx.x == 0) write_param_scale_inv(table, chunk);
@@ -107,19 +123,27 @@ ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
 extern "C" __global__ void __launch_bounds__(adams::BLOCK, adams::MIN_BLOCKS)
     adams_update(ADAMS_PARAMETERS) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<true>({table, num_tensors, amax}, ADAMS_SCALARS);
+    adams::process<adams::UPDATE>({table, num_tensors, amax}, ADAMS_SCALARS);
 }
 
 #if ADAMS_SCALED
 extern "C" __global__ void __launch_bounds__(adams::BLOCK, adams::MIN_BLOCKS)
     adams_measure(ADAMS_PARAMETERS) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<false>({table, num_tensors, amax}, ADAMS_SCALARS);
+    adams::process<adams::MEASURE>({table, num_tensors, amax}, ADAMS_SCALARS);
 }
 
 extern "C" __global__ void __launch_bounds__(adams::BLOCK) adams_finish(ADAMS_PARAMETERS) {
     if (ADAMS_IS_SKIPPED) return;
     const int tensor = blockIdx.x * adams::BLOCK + threadIdx.x;
     if (tensor < num_tensors) adams::finish_tensor({table, num_tensors, amax}, tensor);
+}
+#endif
+
+#if ADAMS_GUARDED
+extern "C" __global__ void __launch_bounds__(adams::BLOCK, adams::MIN_BLOCKS)
+    adams_rms(ADAMS_PARAMETERS) {
+    if (ADAMS_IS_SKIPPED) return;
+    adams::process<adams::COUNT>({table, num_tensors, amax}, ADAMS_SCALARS);
 }
 #endif

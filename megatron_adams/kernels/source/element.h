@@ -17,6 +17,9 @@ ADAMS_FUNCTION int bits_of(float x) { return __float_as_int(x); }
 ADAMS_FUNCTION float float_of(int bits) { return __int_as_float(bits); }
 ADAMS_FUNCTION float square_root(float x) { return __fsqrt_rn(x); }
 ADAMS_FUNCTION void atomic_max(int* address, int value) { atomicMax(address, value); }
+ADAMS_FUNCTION void atomic_add(long long* address, long long value) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(address), (unsigned long long)value);
+}
 #else
 ADAMS_FUNCTION int bits_of(float x) { return __builtin_bit_cast(int, x); }
 ADAMS_FUNCTION float float_of(int bits) { return __builtin_bit_cast(float, bits); }
@@ -26,6 +29,9 @@ ADAMS_FUNCTION void atomic_max(int* address, int value) {
     while (seen < value && !__atomic_compare_exchange_n(address, &seen, value, true,
                                                         __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
+}
+ADAMS_FUNCTION void atomic_add(long long* address, long long value) {
+    __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 #endif
 
@@ -124,6 +130,9 @@ constexpr bool is_same<A, A> = true;
 constexpr bool has_main = !is_same<Main, NoMain>;
 constexpr bool main_is_scaled = largest_scaled<Main> != 0;
 constexpr bool exp_avg_is_scaled = largest_scaled<ExpAvg> != 0;
+// Whether updates are counted, for their RMS, and multiplied by a factor. A kernel of its own: the
+// other has nothing of it.
+constexpr bool is_guarded = ADAMS_GUARDED;
 static_assert(ADAMS_SCALED == (main_is_scaled || exp_avg_is_scaled), "modes.py: is_scaled");
 
 // An fp32 master as bf16 `high`, rounded half away from zero, and the 16 bits that it lacks; exact
@@ -165,6 +174,7 @@ struct Scalars {
 struct TensorScales {
     float param;
     Scale exp_avg_old, exp_avg_new, main_old, main_new;
+    float update;  // what the updates are multiplied by
 };
 
 // The largest magnitudes seen, as integers.
@@ -172,13 +182,35 @@ struct Amax {
     int param, exp_avg, main;
 };
 
-ADAMS_FUNCTION void update(float& param, float grad, float& exp_avg, const Scalars& s) {
+// The squares of updates, in integers, so that no order of adding them shows; as
+// megatron_adams.update.count_squares.
+struct Squares {
+    long long sum;  // in units of 2^-20
+    int num_not_finite;
+
+    ADAMS_FUNCTION int fixed_point(float update) {
+        const float largest = 1073741760.0f;  // 2^30 - 64; and of a NaN, which is less than nothing
+        const float scaled = (update * update) * 1048576.0f;
+        return int((scaled < largest ? scaled : largest) + 0.5f);
+    }
+    ADAMS_FUNCTION void add(Squares& squares, float update) {
+        squares.sum += fixed_point(update);
+        squares.num_not_finite += magnitude(update) >= 0x7f800000 ? 1 : 0;
+    }
+};
+
+ADAMS_FUNCTION void update(float& param, float grad, float& exp_avg, const Scalars& s, float factor,
+                           Squares& squares) {
     float g = grad * s.grad_scale;
     g = s.decay == L2 ? g + param * s.weight_decay : g;
     const float a = exp_avg * s.correction;
     const float v = (a * a) * s.beta2 + (g * g) * s.one_minus_beta2;
     exp_avg = exp_avg * s.beta1 + g * s.one_minus_beta1;
     float u = (exp_avg * s.correction) / (square_root(v) + s.eps);
+    if (is_guarded) {
+        Squares::add(squares, u);
+        u = u * factor;
+    }
     u = s.decay == DECOUPLED ? u + param * s.weight_decay : u;
     param = param - u * s.lr;
 }
@@ -226,19 +258,26 @@ struct Master<BF16, Remainder> {
     }
 };
 
-// Update element i of the four arrays, or with STORE false only see how large its state becomes.
-template <bool STORE>
+// What a pass over the elements is for: to update them, to see how large their scaled state becomes,
+// or to count the squares of their updates.
+enum Pass { UPDATE, MEASURE, COUNT };
+
+// Update element i of the four arrays, or only see what an update would be.
+template <Pass PASS>
 ADAMS_FUNCTION void update_element(int i, const Grad::Storage* grad, Param::Storage* param,
                                    ExpAvg::Storage* exp_avg, Main::Storage* main, const Scalars& s,
-                                   const TensorScales& scales, Amax& amax) {
+                                   const TensorScales& scales, Amax& amax, Squares& squares) {
     const float g = Grad::decode(grad[i]);
     float m = ExpAvg::decode(exp_avg[i]);
     if (exp_avg_is_scaled) m = m * scales.exp_avg_old.forward;
-    float p = Master<Param, Main>::read(i, param, main, scales);
+    // An update depends on the master only where decay is part of the gradient.
+    const bool is_read = PASS != COUNT || s.decay == L2;
+    float p = is_read ? Master<Param, Main>::read(i, param, main, scales) : 0.0f;
 
-    update(p, g, m, s);
+    update(p, g, m, s, scales.update, squares);
 
-    if (!STORE) {
+    if (PASS == COUNT) return;
+    if (PASS == MEASURE) {
         if (exp_avg_is_scaled) amax.exp_avg = larger(amax.exp_avg, magnitude(m));
         if (main_is_scaled) amax.main = larger(amax.main, magnitude(p));
         return;

@@ -9,8 +9,9 @@ namespace adams {
 // both computes roots and quotients for either kind of decay.
 enum Form { PLAIN_NO_DECAY, PLAIN_DECOUPLED, ANY };  // plain: without a bias correction
 
-template <bool STORE, Form FORM>
+template <Pass PASS, Form FORM>
 static void process(const Table& table, const Scalars& scalars, int num_threads) {
+    constexpr bool STORE = PASS == UPDATE;
     const long long num_chunks = Table::get(table, CHUNK_END, table.num_tensors - 1);
     // Guided: where another process takes a core for a while, the other threads go on with the rest.
 #pragma omp parallel for num_threads(num_threads) schedule(guided)
@@ -26,29 +27,39 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
             s.correction = 1.0f;
         }
         const TensorScales scales = chunk.scales;
-        int param_amax = 0, exp_avg_amax = 0, main_amax = 0;
-#pragma omp simd reduction(max : param_amax, exp_avg_amax, main_amax)
+        int param_amax = 0, exp_avg_amax = 0, main_amax = 0, num_not_finite = 0;
+        long long sum = 0;
+#pragma omp simd reduction(max : param_amax, exp_avg_amax, main_amax) \
+    reduction(+ : sum, num_not_finite)
         for (int i = 0; i < chunk.count; ++i) {
             Amax amax = {0, 0, 0};
-            update_element<STORE>(i, grad, param, exp_avg, main, s, scales, amax);
+            Squares squares = {0, 0};
+            update_element<PASS>(i, grad, param, exp_avg, main, s, scales, amax, squares);
             param_amax = larger(param_amax, amax.param);
             exp_avg_amax = larger(exp_avg_amax, amax.exp_avg);
             main_amax = larger(main_amax, amax.main);
+            sum += squares.sum;
+            num_not_finite += squares.num_not_finite;
         }
-        merge_amax<STORE>(table, chunk.tensor, {param_amax, exp_avg_amax, main_amax});
+        if (PASS != COUNT) {
+            merge_amax<STORE>(table, chunk.tensor, {param_amax, exp_avg_amax, main_amax});
+        }
+        if (PASS == COUNT || (STORE && is_guarded)) {
+            merge_squares(table, chunk.tensor, {sum, num_not_finite});
+        }
         if (STORE && chunk.is_first) write_param_scale_inv(table, chunk);
     }
 }
 
-template <bool STORE>
+template <Pass PASS>
 static void process(const Table& table, const Scalars& scalars, int num_threads) {
     const bool is_plain = scalars.correction == 1.0f;
     if (is_plain && scalars.decay == NO_DECAY) {
-        process<STORE, PLAIN_NO_DECAY>(table, scalars, num_threads);
+        process<PASS, PLAIN_NO_DECAY>(table, scalars, num_threads);
     } else if (is_plain && scalars.decay == DECOUPLED) {
-        process<STORE, PLAIN_DECOUPLED>(table, scalars, num_threads);
+        process<PASS, PLAIN_DECOUPLED>(table, scalars, num_threads);
     } else {
-        process<STORE, ANY>(table, scalars, num_threads);
+        process<PASS, ANY>(table, scalars, num_threads);
     }
 }
 
@@ -56,17 +67,24 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
 
 extern "C" void adams_update(ADAMS_PARAMETERS, int num_threads) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<true>({table, num_tensors, amax}, ADAMS_SCALARS, num_threads);
+    adams::process<adams::UPDATE>({table, num_tensors, amax}, ADAMS_SCALARS, num_threads);
 }
 
 #if ADAMS_SCALED
 extern "C" void adams_measure(ADAMS_PARAMETERS, int num_threads) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<false>({table, num_tensors, amax}, ADAMS_SCALARS, num_threads);
+    adams::process<adams::MEASURE>({table, num_tensors, amax}, ADAMS_SCALARS, num_threads);
 }
 
 extern "C" void adams_finish(ADAMS_PARAMETERS, int) {
     if (ADAMS_IS_SKIPPED) return;
     for (int t = 0; t < num_tensors; ++t) adams::finish_tensor({table, num_tensors, amax}, t);
+}
+#endif
+
+#if ADAMS_GUARDED
+extern "C" void adams_rms(ADAMS_PARAMETERS, int num_threads) {
+    if (ADAMS_IS_SKIPPED) return;
+    adams::process<adams::COUNT>({table, num_tensors, amax}, ADAMS_SCALARS, num_threads);
 }
 #endif

@@ -17,6 +17,8 @@ enum Field {
     PARAM_SCALE_INV,
     EXP_AVG_SCALE,  // scaled state: one fp32 number each
     MAIN_SCALE,
+    UPDATE_SUM,     // with guards, and 0 where not wanted: two 64-bit integers each, of Squares
+    UPDATE_FACTOR,  // one fp32 number each
     NUM_FIELDS
 };
 
@@ -96,7 +98,7 @@ ADAMS_FUNCTION Chunk chunk_at(const Table& table, long long index) {
     chunk.param = Table::pointer<Param::Storage>(table, PARAM, t, offset);
     chunk.exp_avg = Table::pointer<ExpAvg::Storage>(table, EXP_AVG, t, offset);
     chunk.main = has_main ? Table::pointer<Main::Storage>(table, MAIN, t, offset) : nullptr;
-    chunk.scales = {1.0f, {1.0f, 1.0f}, {1.0f, 1.0f}, {1.0f, 1.0f}, {1.0f, 1.0f}};
+    chunk.scales = {1.0f, {1.0f, 1.0f}, {1.0f, 1.0f}, {1.0f, 1.0f}, {1.0f, 1.0f}, 1.0f};
     if (Param::is_fp8) {
         chunk.scales.param = *Table::pointer<const float>(table, PARAM_SCALE, t);
     }
@@ -108,6 +110,9 @@ ADAMS_FUNCTION Chunk chunk_at(const Table& table, long long index) {
         chunk.scales.main_old.forward = *Table::pointer<const float>(table, MAIN_SCALE, t);
         chunk.scales.main_new =
             scale_for(table.amax[table.num_tensors + t], largest_scaled<Main>);
+    }
+    if (is_guarded && Table::get(table, UPDATE_FACTOR, t) != 0) {
+        chunk.scales.update = *Table::pointer<const float>(table, UPDATE_FACTOR, t);
     }
     return chunk;
 }
@@ -133,6 +138,14 @@ ADAMS_FUNCTION void merge_amax(const Table& table, int tensor, const Amax& amax)
         if (exp_avg_is_scaled) raise(table.amax + tensor, amax.exp_avg);
         if (main_is_scaled) raise(table.amax + table.num_tensors + tensor, amax.main);
     }
+}
+
+// The squares of a part of a chunk.
+ADAMS_FUNCTION void merge_squares(const Table& table, int tensor, const Squares& squares) {
+    if (Table::get(table, UPDATE_SUM, tensor) == 0) return;
+    long long* sums = Table::pointer<long long>(table, UPDATE_SUM, tensor);
+    atomic_add(sums, squares.sum);
+    if (squares.num_not_finite != 0) atomic_add(sums + 1, squares.num_not_finite);
 }
 
 // After all chunks are written: the new scales, and amax zero for the next step.
