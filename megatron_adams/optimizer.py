@@ -7,9 +7,10 @@ Apex.
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from itertools import chain
 from numbers import Real
 from typing import Any, NamedTuple, Self, cast, overload
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from megatron_adams.guards import UpdateGuards
 from megatron_adams.kernels import (
     BACKENDS,
     Batch,
@@ -79,6 +81,7 @@ _STORAGE = (
     "exp_avg_dtype",
     "use_decoupled_grad",
 )
+_GUARDS = ("max_update_rms", "match_update_rms", "wants_update_rms")
 
 
 @dataclass
@@ -92,6 +95,21 @@ class _Lists:
     exp_avg_scales: list[Tensor] = field(default_factory=list)
     main_scales: list[Tensor] = field(default_factory=list)
     fp8_scaling: list[Fp8Scaling] = field(default_factory=list)
+    update_sums: list[Tensor] = field(default_factory=list)
+    update_factors: list[Tensor] = field(default_factory=list)
+
+
+class _Pass(Enum):
+    """What a step launches on all of its tensors."""
+
+    UPDATE = auto()
+    UPDATE_AND_COUNT = auto()
+    COUNT = auto()  # updates nothing
+    UPDATE_SCALED = auto()  # by the factors of guards.py
+
+    @property
+    def counts(self) -> bool:
+        return self in (_Pass.COUNT, _Pass.UPDATE_AND_COUNT)
 
 
 @dataclass
@@ -136,6 +154,12 @@ class AdamS(Optimizer):
         adam_w_mode: decoupled weight decay.
         kernel: which implementation of `megatron_adams.kernels` runs: "auto", the one of the
             params' device; or "cuda", "host", "foreach".
+        max_update_rms: cap. Where the RMS of a param's update, before lr and weight decay, is
+            larger, the update is scaled down to it. None: no cap.
+        match_update_rms: every param's update is scaled to this RMS. At most one of the two is
+            given; each costs a pass that reads gradient and exp_avg (8 bytes a param in fp32; with
+            L2 decay the master weights, too) before the step's own. Of a param that is sharded, the
+            owner gives `reduce_update_sums` and `whole_numels`.
         amsgrad, capturable, master_weights, master_weight_dtype, exp_avg_dtype, exp_avg_sq_dtype,
         use_decoupled_grad, store_param_remainders, set_grad_none: FusedAdam's; at their defaults
         only.
@@ -144,6 +168,14 @@ class AdamS(Optimizer):
         model_params: main param -> the model's bf16 or fp16 copy of it, of the same shape; `step`
             writes the copy in the same pass. Empty, unless the owner of both fills it, as
             Megatron's distributed optimizer does.
+        max_update_rms, match_update_rms: as given.
+        wants_update_rms: set before a step, have it count what `update_rms` returns after it; no
+            extra pass over memory, and no other bits.
+        reduce_update_sums: what makes of this process's sums, (num_params, 2) int64 in the order
+            of the groups' params, those of whole params, in place: a sum over the ranks that have
+            shards. It is called once in each guarded step, also where there are no params, and by
+            `update_rms` after others. None: params are whole.
+        whole_numels: param -> how many elements its whole has, where it is a shard.
         master_weights, master_weight_dtype, store_param_remainders, exp_avg_dtype,
         use_decoupled_grad: as given. The first and the last are read at each step, and may be
             set as long as there is no state, as Megatron-FSDP does.
@@ -154,6 +186,8 @@ class AdamS(Optimizer):
     """
 
     model_params: dict[Tensor, Tensor]
+    reduce_update_sums: Callable[[Tensor], None] | None
+    whole_numels: dict[Tensor, int]
 
     def __init__(
         self,
@@ -166,6 +200,8 @@ class AdamS(Optimizer):
         bias_correction: bool = False,
         adam_w_mode: bool = True,
         kernel: str = "auto",
+        max_update_rms: float | None = None,
+        match_update_rms: float | None = None,
         amsgrad: bool = False,
         capturable: bool = False,
         master_weights: bool = False,
@@ -207,12 +243,20 @@ class AdamS(Optimizer):
         if kernel not in ("auto", *BACKENDS):
             raise ValueError(f"kernel={kernel!r}: must be one of {('auto', *BACKENDS)}")
         self.kernel = kernel
+        check_guards(max_update_rms, match_update_rms)
+        self.max_update_rms = max_update_rms
+        self.match_update_rms = match_update_rms
+        self.wants_update_rms = False
+        self.reduce_update_sums = None
+        self.whole_numels = {}
+        self._guards: UpdateGuards | None = None
+        self._is_counted = False
         self.model_params = {}
         # param -> the name of its state -> one fp32 element, where it is stored with a scale.
         self._scales: dict[Tensor, dict[str, Tensor]] = {}
         self._is_state_left_out = False
-        # By the index of the group.
-        self._plans: dict[int, _Plan] = {}
+        # By the index of the group and what is launched.
+        self._plans: dict[tuple[int, _Pass], _Plan] = {}
         super().__init__(params, defaults)
 
     @classmethod
@@ -262,10 +306,16 @@ class AdamS(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's has the state and the groups alone.
-        own = {
-            name: getattr(self, name) for name in ("kernel", "model_params", "_scales", *_STORAGE)
+        names = ("kernel", "model_params", "whole_numels", "_scales", *_STORAGE, *_GUARDS)
+        fresh = {
+            "_is_state_left_out": False,
+            "_plans": {},
+            "_guards": None,
+            "_is_counted": False,
+            # Of the processes that this one belongs to.
+            "reduce_update_sums": None,
         }
-        return {**super().__getstate__(), **own, "_is_state_left_out": False, "_plans": {}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, **fresh}
 
     def compile_kernels(self, grad_dtype: torch.dtype | None = None) -> None:
         """Compile, before the first step, what it needs.
@@ -279,6 +329,7 @@ class AdamS(Optimizer):
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             mode = self._mode(param, grad_dtype or param.dtype)
             if mode is not None:
+                mode = mode._replace(is_guarded=self._is_guarded)
                 select_backend(param.device, mode, self.kernel)
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
@@ -396,7 +447,8 @@ class AdamS(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a gradient is sparse or complex; nothing is updated then.
+            ValueError: a gradient is sparse or complex, or an update RMS is asked for of params
+                that are sharded by DTensor; nothing is updated then.
         """
         loss = None
         if closure is not None:
@@ -405,35 +457,133 @@ class AdamS(Optimizer):
 
         # All gradients are looked at before the first parameter is written.
         signatures = [self._signature(group) for group in self.param_groups]
-        for index, (group, signature) in enumerate(zip(self.param_groups, signatures, strict=True)):
-            # Advance step before skipping what has no gradients: a group can be empty on some dp
-            # ranks, and step would differ between ranks on resume.
-            group["step"] += 1
-            beta1, beta2 = group["betas"]
-            scalars = Scalars(
-                lr=group["lr"],
-                grad_scale=grad_scale,
-                correction=correction_of(group["bias_correction"], beta1, group["step"]),
-                found_inf=found_inf,
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                decoupled_weight_decay=group["adam_w_mode"],
+        guards = self._guards_of_step()
+        scalars = [self._advance(group, grad_scale, found_inf) for group in self.param_groups]
+        if guards is not None and self._is_guarded:
+            self._launch(_Pass.COUNT, signatures, scalars)
+            guards.set_factors(
+                self.reduce_update_sums,
+                max_rms=self.max_update_rms,
+                match_rms=self.match_update_rms,
             )
-            plan = self._plans.setdefault(index, _Plan())
+            self._launch(_Pass.UPDATE_SCALED, signatures, scalars)
+        elif guards is not None:
+            self._launch(_Pass.UPDATE_AND_COUNT, signatures, scalars)
+        else:
+            self._launch(_Pass.UPDATE, signatures, scalars)
+        return loss
+
+    def update_rms(self) -> Tensor:
+        """Return the RMS of each param's update in the last step, before any factor.
+
+        Before lr and weight decay, of whole params. Where the last step was counted for
+        `wants_update_rms` alone, this calls `reduce_update_sums`: on all ranks, then.
+
+        Returns:
+            (num_params,) fp32, in the order of the groups' params; NaN where an element was not
+            finite, 0 where a param had no gradient or the step was skipped by found_inf.
+        Raises:
+            ValueError: the last step did not count.
+        """
+        guards = self._counted()
+        return guards.rms if self._is_guarded else guards.whole_rms(self.reduce_update_sums)
+
+    def update_sums(self) -> Tensor:
+        """What the last step has counted of the params that are here, as they are here.
+
+        Returns:
+            (num_params, 2) int64, of `megatron_adams.update.count_squares`.
+        Raises:
+            ValueError: as `update_rms`.
+        """
+        return self._counted().sums()
+
+    def update_factors(self) -> Tensor:
+        """What the updates of the last step were multiplied by, (num_params,) fp32.
+
+        Raises:
+            ValueError: as `update_rms`.
+        """
+        guards = self._counted()
+        if self._is_guarded:
+            return guards.factors
+        return torch.ones(len(guards.params), device=guards.sums().device)
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self.max_update_rms is not None or self.match_update_rms is not None
+
+    def _counted(self) -> UpdateGuards:
+        if self._guards is None or not self._is_counted:
+            raise ValueError(
+                "the update RMS of a step that did not count it: set wants_update_rms = True "
+                "before the step"
+            )
+        return self._guards
+
+    def _guards_of_step(self) -> UpdateGuards | None:
+        """The guards, with nothing counted, or None where a step neither counts nor scales."""
+        self._is_counted = self._is_guarded or self.wants_update_rms
+        if not self._is_counted:
+            return None
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        known = self._guards
+        if known is None or [*map(id, known.params)] != [*map(id, params)]:
+            if self.reduce_update_sums is None and any(_local(p) is not p for p in params):
+                raise ValueError(
+                    "the update RMS of params that are sharded by DTensor: a rank knows its own "
+                    "shards alone; give reduce_update_sums and whole_numels, or leave out "
+                    "max_update_rms, match_update_rms and wants_update_rms"
+                )
+            devices = [_local(param).device for param in params]
+            self._guards = known = UpdateGuards(params, devices, self.whole_numels)
+            # Their tables have the addresses of those before.
+            self._plans = {k: plan for k, plan in self._plans.items() if k[1] is _Pass.UPDATE}
+        known.clear()
+        return known
+
+    def _advance(
+        self, group: dict[str, Any], grad_scale: float | Tensor, found_inf: Tensor | None
+    ) -> Scalars:
+        """Count a group's step; return its scalars."""
+        # Before skipping what has no gradients: a group can be empty on some dp ranks, and step
+        # would differ between ranks on resume.
+        group["step"] += 1
+        beta1, beta2 = group["betas"]
+        return Scalars(
+            lr=group["lr"],
+            grad_scale=grad_scale,
+            correction=correction_of(group["bias_correction"], beta1, group["step"]),
+            found_inf=found_inf,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["adam_w_mode"],
+        )
+
+    def _launch(
+        self,
+        what: _Pass,
+        signatures: Sequence[list[object] | None],
+        scalars: Sequence[Scalars],
+    ) -> None:
+        """Launch a pass over the tensors of all groups."""
+        only_count = what is _Pass.COUNT
+        for index, group in enumerate(self.param_groups):
+            signature = signatures[index]
+            plan = self._plans.setdefault((index, what), _Plan())
             if signature is not None and signature == plan.signature:
                 for (backend, _), table in plan.tables.items():
-                    launch(table, scalars, backend)
+                    launch(table, scalars[index], backend, only_count=only_count)
                 continue
             plan.signature, tables, plan.tables = signature, plan.tables, {}
-            for key, batch in self._batches(group):
+            for key, batch in self._batches(group, what):
                 backend, _ = key
                 table = plan.tables[key] = tables.get(key) or PointerTable()
-                run(batch, scalars, backend, table)
+                run(batch, scalars[index], backend, table, only_count=only_count)
                 if backend == "foreach":
                     plan.signature = None
-        return loss
 
     def _signature(self, group: Mapping[str, Any]) -> list[object] | None:
         """Return where a group's tensors are: while it stays the same, so do the tables of them.
@@ -471,7 +621,9 @@ class AdamS(Optimizer):
             )
         return signature
 
-    def _batches(self, group: Mapping[str, Any]) -> Iterator[tuple[tuple[str, Any], Batch]]:
+    def _batches(
+        self, group: Mapping[str, Any], what: _Pass
+    ) -> Iterator[tuple[tuple[str, Any], Batch]]:
         """Sort a group's tensors into what one launch takes, with its backend and a key."""
         batches: dict[tuple[str, Any], _Lists] = {}
         for param in group["params"]:
@@ -487,6 +639,8 @@ class AdamS(Optimizer):
                 tensors.append(main_param)
             tensors = [_local(tensor) for tensor in tensors]
             mode = self._mode(param, grad.dtype)
+            if mode is not None:
+                mode = mode._replace(is_guarded=what is not _Pass.UPDATE)
             device = tensors[0].device
             key: tuple[str, Any]
             if mode is None or not all(
@@ -511,6 +665,10 @@ class AdamS(Optimizer):
                 lists.main_scales.append(scales["master_param"])
             if fp8_scaling is not None:
                 lists.fp8_scaling.append(fp8_scaling)
+            if self._guards is not None and what.counts:
+                lists.update_sums.append(self._guards.sums_of[param])
+            if self._guards is not None and what is _Pass.UPDATE_SCALED:
+                lists.update_factors.append(self._guards.factor_of[param])
         for key, lists in batches.items():
             yield (
                 key,
@@ -522,6 +680,8 @@ class AdamS(Optimizer):
                     lists.exp_avg_scales or None,
                     lists.main_scales or None,
                     lists.fp8_scaling or None,
+                    lists.update_sums or None,
+                    lists.update_factors or None,
                 ),
             )
 
@@ -672,6 +832,26 @@ class AdamS(Optimizer):
             _check_hyperparameters(group)
             groups.append(group)
         return groups
+
+
+def check_guards(max_update_rms: float | None, match_update_rms: float | None) -> None:
+    """Refuse bounds of the update RMS that are none.
+
+    Raises:
+        ValueError: one is not a finite number above 0, or both are given.
+    """
+    for name, value in (
+        ("max_update_rms", max_update_rms),
+        ("match_update_rms", match_update_rms),
+    ):
+        if value is not None:
+            words = "finite and > 0; leave it out for updates as they are"
+            _check_number(name, value, lambda x: 0 < x < math.inf, words)
+    if max_update_rms is not None and match_update_rms is not None:
+        raise ValueError(
+            f"max_update_rms={max_update_rms}, match_update_rms={match_update_rms}: must be one of "
+            "the two, as an update that is matched has that RMS already; leave one out"
+        )
 
 
 def is_quantized(tensor: Tensor) -> bool:

@@ -43,12 +43,12 @@ def calls(monkeypatch):
     """The backend and the number of tensors of each call of the kernels."""
     seen = []
 
-    def record_run(batch, scalars, backend, table):
-        run(batch, scalars, backend, table)
+    def record_run(batch, scalars, backend, table, **kind):
+        run(batch, scalars, backend, table, **kind)
         seen.append((backend, len(batch.params)))
 
-    def record_launch(table, scalars, backend):
-        launch(table, scalars, backend)
+    def record_launch(table, scalars, backend, **kind):
+        launch(table, scalars, backend, **kind)
         seen.append((backend, table.num_tensors))
 
     monkeypatch.setattr(megatron_adams.optimizer, "run", record_run)

@@ -1,0 +1,100 @@
+"""The RMS of each param's update, and what a cap or a target makes of it.
+
+A step that counts adds the squares of its updates to one pair of integers a param, and a step that
+is guarded reads one factor a param; both lie on the params' device, and nobody waits for them. Used
+by optimizer.py. Imports torch and update.py.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_adams.update import update_factors, update_rms
+
+
+class UpdateGuards:
+    """Sums and factors of the params of an optimizer; no part of its state.
+
+    Args:
+        params: all of them, in the order of the groups.
+        devices: where each lies.
+        whole_numels: how many elements the whole of a param has, where it is a shard.
+
+    Attributes:
+        sums_of: param -> (2,) int64, as `count_squares` counts; for a kernel to add to.
+        factor_of: param -> () fp32; for a kernel to read.
+        rms: (num_params,) fp32, of the step before its factors; set by `set_factors`.
+        factors: (num_params,) fp32, likewise.
+    """
+
+    rms: Tensor
+    factors: Tensor
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        devices: Sequence[torch.device],
+        whole_numels: Mapping[Tensor, int],
+    ) -> None:
+        self.params = list(params)
+        # A rank can own no param, and takes part in reductions.
+        self._device = devices[0] if devices else torch.device("cpu")
+        everywhere = dict.fromkeys([self._device, *devices])
+        self._sums = {
+            device: torch.zeros(len(params), 2, dtype=torch.int64, device=device)
+            for device in everywhere
+        }
+        self._factors = {device: torch.ones(len(params), device=device) for device in everywhere}
+        self.sums_of = {
+            param: self._sums[device][i]
+            for i, (param, device) in enumerate(zip(params, devices, strict=True))
+        }
+        self.factor_of = {
+            param: self._factors[device][i]
+            for i, (param, device) in enumerate(zip(params, devices, strict=True))
+        }
+        numels = [whole_numels.get(param, param.numel()) for param in params]
+        self._numels = torch.tensor(numels, dtype=torch.int64, device=self._device)
+
+    def clear(self) -> None:
+        """Forget what has been counted."""
+        for sums in self._sums.values():
+            sums.zero_()
+
+    def sums(self) -> Tensor:
+        """What has been counted here, (num_params, 2) int64, as a copy."""
+        total = self._sums[self._device].clone()
+        for device, sums in self._sums.items():
+            if device != self._device:
+                total += sums.to(self._device)
+        return total
+
+    def whole_rms(self, reduce_sums: Callable[[Tensor], None] | None) -> Tensor:
+        """The RMS of the updates of whole params, (num_params,) fp32.
+
+        Args:
+            reduce_sums: makes of the sums of shards those of whole params, in place.
+        """
+        sums = self.sums()
+        if reduce_sums is not None:
+            reduce_sums(sums)
+        return update_rms(sums, self._numels)
+
+    def set_factors(
+        self,
+        reduce_sums: Callable[[Tensor], None] | None,
+        *,
+        max_rms: float | None,
+        match_rms: float | None,
+    ) -> None:
+        """Set the factors of the step by what has been counted, without waiting for the device.
+
+        Args:
+            reduce_sums: as `whole_rms`.
+            max_rms, match_rms: as `update_factors`.
+        """
+        self.rms = self.whole_rms(reduce_sums)
+        self.factors = update_factors(self.rms, max_rms=max_rms, match_rms=match_rms)
+        for factors in self._factors.values():
+            factors.copy_(self.factors)
