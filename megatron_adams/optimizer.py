@@ -510,6 +510,15 @@ class AdamS(Optimizer):
         return torch.ones(len(guards.params), device=guards.sums().device)
 
     @property
+    def is_counted(self) -> bool:
+        """Whether the last step has counted what `update_rms` returns."""
+        return self._is_counted
+
+    def forget_update_rms(self) -> None:
+        """Have `is_counted` say no until the next step that counts."""
+        self._is_counted = False
+
+    @property
     def _is_guarded(self) -> bool:
         return self.max_update_rms is not None or self.match_update_rms is not None
 

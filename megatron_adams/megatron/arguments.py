@@ -21,6 +21,7 @@ from megatron_adams.megatron.config import (
     AdamSOptimizerConfig,
     check_config,
     dtype_name,
+    guards_of,
     no_exp_avg_sq,
     stated_as_adam,
 )
@@ -70,6 +71,20 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             "PyTorch operations; auto is the first of them that the parameters' device has.",
         )
         group.add_argument(
+            "--adams-match-rms",
+            type=float,
+            metavar="RMS",
+            help="Scale the update of every tensor to this RMS, before learning rate and weight "
+            "decay; AdamW's is 0.2 to 0.4. Costs a pass over gradients and exp_avg.",
+        )
+        group.add_argument(
+            "--adams-max-update-rms",
+            type=float,
+            metavar="RMS",
+            help="Scale the update of a tensor down to this RMS where it is larger. Costs a pass "
+            "over gradients and exp_avg.",
+        )
+        group.add_argument(
             "--adams-no-param-remainders",
             action="store_true",
             help="Keep fp32 main params as they are. The precision-aware optimizer keeps of a bf16 "
@@ -115,6 +130,7 @@ def _refuse_own_flags(args: argparse.Namespace) -> None:
         "--adams-from-adam": args.adams_from_adam,
         "--adams-no-param-remainders": args.adams_no_param_remainders,
         f"--adams-kernel {args.adams_kernel}": args.adams_kernel != KERNELS[0],
+        **{f"{flag} {value}": True for flag, value in guards_of(args).items()},
     }
     for flag, is_given in given.items():
         if is_given:
@@ -229,6 +245,8 @@ def wrap_get_megatron_optimizer_config(original: Callable[..., Any]) -> Callable
             adams_bias_correction=args.adams_bias_correction,
             adams_from_adam=args.adams_from_adam,
             adams_kernel=args.adams_kernel,
+            adams_max_update_rms=args.adams_max_update_rms,
+            adams_match_rms=args.adams_match_rms,
             store_param_remainders=not args.adams_no_param_remainders,
             **{name: getattr(args, name) for name in NO_PRECISION},
         )

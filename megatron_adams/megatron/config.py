@@ -12,7 +12,7 @@ import torch
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_adams.kernels import BACKENDS
-from megatron_adams.optimizer import AdamS
+from megatron_adams.optimizer import AdamS, check_guards
 
 ADAMS = "adams"
 KERNELS = ("auto", *BACKENDS)
@@ -63,6 +63,12 @@ class AdamSOptimizerConfig(OptimizerConfig):
     adams_kernel: str = "auto"
     """What computes the step: one of KERNELS."""
 
+    adams_max_update_rms: float | None = None
+    """Scale a tensor's update down where its RMS, before lr and weight decay, is larger."""
+
+    adams_match_rms: float | None = None
+    """Scale every tensor's update to this RMS, before lr and weight decay."""
+
     def __post_init__(self) -> None:
         # Before Megatron's own checks, which name other flags.
         check_config(self)
@@ -112,6 +118,7 @@ def check_config(config: Any) -> None:
             )
     _check_precision(config)
     _check_offload(config)
+    _check_guards(config)
     AdamS.from_param_groups(
         [],
         betas=(config.adam_beta1, config.adam_beta2),
@@ -208,6 +215,35 @@ def _check_offload(config: Any) -> None:
         raise ValueError(
             "--adams-kernel cuda with --optimizer-cpu-offload: no param stays on the GPU; give "
             "--optimizer-offload-fraction below 1, or remove one of the flags"
+        )
+
+
+def guards_of(config: Any) -> dict[str, float]:
+    """The cap or the target of the update RMS, by its flag; Megatron's own config has neither."""
+    flags = {
+        "--adams-max-update-rms": "adams_max_update_rms",
+        "--adams-match-rms": "adams_match_rms",
+    }
+    values = {flag: getattr(config, name, None) for flag, name in flags.items()}
+    return {flag: value for flag, value in values.items() if value is not None}
+
+
+def _check_guards(config: Any) -> None:
+    """Refuse a cap or a target of the update RMS that is none, or that offloading has not.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    given = guards_of(config)
+    words = " ".join(f"{flag} {value}" for flag, value in given.items())
+    try:
+        check_guards(given.get("--adams-max-update-rms"), given.get("--adams-match-rms"))
+    except ValueError as exc:
+        raise ValueError(f"{words} with --optimizer {ADAMS}: {exc}") from exc
+    if given and config.optimizer_cpu_offload:
+        raise ValueError(
+            f"{words} with --optimizer-cpu-offload: not supported, as the two devices step one "
+            f"after the other; remove one of the two (the update RMS is logged with both)"
         )
 
 

@@ -6,7 +6,7 @@ updates there as it would have updated the param, with the CPU's kernel, so that
 no bit. Built by optimizer.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -59,6 +59,9 @@ class HybridAdamS(HybridDeviceOptimizer):
     def __init__(self, adams: AdamS, config: AdamSOptimizerConfig, storage: dict[str, Any]) -> None:
         # Has the groups, loads and saves them, and never any state.
         self._groups_owner = adams
+        self.wants_update_rms = False
+        self.whole_numels: dict[Tensor, int] = {}
+        self.reduce_update_sums: Callable[[Tensor], None] | None = None
         self.use_decoupled_grad = adams.use_decoupled_grad
         self.store_param_remainders = adams.store_param_remainders
         cpu_kernel, gpu_kernel = sub_kernels(config.adams_kernel)
@@ -134,6 +137,8 @@ class HybridAdamS(HybridDeviceOptimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 self.initialize_state(param)
+        for optimizer in self.sub_optimizers:
+            optimizer.wants_update_rms = self.wants_update_rms
         # The scheduler's lr and weight decay, and the step, which is counted here.
         self._sync_hdo_param_groups_to_sub_optimizers()
         self._d2h_stream.wait_stream(torch.cuda.current_stream())
@@ -148,6 +153,30 @@ class HybridAdamS(HybridDeviceOptimizer):
             optimizer.step(grad_scale=scale_on_cpu)
         for group in self.param_groups:
             group["step"] += 1
+
+    @property
+    def is_counted(self) -> bool:
+        """As AdamS's; all sub-optimizers take the same steps."""
+        return all(optimizer.is_counted for optimizer in self.sub_optimizers)
+
+    def forget_update_rms(self) -> None:
+        """As AdamS's."""
+        for optimizer in self.sub_optimizers:
+            optimizer.forget_update_rms()
+
+    def update_sums(self) -> Tensor:
+        """As AdamS's, of the params given, on the CPU."""
+        sums: dict[Tensor, Tensor] = {}
+        for optimizer in self.sub_optimizers:
+            inner = [param for group in optimizer.param_groups for param in group["params"]]
+            sums.update(zip(inner, optimizer.update_sums().cpu(), strict=True))
+        params = [param for group in self.param_groups for param in group["params"]]
+        rows = [sums[self._home(param)[1]] for param in params]
+        return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.int64)
+
+    def update_factors(self) -> Tensor:
+        """As AdamS's: ones, as there is no cap and no target here (config.py refuses them)."""
+        return torch.ones(sum(len(group["params"]) for group in self.param_groups))
 
     def _set_sub_optimizer_grads(self) -> None:
         """Copy the offloaded params' gradients to the CPU, in their own dtype.

@@ -31,6 +31,7 @@ from megatron_adams.megatron.config import (
 )
 from megatron_adams.megatron.fused_step import FusedStepChain, FusedStepOptimizer, describe
 from megatron_adams.megatron.offload import HybridAdamS, refuse_quantized
+from megatron_adams.megatron.update_rms import connect
 from megatron_adams.optimizer import AdamS
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def adopt(optimizer: ChainedOptimizer, config: AdamSOptimizerConfig) -> "AdamSCh
                 part.optimizer.register_load_state_dict_pre_hook(take_from_adam)
             if isinstance(part, AdamSDistributedOptimizer):
                 part.prepare_step()
+            connect(part)
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
             part.optimizer.compile_kernels(decoupled)
     optimizer.__class__ = AdamSChainedOptimizer
@@ -138,6 +140,8 @@ def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> Ad
         adam_w_mode=config.decoupled_weight_decay,
         bias_correction=config.adams_bias_correction,
         kernel=config.adams_kernel,
+        max_update_rms=config.adams_max_update_rms,
+        match_update_rms=config.adams_match_rms,
         **_storage(config),
     )
     return HybridAdamS(adams, config, _storage(config)) if config.optimizer_cpu_offload else adams

@@ -90,6 +90,13 @@ _RELIED_ON = (
     Symbol(f"{_OFFLOADING}.HybridDeviceOptimizer"),
     Symbol("megatron.core.optimizer.ChainedOptimizer"),
     Symbol("megatron.core.optimizer.DistributedOptimizer"),
+    Symbol(
+        "megatron.core.tensor_parallel.param_is_not_tensor_parallel_duplicate",
+        ("param", "tp_group", "expert_tp_group"),
+    ),
+    Symbol("megatron.core.transformer.module.param_is_not_shared", ("param",)),
+    Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.grads_states_parallel_group_is_shared", ("self",)),
+    Symbol(f"{_OPTIMIZERS}.MegatronOptimizer.get_grad_stats_parallel_group", ("self",)),
     Symbol("megatron.core.models.mimo.model.base.MimoModel"),
     Symbol("megatron.core.utils.log_single_rank"),
     Symbol("megatron.core.dist_checkpointing.load_common_state_dict", ("checkpoint_dir",)),
@@ -98,6 +105,14 @@ _RELIED_ON = (
         "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
         "._persistent_process"
     ),
+)
+
+# Likewise of megatron.training.
+_RELIED_ON_IN_TRAINING = (
+    Symbol("megatron.training.global_vars.get_args"),
+    Symbol("megatron.training.global_vars.get_tensorboard_writer"),
+    Symbol("megatron.training.global_vars.get_wandb_writer"),
+    Symbol("megatron.training.utils.print_rank_last", ("message",)),
 )
 
 
@@ -129,7 +144,7 @@ def _core_hooks() -> list[Hook]:
 
 
 def _training_hooks() -> list[Hook]:
-    from megatron_adams.megatron import arguments, async_save, checkpoint
+    from megatron_adams.megatron import arguments, async_save, checkpoint, training_log
 
     training = "megatron.training"
     return [
@@ -159,6 +174,20 @@ def _training_hooks() -> list[Hook]:
                 ("args", "verbose"),
             ),
             arguments.wrap_compute_weight_and_optimizer_memory,
+        ),
+        Hook(
+            Symbol(
+                f"{training}.training.train_step",
+                ("forward_step_func", "data_iterator", "model", "optimizer"),
+            ),
+            training_log.wrap_train_step,
+        ),
+        Hook(
+            Symbol(
+                f"{training}.training.training_log",
+                ("loss_dict", "total_loss_dict", "learning_rate", "iteration"),
+            ),
+            training_log.wrap_training_log,
         ),
         Hook(
             Symbol(f"{training}.checkpointing.load_checkpoint", ("ddp_model", "optimizer")),
@@ -194,6 +223,7 @@ def register() -> None:
     hooks = _core_hooks()
     with_training = importlib.util.find_spec("megatron.training") is not None
     if with_training:
+        require(_RELIED_ON_IN_TRAINING, version)
         hooks += _training_hooks()
     attached = attach(hooks, version)
     if attached and os.environ.get("RANK", "0") == "0":

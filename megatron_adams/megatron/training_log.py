@@ -1,0 +1,115 @@
+"""The update RMS in Megatron's log, TensorBoard and W&B, at the steps that Megatron logs.
+
+Wraps megatron.training.training's train_step, which has the step count it, and training_log, which
+comes after it. Used through `register()`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.training.global_vars import get_args, get_tensorboard_writer, get_wandb_writer
+from megatron.training.utils import print_rank_last
+
+from megatron_adams.megatron.fused_step import FusedStepChain
+from megatron_adams.megatron.update_rms import UpdateStats, inner_optimizers
+
+
+@dataclass
+class _Log:
+    """What goes from a step to the log that follows it.
+
+    Attributes:
+        chain: the optimizer of the last step; Megatron logs its first step, too.
+        iteration: the step that was counted.
+        stats: of it.
+    """
+
+    chain: Any = None
+    iteration: int | None = None
+    stats: UpdateStats | None = None
+
+
+_log = _Log()
+
+
+def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Have the steps that are logged counted."""
+
+    def train_step(
+        forward_step_func: Any,
+        data_iterator: Any,
+        model: Any,
+        optimizer: Any,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Any:
+        def step() -> Any:
+            return original(forward_step_func, data_iterator, model, optimizer, *rest, **kwargs)
+
+        args = get_args()
+        # Megatron counts from 0 before a step, and from 1 after it.
+        iteration = args.curr_iteration + 1
+        is_first = _log.chain is not optimizer
+        _log.chain, _log.iteration = optimizer, None
+        is_logged = is_first or iteration % args.log_interval == 0
+        if not is_logged or not isinstance(optimizer, FusedStepChain):
+            return step()
+        inner = list(inner_optimizers(optimizer))
+        for adams in inner:
+            # A step that Megatron skips, for an inf in a gradient, would leave the last one's.
+            adams.forget_update_rms()
+            adams.wants_update_rms = True
+        try:
+            outcome = step()
+        finally:
+            for adams in inner:
+                adams.wants_update_rms = False
+        _log.iteration, _log.stats = iteration, UpdateStats.of(optimizer)
+        return outcome
+
+    return train_step
+
+
+def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Write the update RMS of the step that has just been logged."""
+
+    def training_log(
+        loss_dict: Any,
+        total_loss_dict: Any,
+        learning_rate: Any,
+        iteration: int,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Any:
+        outcome = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
+        if _log.iteration == iteration and _log.stats is not None:
+            _write(iteration, _log.stats)
+        return outcome
+
+    return training_log
+
+
+def _write(iteration: int, stats: UpdateStats) -> None:
+    args = get_args()
+    line = f" iteration {iteration:8d}/{args.train_iters:8d} |"
+    if stats.rms is None:
+        print_rank_last(f"{line} update RMS: none, the step was skipped |")
+        return
+    line += f" update RMS: {stats.rms:.6E} |"
+    scalars = {"adams/update-rms": stats.rms}
+    target = args.adams_max_update_rms or args.adams_match_rms
+    if target is not None:
+        verb = "capped at" if args.adams_match_rms is None else "matched to"
+        line += f" tensors {verb} {target}: {stats.num_scaled:d} of {stats.num_tensors:d} |"
+        scalars["adams/tensors-scaled"] = float(stats.num_scaled)
+    print_rank_last(line)
+    # As Megatron, whose first log beside the interval is for the screen alone.
+    if iteration % args.log_interval != 0:
+        return
+    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+    for name, value in scalars.items():
+        if writer:
+            writer.add_scalar(name, value, iteration)
+        if wandb_writer:
+            wandb_writer.log({name: value}, iteration)
