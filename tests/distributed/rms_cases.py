@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import DistributedOptimizer
 
 from megatron_adams.megatron.update_rms import UpdateStats
 from tests.distributed import cases
@@ -20,7 +22,7 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
     """
     from megatron.training import training
 
-    from megatron_adams.megatron import training_log, update_rms
+    from megatron_adams.megatron import training_log
 
     held: dict[str, Any] = {"stats": [], "rms": [], "updates": [], "scalars": {}}
 
@@ -75,6 +77,9 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
             counts = not getattr(param, "shared", False) and (
                 getattr(param, "tensor_model_parallel", False) or part.tp_group.rank() == 0
             )
+            if not isinstance(part, DistributedOptimizer):
+                # Its dp ranks have the same params.
+                counts = counts and _dp_rank(param) == 0
             updates.append(
                 {"sum": update.square().sum().item(), "numel": update.numel(), "counts": counts}
             )
@@ -90,8 +95,13 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
         held |= cases.train(argv, base=base)
     finally:
         UpdateStats.of = of  # type: ignore[method-assign]
-    del update_rms
     return held
+
+
+def _dp_rank(param: Any) -> int:
+    if getattr(param, "allreduce", True):
+        return int(parallel_state.get_data_parallel_rank())
+    return int(parallel_state.get_expert_data_parallel_rank())
 
 
 def _whole_rms(chain: Any, parts: list[Any]) -> dict[str, torch.Tensor] | None:
@@ -104,7 +114,7 @@ def _whole_rms(chain: Any, parts: list[Any]) -> dict[str, torch.Tensor] | None:
         for name, param in chunk.named_parameters()
     }
     known = {}
-    for part in parts:
+    for number, part in enumerate(parts):
         params = part.get_parameters()
         model_params = {
             part.optimizer.param_groups[group]["params"][order]: model_param
@@ -114,6 +124,8 @@ def _whole_rms(chain: Any, parts: list[Any]) -> dict[str, torch.Tensor] | None:
         }
         rms, factors = part.optimizer.update_rms(), part.optimizer.update_factors()
         for i, param in enumerate(params):
-            name = names.get(model_params.get(param, param), str(i))
+            kind = "" if getattr(param, "allreduce", True) else "experts."
+            # Of other optimizers Megatron does not know the chunks.
+            name = names.get(model_params.get(param, param), f"{kind}{number}.{i}")
             known[name] = torch.stack((rms[i], factors[i]))
     return known
