@@ -50,13 +50,14 @@ OTHER = "temporaries"
 # tables are not.
 LARGEST_SCALAR = 1024
 NORM, CLIP, UPDATE, COPY, ELSEWHERE = "norm", "clip", "update", "copy", "elsewhere"
+RMS = "update RMS"
 
 
 class Pass(NamedTuple):
     """One pass over memory, as the code has it.
 
     Attributes:
-        kind: NORM, CLIP, UPDATE or COPY.
+        kind: NORM, CLIP, RMS, UPDATE or COPY.
         function: who makes it.
         read, written: bytes a parameter, by tensor.
     """
@@ -103,6 +104,13 @@ ADAMS = (
         {MAIN_GRAD: 4, **_ADAMS_TENSORS},
         {**_ADAMS_TENSORS, MODEL_PARAM: 2},
     ),
+)
+
+# With --adams-max-update-rms or --adams-match-rms.
+GUARDED_ADAMS = (
+    _NORM,
+    Pass(RMS, "AdamS.step (adams_rms)", {MAIN_GRAD: 4, "exp_avg": 4}, {}),
+    ADAMS[1],
 )
 
 
@@ -165,9 +173,17 @@ class TrafficCounter(TorchDispatchMode):
                 self._add(tensor.data_ptr(), _num_bytes(tensor), is_write=True)
         return result
 
-    def add_launch(self, table: Any) -> None:
-        """Count a launch of AdamS's kernel for the tensors that a `PointerTable` lists."""
+    def add_launch(self, table: Any, *, only_count: bool) -> None:
+        """Count a launch of AdamS's kernel for the tensors that a `PointerTable` lists.
+
+        Args:
+            only_count: of adams_rms, which reads gradients and exp_avg and writes no such tensor
+                (tests/kernels/test_guards.py).
+        """
         read, written = traffic(table.mode)
+        if only_count:
+            read = {**read, "params": 0, "main_params": 0}
+            written = dict.fromkeys(written, 0)
         sizes, _, *pointers = table.rows[:6].tolist()
         columns = ("grads", "params", "exp_avgs", "main_params")
         for column, addresses in zip(columns, pointers, strict=True):
@@ -301,10 +317,11 @@ def _counted(chain: Any, step: Callable[[], Any], megatron_optimizer: Any) -> tu
     counter = TrafficCounter(regions)
     launch = host.launch
 
-    def counted_launch(table: Any, scalars: Any) -> None:
-        counter.add_launch(table)
+    def counted_launch(table: Any, scalars: Any, *, only_count: bool) -> None:
+        with counter.in_pass(RMS if only_count else counter.kind):
+            counter.add_launch(table, only_count=only_count)
         # Its own handling of the table and the scalars is no traffic of tensors.
-        launch(table, scalars)
+        launch(table, scalars, only_count=only_count)
 
     with _replaced(
         (megatron_optimizer, "get_grad_norm_fp32", NORM),

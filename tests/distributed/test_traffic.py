@@ -19,6 +19,27 @@ def test_bf16_step_moves_22_bytes_a_parameter_and_the_norm_4(cluster):
     assert counted["params_are_unread"] and counted["grads_are_unwritten"]
 
 
+CASE = "tests.distributed.traffic_cases:count"
+
+
+def test_logging_the_update_rms_moves_no_byte_more(cluster):
+    (plain,) = cluster.run(CASE, optimizer="adams").results
+    (logged,) = cluster.run(CASE, optimizer="adams", more_flags="--log-interval 1").results
+    assert logged["bytes"] == plain["bytes"]
+
+
+def test_a_cap_or_a_target_reads_gradients_and_exp_avg_once_more(cluster):
+    (plain,) = cluster.run(CASE, optimizer="adams").results
+    for flags in ("--adams-max-update-rms 0.1", "--adams-match-rms 0.2"):
+        (counted,) = cluster.run(CASE, optimizer="adams", more_flags=flags).results
+        assert counted["bytes"] == plain["bytes"] | {
+            ("update RMS", "main_grad", READ): 4,
+            ("update RMS", "exp_avg", READ): 4,
+        }
+        assert counted["total"] == counted["derived_of_guarded"] == 30
+        assert counted["params_are_unread"] and counted["grads_are_unwritten"]
+
+
 def test_counter_sees_the_passes_of_stock_megatron(cluster):
     (counted,) = cluster.run("tests.distributed.traffic_cases:count", optimizer="adam").results
     moved = {

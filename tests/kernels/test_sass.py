@@ -40,6 +40,43 @@ def test_nothing_is_spilled_and_registers_are_few(cubins, arch):
                 assert registers <= MAX_REGISTERS_WITHOUT_BYTES, (mode.name, entry_point, registers)
 
 
+GUARDED_THIRD = tuple(mode._replace(is_guarded=True) for mode in THIRD)
+GUARDED = {
+    "sm_80": GUARDED_THIRD[::3],
+    "sm_90": GUARDED_THIRD,
+    "sm_100": GUARDED_THIRD[::3],
+}
+
+
+@pytest.fixture(scope="module")
+def guarded_cubins(_own_cache):
+    return {arch: sass.compile_all(modes, arch) for arch, modes in GUARDED.items()}
+
+
+@pytest.mark.parametrize("arch", GUARDED)
+@pytest.mark.timeout(600)
+def test_kernels_that_count_and_scale_spill_nothing(guarded_cubins, arch):
+    for mode, image in guarded_cubins[arch].items():
+        used = sass.resources(image)
+        assert used.keys() == {*mode.entry_points, *mode.count_entry_points}, mode.name
+        for entry_point, (registers, stack, local) in used.items():
+            assert (stack, local) == (0, 0), (mode.name, entry_point)
+            limit = MAX_REGISTERS if _has_byte(mode) else MAX_REGISTERS_WITHOUT_BYTES
+            assert registers <= limit, (mode.name, entry_point, registers)
+
+
+@pytest.mark.timeout(600)
+def test_counting_loads_128_bits_at_a_time_and_stores_no_tensor(guarded_cubins):
+    for mode in GUARDED["sm_90"][::2]:
+        found = sass.instructions(guarded_cubins["sm_90"][mode], "adams_rms")
+        names = [(name.split("."), count) for name, count in found.items()]
+        wide = sum(count for name, count in names if name[0] == "LDG" and "128" in name)
+        # Those of an update; but master weights only where L2 decay is asked for.
+        assert wide >= sass.expected_accesses(mode, "adams_rms").loads, mode.name
+        assert not {name[0] for name, _ in names} & {"LD", "ST", "LDL", "STL", "STG"}, mode.name
+        assert any("64" in name for name, _ in names if name[0] in ("REDG", "RED", "ATOMG"))
+
+
 def _has_byte(mode):
     return any(dtype in ("e4m3", "e5m2") for dtype in mode)
 
