@@ -1,6 +1,7 @@
 """The optimizer configuration of adams, and the wrappers of Megatron's reports, by themselves."""
 
 import argparse
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,10 +32,40 @@ def test_config_has_adams_beta2_and_name() -> None:
 def test_from_config_keeps_every_field() -> None:
     plain = OptimizerConfig(optimizer="adams", lr=3e-4, adam_beta2=0.9, clip_grad=0.5, bf16=True)
     config = AdamSOptimizerConfig.from_config(
-        plain, adams_bias_correction=True, adams_kernel="host"
+        plain, adams_bias_correction=True, adams_kernel="host", adams_match_rms=0.2
     )
-    own = {"adams_bias_correction": True, "adams_from_adam": False, "adams_kernel": "host"}
+    own = {
+        "adams_bias_correction": True,
+        "adams_from_adam": False,
+        "adams_kernel": "host",
+        "adams_max_update_rms": None,
+        "adams_match_rms": 0.2,
+    }
     assert {**vars(plain), **own} == vars(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"adams_max_update_rms": 0.0},
+            "--adams-max-update-rms 0.0 with --optimizer adams: max",
+        ),
+        (
+            {"adams_match_rms": -0.2},
+            "--adams-match-rms -0.2 with --optimizer adams: match",
+        ),
+        (
+            {"adams_match_rms": 0.2, "adams_max_update_rms": 1.0},
+            "--adams-max-update-rms 1.0 --adams-match-rms 0.2 with --optimizer adams",
+        ),
+    ],
+)
+def test_bounds_of_the_update_rms_that_are_none_are_refused(
+    fields: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AdamSOptimizerConfig(lr=1e-3, **fields)  # type: ignore[arg-type]
 
 
 def test_config_is_printed_as_adams_while_stated_as_adam() -> None:
