@@ -532,8 +532,8 @@ class AdamS(Optimizer):
 
     def _guards_of_step(self) -> UpdateGuards | None:
         """The guards, with nothing counted, or None where a step neither counts nor scales."""
-        self._is_counted = self._is_guarded or self.wants_update_rms
-        if not self._is_counted:
+        self._is_counted = False
+        if not self._is_guarded and not self.wants_update_rms:
             return None
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         known = self._guards
@@ -549,6 +549,7 @@ class AdamS(Optimizer):
             # Their tables have the addresses of those before.
             self._plans = {k: plan for k, plan in self._plans.items() if k[1] is _Pass.UPDATE}
         known.clear()
+        self._is_counted = True
         return known
 
     def _advance(

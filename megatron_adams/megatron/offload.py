@@ -6,7 +6,7 @@ updates there as it would have updated the param, with the CPU's kernel, so that
 no bit. Built by optimizer.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -60,8 +60,6 @@ class HybridAdamS(HybridDeviceOptimizer):
         # Has the groups, loads and saves them, and never any state.
         self._groups_owner = adams
         self.wants_update_rms = False
-        self.whole_numels: dict[Tensor, int] = {}
-        self.reduce_update_sums: Callable[[Tensor], None] | None = None
         self.use_decoupled_grad = adams.use_decoupled_grad
         self.store_param_remainders = adams.store_param_remainders
         cpu_kernel, gpu_kernel = sub_kernels(config.adams_kernel)

@@ -89,7 +89,8 @@ def adopt(optimizer: ChainedOptimizer, config: AdamSOptimizerConfig) -> "AdamSCh
                 part.optimizer.register_load_state_dict_pre_hook(take_from_adam)
             if isinstance(part, AdamSDistributedOptimizer):
                 part.prepare_step()
-            connect(part)
+            if isinstance(part.optimizer, AdamS):
+                connect(part)
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
             part.optimizer.compile_kernels(decoupled)
     optimizer.__class__ = AdamSChainedOptimizer
