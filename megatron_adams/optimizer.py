@@ -55,9 +55,6 @@ _UNSUPPORTED = {
     "amsgrad": _Unsupported(
         False, "AdamS keeps no second moment whose maximum it could take", "leave it out"
     ),
-    "capturable": _Unsupported(
-        False, "AdamS does not run inside a CUDA graph", "step outside the graph"
-    ),
     "exp_avg_sq_dtype": _Unsupported(torch.float32, "AdamS has no exp_avg_sq", "leave it out"),
     "set_grad_none": _Unsupported(
         None, "AdamS takes it at zero_grad", "call zero_grad(set_to_none=...)"
@@ -137,6 +134,14 @@ class AdamS(Optimizer):
     `step()` calls since the group was added. It is the t of the bias correction, also for a param
     whose first gradient comes late: such a param starts with the small step of the paper's form.
 
+    CUDA graphs: with `capturable`, `group["lr"]` and `group["step"]` are tensors with one element
+    on the params' device, fp64 and int64, that keep their place, also in `load_state_dict`; a
+    captured `step` counts on, and reads the rate that `group["lr"].fill_(...)` has set. All else
+    is what it was at the capture: other hyperparameters, a `grad_scale` that is a number, and
+    where the tensors are. So take one step before the capture, with the gradients where they are
+    to stay. `state_dict` has plain numbers, and loads with and without `capturable`. The bits are
+    those of a step without it (fp64 params with bias correction: to an ulp of the correction).
+
     Args:
         params: parameters, named parameters, or group dicts, as torch's optimizers take them;
             fp32, bf16, fp16 or fp64. Without master weights, small updates of bf16 and fp16
@@ -154,15 +159,17 @@ class AdamS(Optimizer):
         adam_w_mode: decoupled weight decay.
         kernel: which implementation of `megatron_adams.kernels` runs: "auto", the one of the
             params' device; or "cuda", "host", "foreach".
+        capturable: `step` can be captured into a CUDA graph, see above; each group's params lie on
+            one device, and none is quantized.
         max_update_rms: cap. Where the RMS of a param's update, before lr and weight decay, is
             larger, the update is scaled down to it. None: no cap.
         match_update_rms: every param's update is scaled to this RMS. At most one of the two is
             given; each costs a pass that reads gradient and exp_avg (8 bytes a param in fp32; with
             L2 decay the master weights, too) before the step's own. Of a param that is sharded, the
             owner gives `reduce_update_sums` and `whole_numels`.
-        amsgrad, capturable, master_weights, master_weight_dtype, exp_avg_dtype, exp_avg_sq_dtype,
-        use_decoupled_grad, store_param_remainders, set_grad_none: FusedAdam's; at their defaults
-        only.
+        master_weights, master_weight_dtype, exp_avg_dtype, use_decoupled_grad,
+        store_param_remainders: FusedAdam's.
+        amsgrad, exp_avg_sq_dtype, set_grad_none: FusedAdam's; at their defaults only.
 
     Attributes:
         model_params: main param -> the model's bf16 or fp16 copy of it, of the same shape; `step`
@@ -179,6 +186,7 @@ class AdamS(Optimizer):
         master_weights, master_weight_dtype, store_param_remainders, exp_avg_dtype,
         use_decoupled_grad: as given. The first and the last are read at each step, and may be
             set as long as there is no state, as Megatron-FSDP does.
+        capturable: as given.
 
     Raises:
         ValueError: a hyperparameter outside its range, an argument that is not supported, or a
@@ -215,7 +223,6 @@ class AdamS(Optimizer):
         _refuse_unsupported(
             {
                 "amsgrad": amsgrad,
-                "capturable": capturable,
                 "exp_avg_sq_dtype": exp_avg_sq_dtype,
                 "set_grad_none": set_grad_none,
             }
@@ -243,6 +250,7 @@ class AdamS(Optimizer):
         if kernel not in ("auto", *BACKENDS):
             raise ValueError(f"kernel={kernel!r}: must be one of {('auto', *BACKENDS)}")
         self.kernel = kernel
+        self.capturable = capturable
         check_guards(max_update_rms, match_update_rms)
         self.max_update_rms = max_update_rms
         self.match_update_rms = match_update_rms
@@ -257,6 +265,7 @@ class AdamS(Optimizer):
         self._is_state_left_out = False
         # By the index of the group and what is launched.
         self._plans: dict[tuple[int, _Pass], _Plan] = {}
+        self._used_by_graphs: list[object] = []
         super().__init__(params, defaults)
 
     @classmethod
@@ -281,7 +290,9 @@ class AdamS(Optimizer):
             for name in HYPERPARAMETERS:
                 group.setdefault(name, optimizer.defaults[name])
             group.setdefault("step", 0)
-            _check_group(group)
+            _check_group(group, capturable=optimizer.capturable)
+            if optimizer.capturable:
+                optimizer._move_numbers_to_device(group)
         params = [id(param) for group in optimizer.param_groups for param in group["params"]]
         if len(params) != len(set(params)):
             raise ValueError(
@@ -299,23 +310,51 @@ class AdamS(Optimizer):
         super().add_param_group(param_group)
         param_group.setdefault("step", 0)
         try:
-            _check_group(param_group)
+            _check_group(param_group, capturable=self.capturable)
+            if self.capturable:
+                self._move_numbers_to_device(param_group)
         except ValueError:
             self.param_groups.pop()
             raise
 
+    def _move_numbers_to_device(self, group: dict[str, Any]) -> None:
+        """Make a group's lr and step what a CUDA graph finds again: tensors on its device.
+
+        Raises:
+            ValueError: lr is a tensor on another device.
+        """
+        params = chain(group["params"], *(other["params"] for other in self.param_groups))
+        if (param := next(params, None)) is not None:
+            device = param.device
+        else:
+            # A dp rank that owns no parameter counts on the device as the others do.
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            device = torch.empty(0, device=device).device
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device != device:
+            raise ValueError(
+                f"lr is a tensor on {lr.device} with capturable=True: must be on {device}, where "
+                "the parameters are; give it as a number, or move it"
+            )
+        # Not fp32: a scheduler's rate is in a checkpoint what it is without a graph.
+        if not isinstance(lr, Tensor):
+            group["lr"] = torch.tensor(float(lr), dtype=torch.float64, device=device)
+        group["step"] = torch.tensor(int(group["step"]), dtype=torch.int64, device=device)
+
     def __getstate__(self) -> dict[str, Any]:
         # torch's has the state and the groups alone.
-        names = ("kernel", "model_params", "whole_numels", "_scales", *_STORAGE, *_GUARDS)
+        names = ("kernel", "capturable", "model_params", "whole_numels", "_scales")
+        own = {name: getattr(self, name) for name in (*names, *_STORAGE, *_GUARDS)}
         fresh = {
             "_is_state_left_out": False,
             "_plans": {},
+            "_used_by_graphs": [],
             "_guards": None,
             "_is_counted": False,
             # Of the processes that this one belongs to.
             "reduce_update_sums": None,
         }
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, **fresh}
+        return {**super().__getstate__(), **own, **fresh}
 
     def compile_kernels(self, grad_dtype: torch.dtype | None = None) -> None:
         """Compile, before the first step, what it needs.
@@ -441,15 +480,20 @@ class AdamS(Optimizer):
             grad_scale: what the gradients are multiplied by, in fp32: the inverse of a loss scale,
                 a clip coefficient, or their product. A number or a one-element tensor.
             found_inf: one fp32 element on the params' device; where it is not 0 no tensor is
-                written. Nobody waits for it, so group["step"] counts this step too.
+                written. Nobody waits for it, so group["step"] counts this step too. The foreach
+                backend does wait for it: not in a CUDA graph.
 
         Returns:
             The closure's loss, or None.
 
         Raises:
-            ValueError: a gradient is sparse or complex, or an update RMS is asked for of params
-                that are sharded by DTensor; nothing is updated then.
+            ValueError: a gradient is sparse or complex, an update RMS is asked for of params that
+                are sharded by DTensor, a CUDA graph is being captured without `capturable`, or with
+                it lr is no longer a tensor beside the params; nothing is updated then.
+            RuntimeError: gradients or state have moved since the last step, and a CUDA graph is
+                being captured.
         """
+        self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -471,6 +515,14 @@ class AdamS(Optimizer):
             self._launch(_Pass.UPDATE_AND_COUNT, signatures, scalars)
         else:
             self._launch(_Pass.UPDATE, signatures, scalars)
+        if _is_capturing():
+            # A later step outside the graph may make new ones; the graph goes on with these.
+            self._used_by_graphs.append(guards)
+            self._used_by_graphs += [
+                (table.rows, table.amax)
+                for plan in self._plans.values()
+                for table in plan.tables.values()
+            ]
         return loss
 
     def update_rms(self) -> Tensor:
@@ -594,6 +646,29 @@ class AdamS(Optimizer):
                 run(batch, scalars[index], backend, table, only_count=only_count)
                 if backend == "foreach":
                     plan.signature = None
+
+    def _check_capture(self) -> None:
+        """Refuse a capture that would repeat one step's numbers for ever."""
+        if not self.capturable:
+            if _is_capturing():
+                raise ValueError(
+                    "AdamS with capturable=False inside a CUDA graph, which would repeat this "
+                    "step's learning rate and count: must be True; build it so, or step outside "
+                    "the graph"
+                )
+            return
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                raise ValueError(
+                    f"lr={group['lr']} with capturable=True: must stay the tensor that it was, "
+                    "which a CUDA graph reads; set it by group['lr'].fill_(...)"
+                )
+            if group["params"] and group["lr"].device != group["params"][0].device:
+                raise ValueError(
+                    f"lr on {group['lr'].device} with capturable=True: must be on "
+                    f"{group['params'][0].device}, where the parameters are; build AdamS after the "
+                    "model was moved"
+                )
 
     def _signature(self, group: Mapping[str, Any]) -> list[object] | None:
         """Return where a group's tensors are: while it stays the same, so do the tables of them.
@@ -735,6 +810,9 @@ class AdamS(Optimizer):
             ids = chain.from_iterable(group["params"] for group in outgoing["param_groups"])
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             param_of = dict(zip(ids, params, strict=True))
+            if self.capturable:
+                for group in outgoing["param_groups"]:
+                    group.update(lr=float(group["lr"]), step=int(group["step"]))
             saved = {} if self._is_state_left_out else outgoing["state"]
             outgoing["state"] = {
                 index: {name: self.get_unscaled_state(param_of[index], name) for name in state}
@@ -760,12 +838,17 @@ class AdamS(Optimizer):
         """
         states: dict[Tensor, dict[str, Tensor]] = {}
         state_now = dict(self.state)
+        numbers_now = [(group["lr"], group["step"]) for group in self.param_groups]
 
         def take_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             states.update(self._read_state(incoming))
             return {**incoming, "state": {}, "param_groups": self._read_groups(incoming)}
 
         def put_state(_: Optimizer) -> None:
+            if self.capturable:
+                # Where a graph that was captured before looks for them.
+                for group, (lr, step) in zip(self.param_groups, numbers_now, strict=True):
+                    group.update(lr=lr.fill_(group["lr"]), step=step.fill_(group["step"]))
             if self._is_state_left_out:
                 self.state.update(state_now)
                 return
@@ -840,8 +923,18 @@ class AdamS(Optimizer):
                 group["step"] = max(state_steps, default=0)
             group["step"] = int(group["step"])
             _check_hyperparameters(group)
+            # TransformerEngine's FusedAdam saves a tensor with capturable=True.
+            if isinstance(group["lr"], Tensor) and (
+                self.capturable or not isinstance(current["lr"], Tensor)
+            ):
+                group["lr"] = group["lr"].item()
             groups.append(group)
         return groups
+
+
+def _is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_guards(max_update_rms: float | None, match_update_rms: float | None) -> None:
@@ -948,15 +1041,35 @@ def _written_by_another(evidence: str) -> ValueError:
     )
 
 
-def _check_group(group: Mapping[str, Any]) -> None:
+def _check_group(group: Mapping[str, Any], *, capturable: bool) -> None:
     _refuse_unsupported(group)
-    if own := sorted(set(_STORAGE) & group.keys()):
+    own = sorted(set(_STORAGE) & group.keys())
+    # torch's Adam has it in each group.
+    if group.get("capturable", capturable) != capturable:
+        own.append("capturable")
+    if own:
         raise ValueError(
             f"{own[0]} in a param group: is one for all groups; give it to AdamS itself"
         )
     _check_hyperparameters(group)
     for param in group["params"]:
         _check_tensor("parameter", param)
+    if capturable:
+        _check_capturable(group["params"])
+
+
+def _check_capturable(params: Iterable[Tensor]) -> None:
+    devices = {param.device for param in params}
+    if len(devices) > 1:
+        raise ValueError(
+            f"capturable=True with parameters of one group on {sorted(map(str, devices))}: must "
+            "be on one device, as the group's lr is; give each device a group of its own"
+        )
+    if any(map(is_quantized, params)):
+        raise ValueError(
+            "capturable=True with quantized parameters: must be floating ones, as with FusedAdam; "
+            "step outside the CUDA graph"
+        )
 
 
 def _check_hyperparameters(group: Mapping[str, Any]) -> None:

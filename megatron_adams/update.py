@@ -7,6 +7,7 @@ is the one of the authors' released code.
 """
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -192,8 +193,16 @@ def exp_avg_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def bias_correction_factor(beta1: float, step: int) -> float:
-    """Return 1 / (1 - beta1^step), in double.
+@overload
+def bias_correction_factor(beta1: float, step: int) -> float: ...
+
+
+@overload
+def bias_correction_factor(beta1: float, step: Tensor) -> Tensor: ...
+
+
+def bias_correction_factor(beta1: float, step: int | Tensor) -> float | Tensor:
+    """Return 1 / (1 - beta1^step), in double; of an fp64 tensor, as a tensor beside it.
 
     A factor and not a divisor: torch on CUDA divides by a scalar through its reciprocal, on the
     CPU it does not.

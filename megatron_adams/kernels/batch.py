@@ -254,10 +254,17 @@ class Scalars:
         return _DECOUPLED if self.decoupled_weight_decay else _L2
 
 
-def correction_of(bias_correction: bool | Tensor, beta1: float, step: int) -> float | Tensor:
-    """Return what exp_avg is multiplied by, as `multi_tensor_adams` is told it."""
+def correction_of(
+    bias_correction: bool | Tensor, beta1: float, step: int | Tensor
+) -> float | Tensor:
+    """Return what exp_avg is multiplied by, as `multi_tensor_adams` is told it.
+
+    Of a step that is a tensor it is computed in double, on its device, and nobody waits for it.
+    """
     if isinstance(bias_correction, Tensor):
         return bias_correction
+    if isinstance(step, Tensor):
+        return bias_correction_factor(beta1, step.double()) if bias_correction else 1.0
     return bias_correction_factor(beta1, step) if bias_correction else 1.0
 
 

@@ -361,7 +361,6 @@ def test_zero_gradients_at_the_smallest_eps_give_no_nan():
     ("name", "value"),
     [
         ("amsgrad", True),
-        ("capturable", True),
         ("exp_avg_sq_dtype", torch.float16),
         ("set_grad_none", True),
     ],
