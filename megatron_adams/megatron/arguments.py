@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.core.optimizer import OptimizerConfig
 
+from megatron_adams.megatron import cuda_graph
 from megatron_adams.megatron.config import (
     ADAMS,
     DEFAULT_BETA2,
@@ -181,6 +182,7 @@ def wrap_print_args(original: Callable[..., Any]) -> Callable[..., Any]:
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse, before any work, what Megatron's configuration of the optimizer does not show."""
     check_config(args)
+    cuda_graph.check_arguments(args)
     if args.adams_from_adam:
         _check_from_adam(args)
     if args.adams_no_param_remainders and not (

@@ -12,15 +12,12 @@ import torch
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_adams.kernels import BACKENDS
+from megatron_adams.megatron import cuda_graph
 from megatron_adams.optimizer import AdamS, check_guards
 
 ADAMS = "adams"
 KERNELS = ("auto", *BACKENDS)
 DEFAULT_BETA2 = 0.95
-
-_NOT_SUPPORTED = {
-    "optimizer_cuda_graph": "--optimizer-cuda-graph",
-}
 
 # As Megatron's command line names them; fp8 is e4m3, which Megatron (0.19) writes as uint8.
 _DTYPE_NAMES = {
@@ -110,15 +107,10 @@ def check_config(config: Any) -> None:
     Raises:
         ValueError: an unsupported flag is set, or a hyperparameter is out of range.
     """
-    for name, flag in _NOT_SUPPORTED.items():
-        if getattr(config, name):
-            raise ValueError(
-                f"{flag} with --optimizer {ADAMS}: not supported; remove the flag "
-                f"(the optimizer then keeps fp32 exp_avg and main params on the GPU)"
-            )
     _check_precision(config)
     _check_offload(config)
     _check_guards(config)
+    cuda_graph.check_config(config)
     AdamS.from_param_groups(
         [],
         betas=(config.adam_beta1, config.adam_beta2),
@@ -254,7 +246,7 @@ def built_as_adam(config: "AdamSOptimizerConfig") -> Iterator[None]:
     The arguments that it would give to TransformerEngine's FusedAdam, or to the optimizer that
     offloads, are given to AdamS.
     """
-    names = ("use_precision_aware_optimizer", "optimizer_cpu_offload")
+    names = ("use_precision_aware_optimizer", "optimizer_cpu_offload", "optimizer_cuda_graph")
     stated = {name: getattr(config, name) for name in names}
     config.__dict__.update(dict.fromkeys(names, False))
     try:

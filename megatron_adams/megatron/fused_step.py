@@ -20,6 +20,7 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from torch import Tensor
 
+from megatron_adams.megatron import cuda_graph
 from megatron_adams.optimizer import fp8_memory
 
 _NOT_DISTRIBUTED = "the optimizer is not a distributed one"
@@ -146,15 +147,46 @@ class FusedStepOptimizer(DistributedOptimizer):
 
 
 class FusedStepChain(ChainedOptimizer):
-    """Megatron's ChainedOptimizer (0.19), which leaves the gradients as they are where it can."""
+    """Megatron's ChainedOptimizer (0.19), which leaves the gradients as they are where it can.
+
+    It gets its class by assignment, like the parts.
+    """
+
+    # With --optimizer-cuda-graph.
+    _captured: cuda_graph.Captured | None = None
+
+    def prepare_cuda_graph(self) -> None:
+        """Make the step one that can be captured.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        cuda_graph.check_chain(self)
+        self._captured = cuda_graph.Captured()
+        for part in self.chained_optimizers:
+            if not part.is_stub_optimizer:
+                part.optimizer.register_step_pre_hook(cuda_graph.GradKeeper())
 
     @torch.no_grad()
     def step(self) -> Any:
         """As upstream, with the functions that are wrapped below."""
-        if why_gradients_are_scaled(self) is not None:
-            return super().step()
-        with _deferred(self.chained_optimizers):
-            return super().step()
+        if self._captured is not None:
+            self._captured.note(self.param_groups)
+        with cuda_graph.norm_on_device(self._captured is not None):
+            if why_gradients_are_scaled(self) is not None:
+                return super().step()
+            with _deferred(self.chained_optimizers):
+                return super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As upstream: the begin of an iteration, also of one that will replay a CUDA graph."""
+        if self._captured is not None:
+            self._captured.check(self.param_groups)
+        super().zero_grad(set_to_none)
+
+    def _synchronize_steps(self) -> Any:
+        """As upstream, but for counts on the device, which each group has: they are equal."""
+        return None if self._captured is not None else super()._synchronize_steps()
 
 
 def why_gradients_are_scaled(chain: ChainedOptimizer) -> str | None:
@@ -204,7 +236,8 @@ def wrap_get_grad_norm_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
     """Give the norm of unscaled gradients where a step has left them scaled."""
 
     def get_grad_norm_fp32(*args: Any, **kwargs: Any) -> float | Tensor:
-        norm: float | Tensor = original(*args, **kwargs)
+        compute = cuda_graph.grad_norm if cuda_graph.norm_stays() else original
+        norm: float | Tensor = compute(*args, **kwargs)
         deferral = _deferral.get()
         if deferral is None or deferral.inv_scale == 1:
             return norm
@@ -238,7 +271,8 @@ def wrap_clip_grad_by_total_norm_fp32(original: Callable[..., Any]) -> Callable[
     ) -> None:
         part = _deferring_part(parameters)
         if part is None:
-            original(parameters, max_norm, total_norm, *rest, **kwargs)
+            clip = cuda_graph.clip if cuda_graph.norm_stays() else original
+            clip(parameters, max_norm, total_norm, *rest, **kwargs)
             return
         # As upstream, up to the multiplication.
         clip_coeff = max_norm / (total_norm + 1.0e-6)

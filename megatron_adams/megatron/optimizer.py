@@ -22,6 +22,7 @@ from megatron_adams.checkpoint import (
     shifted,
     state_dict_from_adam,
 )
+from megatron_adams.megatron import cuda_graph
 from megatron_adams.megatron.config import (
     ADAMS,
     AdamSOptimizerConfig,
@@ -62,6 +63,7 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
                 f"use_distributed_optimizer"
             )
         refuse_quantized(config, model_chunks[0].ddp_config)
+        cuda_graph.check_model(config, model_chunks[0].ddp_config)
         with built_as_adam(config):
             optimizer = original(config, model_chunks, *args, **kwargs)
         return adopt(optimizer, config)
@@ -94,6 +96,8 @@ def adopt(optimizer: ChainedOptimizer, config: AdamSOptimizerConfig) -> "AdamSCh
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
             part.optimizer.compile_kernels(decoupled)
     optimizer.__class__ = AdamSChainedOptimizer
+    if config.optimizer_cuda_graph:
+        optimizer.prepare_cuda_graph()
     log_single_rank(
         logger, logging.INFO, f"{ADAMS}: {_describe_state(optimizer)}; {describe(optimizer)}"
     )
@@ -143,6 +147,7 @@ def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> Ad
         kernel=config.adams_kernel,
         max_update_rms=config.adams_max_update_rms,
         match_update_rms=config.adams_match_rms,
+        capturable=config.optimizer_cuda_graph,
         **_storage(config),
     )
     return HybridAdamS(adams, config, _storage(config)) if config.optimizer_cpu_offload else adams

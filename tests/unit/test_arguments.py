@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_adams.megatron import AdamSOptimizerConfig
+from megatron_adams.megatron import AdamSOptimizerConfig, cuda_graph
 from megatron_adams.megatron.arguments import (
     wrap_compute_weight_and_optimizer_memory,
     wrap_print_args,
@@ -84,11 +85,52 @@ def test_config_is_adams_again_where_megatron_raises() -> None:
     assert config.optimizer == "adams"
 
 
-@pytest.mark.parametrize("flag", ["optimizer_cuda_graph"])
-def test_config_refuses_what_is_not_supported(flag: str) -> None:
-    name = f"--{flag.replace('_', '-')} with --optimizer adams: not supported"
-    with pytest.raises(ValueError, match=name):
-        AdamSOptimizerConfig(lr=1e-3, **{flag: True})
+@pytest.mark.parametrize(
+    ("values", "given"),
+    [
+        ({"fp16": True}, "--fp16"),
+        ({"bf16": True, "loss_scale": 128.0}, r"--loss-scale 128\.0"),
+        ({"log_num_zeros_in_grad": True}, "--log-num-zeros-in-grad"),
+        (
+            {
+                "optimizer_cpu_offload": True,
+                "optimizer_offload_fraction": 1.0,
+                "use_precision_aware_optimizer": True,
+                "use_distributed_optimizer": True,
+            },
+            "--optimizer-cpu-offload",
+        ),
+        (
+            {"overlap_param_gather_with_optimizer_step": True},
+            "--overlap-param-gather-with-optimizer-step",
+        ),
+    ],
+)
+def test_config_refuses_what_a_cuda_graph_cannot_hold(values: dict[str, Any], given: str) -> None:
+    with pytest.raises(ValueError, match=f"^{given} with --optimizer-cuda-graph: .*; .*remove"):
+        AdamSOptimizerConfig(lr=1e-3, optimizer_cuda_graph=True, **values)
+    AdamSOptimizerConfig(lr=1e-3, **values)
+    AdamSOptimizerConfig(lr=1e-3, optimizer_cuda_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "ddp_values", "given"),
+    [
+        ({}, {"fp8_param_gather": True}, "fp8_param_gather"),
+        ({}, {"fp4_param_gather": True}, "fp4_param_gather"),
+        ({}, {"use_megatron_fsdp": True}, "use_megatron_fsdp"),
+        ({"grad_norm_skip_threshold": 5.0}, {}, r"grad_norm_skip_threshold=5\.0"),
+    ],
+)
+def test_model_that_a_cuda_graph_cannot_hold_is_refused(
+    values: dict[str, Any], ddp_values: dict[str, Any], given: str
+) -> None:
+    ddp_config = DistributedDataParallelConfig()
+    vars(ddp_config).update(ddp_values)
+    config = AdamSOptimizerConfig(lr=1e-3, optimizer_cuda_graph=True, **values)
+    with pytest.raises(ValueError, match=f"^{given} with --optimizer-cuda-graph: .*; "):
+        cuda_graph.check_model(config, ddp_config)
+    cuda_graph.check_model(AdamSOptimizerConfig(lr=1e-3, **values), ddp_config)
 
 
 OFFLOAD = {
