@@ -167,12 +167,17 @@ class FusedStepChain(ChainedOptimizer):
             if not part.is_stub_optimizer:
                 part.optimizer.register_step_pre_hook(cuda_graph.GradKeeper())
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether the step is captured into a CUDA graph, sooner or later."""
+        return self._captured is not None
+
     @torch.no_grad()
     def step(self) -> Any:
         """As upstream, with the functions that are wrapped below."""
         if self._captured is not None:
             self._captured.note(self.param_groups)
-        with cuda_graph.norm_on_device(self._captured is not None):
+        with cuda_graph.norm_on_device(self.is_captured):
             if why_gradients_are_scaled(self) is not None:
                 return super().step()
             with _deferred(self.chained_optimizers):
@@ -186,7 +191,7 @@ class FusedStepChain(ChainedOptimizer):
 
     def _synchronize_steps(self) -> Any:
         """As upstream, but for counts on the device, which each group has: they are equal."""
-        return None if self._captured is not None else super()._synchronize_steps()
+        return None if self.is_captured else super()._synchronize_steps()
 
 
 def why_gradients_are_scaled(chain: ChainedOptimizer) -> str | None:

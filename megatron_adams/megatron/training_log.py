@@ -4,7 +4,8 @@ Wraps megatron.training.training's train_step, which has the step count it, and 
 comes after it. Used through `register()`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,22 +54,31 @@ def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
         is_first = _log.chain is not optimizer
         _log.chain, _log.iteration = optimizer, None
         is_logged = is_first or iteration % args.log_interval == 0
-        if not is_logged or not isinstance(optimizer, FusedStepChain):
+        if not isinstance(optimizer, FusedStepChain):
             return step()
-        inner = list(inner_optimizers(optimizer))
-        for adams in inner:
-            # A step that Megatron skips, for an inf in a gradient, would leave the last one's.
-            adams.forget_update_rms()
-            adams.wants_update_rms = True
-        try:
+        # A CUDA graph repeats the step that it captured: there every one counts.
+        with counted(optimizer, is_counted=is_logged or optimizer.is_captured):
             outcome = step()
-        finally:
-            for adams in inner:
-                adams.wants_update_rms = False
-        _log.iteration, _log.stats = iteration, UpdateStats.of(optimizer)
+        if is_logged:
+            _log.iteration, _log.stats = iteration, UpdateStats.of(optimizer)
         return outcome
 
     return train_step
+
+
+@contextmanager
+def counted(chain: FusedStepChain, *, is_counted: bool) -> Iterator[None]:
+    """Have the step inside count its updates, or not."""
+    for adams in inner_optimizers(chain):
+        adams.wants_update_rms = is_counted
+        if not chain.is_captured:
+            # A step that Megatron skips, for an inf in a gradient, would leave the last one's.
+            adams.forget_update_rms()
+    try:
+        yield
+    finally:
+        for adams in inner_optimizers(chain):
+            adams.wants_update_rms = False
 
 
 def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -95,6 +95,31 @@ def test_captured_step_gives_the_bits_of_the_step(cluster: Cluster, name: str) -
     assert len(set(norms)) == 7 - NUM_WARMUP_STEPS
 
 
+RMS = {
+    "logged": "",
+    "capped": "--adams-max-update-rms 0.6",
+    "matched": "--adams-match-rms 0.25 --adams-bias-correction",
+}
+
+
+@pytest.mark.parametrize("name", RMS)
+def test_update_rms_of_replays_is_logged_capped_and_matched(cluster: Cluster, name: str) -> None:
+    flags = f"{BASE} --bf16 --tensor-model-parallel-size 2 --log-interval 3 {RMS[name]}"
+    eager = cluster.run(TRAIN, 4, argv=flags)
+    captured = cluster.run(TRAIN, 4, argv=f"{flags} {GRAPH}")
+    assert_replayed(captured, NUM_WARMUP_STEPS, 7)
+    assert_same_bits(captured, eager)
+    mine, theirs = (
+        [line for line in run.logs[-1].splitlines() if "update RMS:" in line]
+        for run in (captured, eager)
+    )
+    # Of the first iteration, of the warm-up, and of a replay; the captured one is not logged.
+    assert mine == theirs and len(set(mine)) == 3
+    if name != "logged":
+        scaled = [int(line.split(" of ")[0].split()[-1]) for line in mine]
+        assert max(scaled) > 0
+
+
 def test_one_warmup_step_is_enough(cluster: Cluster) -> None:
     flags = f"{BASE} --bf16 --adams-bias-correction"
     captured = cluster.run(TRAIN, 2, argv=f"{flags} {GRAPH} --cuda-graph-warmup-steps 1")
