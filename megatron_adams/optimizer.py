@@ -410,6 +410,7 @@ class AdamS(Optimizer):
             if name == "master_param":
                 self.set_scaled_state(param, name, param)
 
+    @torch.no_grad()
     def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
         """Return the state of a param in full, whatever it is stored in.
 
@@ -422,7 +423,9 @@ class AdamS(Optimizer):
         if name == "master_param" and name not in self.state[param]:
             return param.detach()
         scale = self._scales.get(param, {}).get(name)
-        return read_stored(self.state[param][name], scale=scale, param=param.detach())
+        stored = self.state[param][name]
+        full = read_stored(_local(stored), scale=scale, param=_local(param.detach()))
+        return _distributed(full, stored)
 
     @torch.no_grad()
     def set_scaled_state(self, param: Tensor, name: str, state: Tensor) -> None:
@@ -439,13 +442,14 @@ class AdamS(Optimizer):
         if state.shape != param.shape:
             raise _wrong_shape(name, state, param)
         self.initialize_state(param)
+        param_part, state = _local(param), _local(state)
         if name == "master_param" and name not in self.state[param]:
-            param.copy_(state)
+            param_part.copy_(state)
             return
         if is_quantized(state):
             state = cast(Any, state).dequantize(dtype=torch.float32)
         scale = self._scales.get(param, {}).get(name)
-        write_stored_(self.state[param][name], state, scale=scale, param=param)
+        write_stored_(_local(self.state[param][name]), state, scale=scale, param=param_part)
 
     @overload
     def step(
@@ -673,12 +677,13 @@ class AdamS(Optimizer):
     def _signature(self, group: Mapping[str, Any]) -> list[object] | None:
         """Return where a group's tensors are: while it stays the same, so do the tables of them.
 
-        None: there are subclasses of Tensor, whose data is elsewhere.
+        None: there are subclasses of Tensor whose data is elsewhere, other than DTensors.
 
         Raises:
             ValueError: a gradient is sparse or complex.
         """
         signature: list[object] = []
+        is_plain = True
         for param in group["params"]:
             grad = self._grad(param)
             if grad is None:
@@ -686,9 +691,12 @@ class AdamS(Optimizer):
             _check_tensor("gradient", grad)
             self.initialize_state(param)
             exp_avg, main_param = self._stored(param)
+            grad, exp_avg = _local(grad), _local(exp_avg)
+            main_param = None if main_param is None else _local(main_param)
             if not type(grad) is type(exp_avg) is Tensor:
-                return None
-            memory, fp8_scaling = _memory(param)
+                is_plain = False
+                continue
+            memory, fp8_scaling = _memory(_local(param))
             scales = [*self._scales.get(param, {}).values(), *(fp8_scaling or ())]
             model_param = self.model_params.get(param) if self.model_params else None
             signature.append(
@@ -704,7 +712,7 @@ class AdamS(Optimizer):
                     0 if model_param is None else model_param.data_ptr(),
                 )
             )
-        return signature
+        return signature if is_plain else None
 
     def _batches(
         self, group: Mapping[str, Any], what: _Pass
@@ -994,6 +1002,27 @@ def _local(tensor: Tensor) -> Tensor:
     if module is not None and isinstance(tensor, module.DTensor):
         return cast(Tensor, tensor.to_local())
     return tensor
+
+
+def _distributed(local: Tensor, like: Tensor) -> Tensor:
+    """A DTensor of this rank's part, if `like` is one, of the same shape and placement."""
+    part = _local(like)
+    if part is like:
+        return local
+    if local is part:
+        return like
+    source = cast(Any, like)
+    return cast(
+        Tensor,
+        type(source).from_local(
+            local,
+            source.device_mesh,
+            source.placements,
+            run_check=False,
+            shape=source.shape,
+            stride=source.stride(),
+        ),
+    )
 
 
 def _wrong_shape(what: str, tensor: Tensor, param: Tensor) -> ValueError:
