@@ -578,6 +578,8 @@ _NEEDED_FLAGS = (
     ("--no-persist-layer-norm", None),
     ("--no-masked-softmax-fusion", None),
     ("--no-rope-fusion", None),
+    # Megatron-FSDP would have NCCL scale gradients while it sums them.
+    ("--no-gradient-reduce-div-fusion", None),
 )
 
 _LOCAL_LAYERS = "Megatron's local layers need TransformerEngine or Apex for it"
@@ -655,6 +657,9 @@ def rehearsal_flags(argv: Sequence[str]) -> list[str]:
             "Megatron tells its own sub-optimizers' params by their device, which is one here. "
             "Leave it out of the rehearsal."
         )
+    strategy = given.get("--data-parallel-sharding-strategy", ["no_shard"])
+    if {"--use-megatron-fsdp", "--save"} <= given.keys() and strategy[-1:] != ["no_shard"]:
+        _refuse_to_save_torch_adam(given.get("--optimizer", []))
     added: list[str] = []
     for flag, value in _NEEDED_FLAGS:
         if value is None and flag not in given:
@@ -662,6 +667,15 @@ def rehearsal_flags(argv: Sequence[str]) -> list[str]:
         elif value is not None and given.get(flag) != [value]:
             added += [flag, value]
     return added
+
+
+def _refuse_to_save_torch_adam(optimizer: Sequence[str]) -> None:
+    if optimizer[-1:] != ["adams"]:
+        raise RehearsalError(
+            "--save with --use-megatron-fsdp cannot be rehearsed on CPUs but with --optimizer "
+            "adams: torch's Adam has no state where a rank has no part of a param, and Megatron's "
+            "save waits for it forever. Leave --save out of the rehearsal."
+        )
 
 
 def _flags_with_values(argv: Sequence[str]) -> dict[str, list[str]]:

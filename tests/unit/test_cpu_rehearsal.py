@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 NEEDED = [
     *("--distributed-backend", "gloo", "--transformer-impl", "local"),
     *("--no-gradient-accumulation-fusion", "--no-persist-layer-norm"),
-    *("--no-masked-softmax-fusion", "--no-rope-fusion"),
+    *("--no-masked-softmax-fusion", "--no-rope-fusion", "--no-gradient-reduce-div-fusion"),
 ]
 
 PREAMBLE = """
@@ -318,6 +318,16 @@ def test_offload_is_rehearsed_with_adams_alone(optimizer: list[str]) -> None:
         rehearsal_flags(["--optimizer-cpu-offload", *optimizer])
     assert rehearsal_flags(["--optimizer-cpu-offload", "--optimizer", "adams"]) == NEEDED
     assert rehearsal_flags(["--optimizer=adams", "--optimizer-cpu-offload"]) == NEEDED
+
+
+@pytest.mark.parametrize("optimizer", [[], ["--optimizer", "adam"]])
+def test_sharded_fsdp_is_saved_in_a_rehearsal_with_adams_alone(optimizer: list[str]) -> None:
+    sharded = ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim"]
+    with pytest.raises(RehearsalError, match=r"^--save with --use-megatron-fsdp cannot be rehears"):
+        rehearsal_flags([*sharded, "--save", "here", *optimizer])
+    assert rehearsal_flags([*sharded, *optimizer]) == NEEDED
+    assert rehearsal_flags([*sharded, "--save", "here", "--optimizer", "adams"]) == NEEDED
+    assert rehearsal_flags(["--use-megatron-fsdp", "--save", "here", *optimizer]) == NEEDED
 
 
 def test_all_refused_flags_are_named_at_once() -> None:
