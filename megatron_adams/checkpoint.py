@@ -42,6 +42,8 @@ _OF_ADAMS = "adam_w_mode"
 _COPIED_AT_ONCE = 2**24
 # Where Megatron before 0.19 has what is in common_state since, in the format torch_dist.
 _COMMON_FILE = "common.pt"
+# The key of Megatron's arguments in the format fsdp_dtensor.
+_FSDP_ARGUMENTS = "args"
 # Objects with an optimizer's param groups, or (dp_zero_gather_scatter) with all its tensors.
 _OPTIMIZER_OBJECTS = (".optimizer/", ".param_state/")
 # With the name of the param behind it: its main param, in the format fully_reshardable.
@@ -109,6 +111,14 @@ def state_dict_from_adam(
     return converted
 
 
+def continued_from_adam(num_restored: int, num_params: int, step: int) -> str:
+    """The line of the log that says what a run has taken from Adam."""
+    return (
+        f"adams: goes on from Adam's step {step}: momentum and main params of {num_restored} of "
+        f"{num_params} parameters of this rank restored, exp_avg_sq dropped"
+    )
+
+
 def _without_adam(tree: Any, *, adam_w_mode: bool | None = None) -> Any:
     """A copy of nested dicts and lists with AdamS's param groups, and without exp_avg_sq."""
     if isinstance(tree, dict):
@@ -167,13 +177,24 @@ def is_legacy(folder: Path) -> bool:
     return any(folder.glob("mp_rank_*"))
 
 
+def is_fsdp_dtensor(folder: Path) -> bool:
+    """Whether a checkpoint is of Megatron-FSDP's format, whose .metadata is written last."""
+    if is_legacy(folder) or (folder / METADATA_WRITTEN_LAST).exists():
+        return False
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+    except (FileNotFoundError, *_UNREADABLE):
+        return False
+    # The format torch_dist has them inside an object; it may have lost METADATA_WRITTEN_LAST.
+    return _FSDP_ARGUMENTS in metadata.state_dict_metadata
+
+
 def damage(folder: Path) -> str | None:
     """What is missing of a checkpoint, None if nothing is; from metadata and the files' sizes."""
-    return _damage_of_legacy(folder) if is_legacy(folder) else _damage_of_torch_dist(folder)
-
-
-def _damage_of_torch_dist(folder: Path) -> str | None:
-    for name in (METADATA_WRITTEN_LAST, ".metadata"):
+    if is_legacy(folder):
+        return _damage_of_legacy(folder)
+    written_last = () if is_fsdp_dtensor(folder) else (METADATA_WRITTEN_LAST,)
+    for name in (*written_last, ".metadata"):
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
@@ -232,6 +253,11 @@ def convert(
         raise ValueError(f"{destination}: must be a new or an empty folder; name another")
     if destination.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{destination}: is inside the source, which is only read; name another")
+    if is_fsdp_dtensor(folder):
+        raise ValueError(
+            f"{folder}: is of the format fsdp_dtensor; must be of torch_dist or torch; let the run "
+            f"take it, with --adams-from-adam"
+        )
     if (unfit := unfit_for_adams(saved_arguments(folder, weights_only=False))) is not None:
         raise ValueError(f"{folder}: {unfit}")
     destination.mkdir(parents=True, exist_ok=True)
@@ -301,6 +327,8 @@ def saved_arguments(folder: Path, *, weights_only: bool = True) -> Any:
         return _load(folder / _COMMON_FILE, weights_only=weights_only).get("args")
     metadata = FileSystemReader(folder).read_metadata()
     for index, stored in metadata.storage_data.items():
+        if index.fqn == _FSDP_ARGUMENTS:
+            return _read(folder, stored, weights_only=weights_only)
         if _is_common_state(index.fqn):
             (state,) = _read(folder, stored, weights_only=weights_only)
             return state.get("args")

@@ -26,6 +26,7 @@ from megatron_adams.megatron.config import (
     no_exp_avg_sq,
     stated_as_adam,
 )
+from megatron_adams.megatron.fsdp import check_fsdp_arguments
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
@@ -181,7 +182,9 @@ def wrap_print_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse, before any work, what Megatron's configuration of the optimizer does not show."""
-    check_config(args)
+    # Megatron adds it for Megatron-FSDP, with a warning.
+    is_distributed = args.use_distributed_optimizer or args.use_megatron_fsdp
+    check_config(argparse.Namespace(**{**vars(args), "use_distributed_optimizer": is_distributed}))
     cuda_graph.check_arguments(args)
     if args.adams_from_adam:
         _check_from_adam(args)
@@ -195,12 +198,14 @@ def _check_arguments(args: argparse.Namespace) -> None:
             "bf16 params and fp32 main params; add --use-precision-aware-optimizer and --bf16, or "
             "remove the flag"
         )
-    if args.use_megatron_fsdp or args.use_torch_fsdp2:
-        flag = "--use-megatron-fsdp" if args.use_megatron_fsdp else "--use-torch-fsdp2"
+    if args.use_torch_fsdp2:
         raise ValueError(
-            f"{flag} with --optimizer {ADAMS}: not supported; use --use-distributed-optimizer"
+            f"--use-torch-fsdp2 with --optimizer {ADAMS}: not supported; use --use-megatron-fsdp "
+            f"or --use-distributed-optimizer"
         )
-    if args.ckpt_format not in ("torch", "torch_dist"):
+    if args.use_megatron_fsdp:
+        check_fsdp_arguments(args)
+    elif args.ckpt_format not in ("torch", "torch_dist"):
         raise ValueError(
             f"--ckpt-format {args.ckpt_format} with --optimizer {ADAMS}: must be torch_dist or "
             f"torch; remove the flag to get torch_dist"

@@ -1,8 +1,9 @@
 """Checkpoints that are whole: checked before Megatron loads one, marked while it overwrites one.
 
 Megatron (0.19) reports a truncated file as whatever error its reader stumbles over, and exits
-with status 0 where a legacy file or the tracker file is damaged. Both formats, torch_dist and the
-legacy torch. Another optimizer is told that it cannot load what adams saved.
+with status 0 where a legacy file or the tracker file is damaged. All formats: torch_dist,
+Megatron-FSDP's fsdp_dtensor and the legacy torch. Another optimizer is told that it cannot load
+what adams saved.
 """
 
 import logging
@@ -13,17 +14,20 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_adams.checkpoint import (
     METADATA_WRITTEN_LAST,
     TRACKER,
     DamagedCheckpointError,
     damage,
+    is_fsdp_dtensor,
     is_legacy,
     saved_arguments,
     unfit_for_adams,
 )
 from megatron_adams.megatron.config import ADAMS
+from megatron_adams.megatron.fsdp import FSDP_FORMAT, AdamSFsdpOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +52,9 @@ def withdraw(save_dir: Path, step: int) -> None:
     """Mark the checkpoint of an iteration as incomplete before it is written anew.
 
     A run that went back to an earlier iteration overwrites the later ones, file by file: killed
-    meanwhile, it would leave one that looks whole and mixes two. metadata.json, which Megatron
-    writes last, goes first; the tracker file goes back to the newest complete earlier checkpoint.
+    meanwhile, it would leave one that looks whole and mixes two. What Megatron writes last,
+    metadata.json or with Megatron-FSDP .metadata, goes first; the tracker file goes back to the
+    newest complete earlier checkpoint.
     """
     folder = _folder(save_dir, step)
     tracker = _tracker(save_dir)
@@ -59,7 +64,8 @@ def withdraw(save_dir: Path, step: int) -> None:
         earlier = [known for known in _complete_steps(save_dir) if known < step]
         if earlier:
             _write_tracker(tracker, max(earlier))
-    (folder / METADATA_WRITTEN_LAST).unlink(missing_ok=True)
+    written_last = ".metadata" if is_fsdp_dtensor(folder) else METADATA_WRITTEN_LAST
+    (folder / written_last).unlink(missing_ok=True)
 
 
 def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,37 +83,47 @@ def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         args = get_args()
         load_dir = getattr(args, load_arg)
         # Non-persistent checkpoints have a manager of their own, which checks them.
-        if load_dir is not None:
-            check = check_checkpoint if args.optimizer == ADAMS else refuse_adams_checkpoint
-            _on_rank_0(lambda: check(Path(load_dir), args))
+        if load_dir is not None and args.optimizer == ADAMS:
+            folder = _on_rank_0(lambda: check_checkpoint(Path(load_dir), args))
+            if isinstance(optimizer, AdamSFsdpOptimizer) and folder is not None:
+                is_from_adam = args.adams_from_adam
+                step_key = _on_rank_0(lambda: adam_step_key(folder) if is_from_adam else None)
+                optimizer.take_from_adam(step_key)
+        elif load_dir is not None:
+            _on_rank_0(lambda: refuse_adams_checkpoint(Path(load_dir), args))
         return original(ddp_model, optimizer, opt_param_scheduler, load_arg=load_arg, **kwargs)
 
     return load_checkpoint
 
 
-def _on_rank_0(check: Callable[[], None]) -> None:
-    """Run a check on rank 0 and raise its error on every rank: none is left waiting."""
-    error: list[Exception | None] = [None]
+def _on_rank_0[T](check: Callable[[], T]) -> T:
+    """Run a check on rank 0 and return or raise what it does on all ranks: none is left waiting."""
+    outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:
-            check()
+            outcome[0] = check()
         except Exception as exc:  # Whatever it is: the other ranks are told below.
-            error[0] = exc
-    torch.distributed.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise error[0]
+            outcome[1] = exc
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
 
 
-def check_checkpoint(load_dir: Path, args: Any) -> None:
+def check_checkpoint(load_dir: Path, args: Any) -> Path | None:
     """Raise unless the checkpoint that Megatron is about to load is whole.
 
     Args:
         load_dir: the folder given by --load.
         args: Megatron's arguments.
+    Returns:
+        The checkpoint's folder, None if there is none.
     Raises:
         DamagedCheckpointError: a file is missing, truncated or unreadable.
-        ValueError: the checkpoint cannot be loaded at the run's expert parallel size, or
-            --adams-from-adam is given and there is no state of Adam's or adams's in it.
+        ValueError: the checkpoint cannot be loaded at the run's expert parallel size, or with or
+            without Megatron-FSDP; or --adams-from-adam is given and there is no state of Adam's or
+            adams's in it.
     """
     tracker = _tracker(load_dir)
     if args.ckpt_step:
@@ -120,7 +136,7 @@ def check_checkpoint(load_dir: Path, args: Any) -> None:
             f"give --load the folder with Adam's checkpoint, or remove the flag"
         )
     else:
-        return  # A new run, or --exit-on-missing-checkpoint: Megatron's own affair.
+        return None  # A new run, or --exit-on-missing-checkpoint: Megatron's own affair.
     folder = load_dir / text if text == "release" else _folder(load_dir, int(text))
     if not folder.is_dir():
         raise DamagedCheckpointError(
@@ -132,12 +148,54 @@ def check_checkpoint(load_dir: Path, args: Any) -> None:
             f"{folder}: {found}; the checkpoint is incomplete. Restore it, or "
             f"{_choose_another(load_dir)}"
         )
+    is_fsdp = is_fsdp_dtensor(folder)
+    if is_fsdp != args.use_megatron_fsdp:
+        saved, wanted = ("with", "without") if is_fsdp else ("without", "with")
+        change = "add" if is_fsdp else "remove"
+        raise ValueError(
+            f"the checkpoint {folder} was saved {saved} Megatron-FSDP, and cannot be loaded "
+            f"{wanted} it; {change} --use-megatron-fsdp and --ckpt-format {FSDP_FORMAT}"
+        )
     if is_legacy(folder):
         _check_legacy_step(tracker, args)
-    else:
+    elif not is_fsdp:
         _check_expert_parallel_size(folder, args)
     if args.adams_from_adam:
         _check_has_momentum(folder)
+    elif is_fsdp and _loads_optimizer(args):
+        _check_is_adams(folder)
+    return folder
+
+
+def _check_is_adams(folder: Path) -> None:
+    """Raise where Megatron-FSDP would look for adams's param groups in another's checkpoint."""
+    saved = getattr(saved_arguments(folder), "optimizer", None)
+    if saved != ADAMS:
+        raise ValueError(
+            f"the checkpoint {folder} was saved with --optimizer {saved}, and {ADAMS} keeps "
+            f"exp_avg alone; go on from Adam's momentum with --adams-from-adam, or load the "
+            f"weights alone with --no-load-optim or --finetune"
+        )
+
+
+def adam_step_key(folder: Path) -> str | None:
+    """Where a checkpoint of Megatron-FSDP has the step of Adam's params, None if it is no Adam's.
+
+    Returns:
+        "param_to_group_meta" (TransformerEngine's and Apex's), "state" (torch's) or None.
+    Raises:
+        ValueError: it has none.
+    """
+    if getattr(saved_arguments(folder), "optimizer", None) == ADAMS:
+        return None
+    names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for key in ("param_to_group_meta", "state"):
+        if any(name.startswith(f"optimizer.{key}.") and name.endswith(".step") for name in names):
+            return key
+    raise ValueError(
+        f"--adams-from-adam: the checkpoint {folder} has no step of Adam's; load the weights alone "
+        f"with --no-load-optim in place of the flag"
+    )
 
 
 def _check_has_momentum(folder: Path) -> None:

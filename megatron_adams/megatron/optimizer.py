@@ -17,6 +17,7 @@ from megatron.core.utils import log_single_rank
 
 from megatron_adams.checkpoint import (
     DamagedCheckpointError,
+    continued_from_adam,
     contradict,
     is_adam_group,
     shifted,
@@ -30,6 +31,7 @@ from megatron_adams.megatron.config import (
     check_config,
     dtype_name,
 )
+from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer, check_fsdp, local_part
 from megatron_adams.megatron.fused_step import FusedStepChain, FusedStepOptimizer, describe
 from megatron_adams.megatron.offload import HybridAdamS, refuse_quantized
 from megatron_adams.megatron.update_rms import connect
@@ -58,10 +60,7 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
         if not isinstance(config, AdamSOptimizerConfig):
             config = AdamSOptimizerConfig.from_config(config)
         if model_chunks[0].ddp_config.use_megatron_fsdp:
-            raise ValueError(
-                f"use_megatron_fsdp with optimizer={ADAMS!r}: not supported; use "
-                f"use_distributed_optimizer"
-            )
+            check_fsdp(config, model_chunks)
         refuse_quantized(config, model_chunks[0].ddp_config)
         cuda_graph.check_model(config, model_chunks[0].ddp_config)
         with built_as_adam(config):
@@ -71,51 +70,61 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
     return get_megatron_optimizer
 
 
-def adopt(optimizer: ChainedOptimizer, config: AdamSOptimizerConfig) -> "AdamSChainedOptimizer":
-    """Put AdamS in the place of every Adam in a chain that Megatron has just built.
+def adopt(
+    optimizer: ChainedOptimizer | DistributedOptimizer, config: AdamSOptimizerConfig
+) -> "AdamSChainedOptimizer | AdamSFsdpOptimizer":
+    """Put AdamS in the place of every Adam of what Megatron has just built.
 
     Args:
-        optimizer: the chain; no inner optimizer has state yet.
+        optimizer: a chain, or with Megatron-FSDP an optimizer alone; no inner one has state yet.
         config: with `optimizer == "adams"`; the parts keep a reference to it.
     Returns:
         The same object.
     """
-    for part in optimizer.chained_optimizers:
+    is_chain = isinstance(optimizer, ChainedOptimizer)
+    parts = optimizer.chained_optimizers if is_chain else [optimizer]
+    for part in parts:
         # The subclasses add no attribute and no constructor: only their methods differ.
         if isinstance(part, DistributedOptimizer):
-            part.__class__ = AdamSDistributedOptimizer
+            is_fsdp = part.ddp_config.use_megatron_fsdp
+            part.__class__ = AdamSFsdpOptimizer if is_fsdp else AdamSDistributedOptimizer
         if part.optimizer is not None:
             part.optimizer = _adams_from(part.optimizer, config)
             part.init_state_fn = init_state
             if config.adams_from_adam:
                 part.optimizer.register_load_state_dict_pre_hook(take_from_adam)
+            if isinstance(part, AdamSFsdpOptimizer):
+                part.prepare_inner()
+                part.optimizer.compile_kernels(part.grad_dtype())
+                continue
             if isinstance(part, AdamSDistributedOptimizer):
                 part.prepare_step()
             if isinstance(part.optimizer, AdamS):
                 connect(part)
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
             part.optimizer.compile_kernels(decoupled)
-    optimizer.__class__ = AdamSChainedOptimizer
+    if is_chain:
+        optimizer.__class__ = AdamSChainedOptimizer
     if config.optimizer_cuda_graph:
         optimizer.prepare_cuda_graph()
-    log_single_rank(
-        logger, logging.INFO, f"{ADAMS}: {_describe_state(optimizer)}; {describe(optimizer)}"
-    )
+    passes = describe(optimizer) if is_chain else optimizer.describe()
+    log_single_rank(logger, logging.INFO, f"{ADAMS}: {_describe_state(parts)}; {passes}")
     return optimizer
 
 
-def _describe_state(chain: ChainedOptimizer) -> str:
+def _describe_state(parts: Sequence[Any]) -> str:
     """What the inner optimizers of this rank will keep, in which dtypes, in bytes."""
     num_params = 0
     num_bytes: dict[tuple[str, torch.dtype], int] = {}
     num_offloaded = 0
-    for part in chain.chained_optimizers:
+    for part in parts:
         if isinstance(part.optimizer, HybridAdamS):
             num_offloaded += part.optimizer.num_offloaded
         for param in part.get_parameters():
-            num_params += param.numel()
+            numel = local_part(param).numel()
+            num_params += numel
             for name, dtype in part.optimizer.state_dtypes(param).items():
-                size = param.numel() * dtype.itemsize
+                size = numel * dtype.itemsize
                 num_bytes[name, dtype] = num_bytes.get((name, dtype), 0) + size
     kept = [
         f"{name} in {'16-bit remainders' if dtype == torch.int16 else dtype_name(dtype)} "
@@ -197,14 +206,6 @@ def take_from_adam(optimizer: AdamS, state_dict: dict[str, Any]) -> dict[str, An
         message = continued_from_adam(len(params), len(params), max(steps, default=0))
         log_single_rank(logger, logging.INFO, message)
     return converted
-
-
-def continued_from_adam(num_restored: int, num_params: int, step: int) -> str:
-    """The line of the log that says what a run has taken from Adam."""
-    return (
-        f"{ADAMS}: goes on from Adam's step {step}: momentum and main params of {num_restored} of "
-        f"{num_params} parameters of this rank restored, exp_avg_sq dropped"
-    )
 
 
 def init_state(optimizer: AdamS, config: Any = None) -> None:

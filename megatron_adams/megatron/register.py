@@ -16,8 +16,8 @@ _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedO
 _OFFLOADING = "megatron.core.optimizer.cpu_offloading"
 _HYBRID_OPTIMIZER = f"{_OFFLOADING}.hybrid_optimizer.HybridDeviceOptimizer"
 
-# What AdamSDistributedOptimizer, AdamSChainedOptimizer and HybridAdamS override, and what this
-# package's modules import by name.
+# What AdamSDistributedOptimizer, AdamSFsdpOptimizer, AdamSChainedOptimizer and HybridAdamS
+# override, and what this package's modules import by name.
 _RELIED_ON = (
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.optimizer_state_keys"),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.state_dict", ("self",)),
@@ -57,6 +57,9 @@ _RELIED_ON = (
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._collect_main_grad_data_for_unscaling", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._get_model_param_range_map", ("self", "param")),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._is_distopt_quantized_param"),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}.sharded_param_state_fsdp_dtensor", ("self", "is_loading")),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}._param_name", ("self", "param")),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}._param_groups_to_param2group_meta", ("self", "param_groups")),
     Symbol(
         f"{_OPTIMIZERS}.MixedPrecisionOptimizer._unscale_main_grads_and_check_for_nan", ("self",)
     ),
@@ -121,7 +124,7 @@ _RELIED_ON_IN_TRAINING = (
 
 
 def _core_hooks() -> list[Hook]:
-    from megatron_adams.megatron import datasets, fused_step, optimizer
+    from megatron_adams.megatron import datasets, fsdp, fused_step, optimizer
 
     clip_grads = "megatron.core.optimizer.clip_grads"
     return [
@@ -139,6 +142,13 @@ def _core_hooks() -> list[Hook]:
                 ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
             ),
             fused_step.wrap_clip_grad_by_total_norm_fp32,
+        ),
+        Hook(
+            Symbol(
+                "megatron.core.transformer.fsdp_dtensor_checkpoint.handle_swiglu_in_state_dict",
+                ("model", "model_state_dict", "optimizer_state_dict"),
+            ),
+            fsdp.wrap_handle_swiglu_in_state_dict,
         ),
         Hook(
             Symbol("megatron.core.datasets.utils.compile_helpers"),

@@ -35,6 +35,27 @@ def train(argv: str, base: str = TINY_GPT, record_grads: bool = False) -> dict[s
         "parts": for every Megatron optimizer of the chain, see `describe`;
         "recorded", with `record_grads`: see `record_steps`.
     """
+    held = run_script(argv, base, record_grads)
+    model, optimizer = held.pop("model"), held.pop("optimizer")
+    if record_grads:
+        held["recorded"]["end"] = snapshot(optimizer.optimizer)
+    named = [
+        (f"{index}.{name}", param)
+        for index, chunk in enumerate(model)
+        for name, param in chunk.named_parameters()
+    ]
+    held["model"] = {name: param.detach().clone() for name, param in named}
+    names = {id(param): name for name, param in named}
+    held["parts"] = [describe(part, names) for part in optimizer.chained_optimizers]
+    return held
+
+
+def run_script(argv: str, base: str = TINY_GPT, record_grads: bool = False) -> dict[str, Any]:
+    """Run the example's pretraining script.
+
+    Returns:
+        As `train`, with Megatron's "model", a list of chunks, and "optimizer" themselves.
+    """
     from megatron.training import training
 
     from megatron_adams.cpu_rehearsal import rehearsal_flags
@@ -68,17 +89,6 @@ def train(argv: str, base: str = TINY_GPT, record_grads: bool = False) -> dict[s
     except SystemExit as exc:  # --exit-interval
         if exc.code not in (None, 0):
             raise
-    model, optimizer = held.pop("model"), held.pop("optimizer")
-    if record_grads:
-        held["recorded"]["end"] = snapshot(optimizer.optimizer)
-    named = [
-        (f"{index}.{name}", param)
-        for index, chunk in enumerate(model)
-        for name, param in chunk.named_parameters()
-    ]
-    held["model"] = {name: param.detach().clone() for name, param in named}
-    names = {id(param): name for name, param in named}
-    held["parts"] = [describe(part, names) for part in optimizer.chained_optimizers]
     return held
 
 

@@ -33,10 +33,17 @@ class Cluster:
         folder: where logs and results are kept, a numbered subfolder for each run.
         flags: for zygote.py.
         extra_path: a folder of packages that the ranks find before the installed ones.
+        max_connections: CUDA_DEVICE_MAX_CONNECTIONS, which Megatron wants to be 1 with tensor
+            parallelism, and not to be 1 with Megatron-FSDP.
     """
 
     def __init__(
-        self, folder: Path, flags: Sequence[str] = (), *, extra_path: Path | None = None
+        self,
+        folder: Path,
+        flags: Sequence[str] = (),
+        *,
+        extra_path: Path | None = None,
+        max_connections: int = 1,
     ) -> None:
         self._folder = folder
         self._num_runs = 0
@@ -44,7 +51,7 @@ class Cluster:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron asks for it with tensor parallelism
+            "CUDA_DEVICE_MAX_CONNECTIONS": str(max_connections),
             "LOCAL_WORLD_SIZE": "8",  # the rehearsal's devices, before a case says its number
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": os.pathsep.join(str(entry) for entry in path if entry),

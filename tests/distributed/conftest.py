@@ -33,6 +33,24 @@ def apex_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
+def fsdp_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """As `cluster`, in the environment that Megatron-FSDP wants."""
+    cluster = Cluster(tmp_path_factory.mktemp("fsdp_cluster"), max_connections=8)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="session")
+def apex_fsdp_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """As `apex_cluster` and `fsdp_cluster`."""
+    folder = tmp_path_factory.mktemp("apex_fsdp_cluster")
+    apex = Path(__file__).parent / "with_apex"
+    cluster = Cluster(folder, extra_path=apex, max_connections=8)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="session")
 def te_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """As `cluster`, where Megatron finds TransformerEngine: its Python code, see with_te."""
     if missing := with_te.what_is_missing():

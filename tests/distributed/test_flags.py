@@ -301,7 +301,6 @@ REFUSED = {
         "--use-precision-aware-optimizer --optimizer-cpu-offload --adams-kernel cuda",
         "--adams-kernel cuda with --optimizer-cpu-offload: no param stays on the GPU",
     ),
-    "megatron_fsdp": ("--use-megatron-fsdp --ckpt-format fsdp_dtensor", "--use-megatron-fsdp"),
     "torch_fsdp2": ("--use-torch-fsdp2", "--use-torch-fsdp2"),
     "torch_dcp": ("--ckpt-format torch_dcp", "--ckpt-format torch_dcp"),
     "fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "--ckpt-format fsdp_dtensor"),
