@@ -15,14 +15,17 @@ def train(argv: str, base: str = TINY_GPT) -> dict[str, Any]:
     Returns:
         "losses", "grad_norms", "num_zeros", "skipped": as cases.train; "classes": Megatron's
         optimizer's and the inner one's; "backends": what the inner optimizer's last step ran on
-        this rank; and as `held_by`.
+        this rank; "keeps_tables": whether the next step can launch the same pointers; and as
+        `held_by`.
     """
     held = run_script(argv, base)
     (model,), optimizer = held.pop("model"), held.pop("optimizer")
     inner = optimizer.optimizer
     held["classes"] = type(optimizer).__name__, type(inner).__name__
     if isinstance(inner, AdamS):
-        held["backends"] = {backend for plan in inner._plans.values() for backend, _ in plan.tables}
+        plans = inner._plans.values()
+        held["backends"] = {backend for plan in plans for backend, _ in plan.tables}
+        held["keeps_tables"] = all(plan.signature is not None for plan in plans)
     return {**held, **held_by(model, inner)}
 
 

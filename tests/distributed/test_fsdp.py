@@ -155,6 +155,7 @@ def test_kernel_updates_the_local_tensors(runs: dict[str, Run]) -> None:
         for rank in run.ranks:
             assert rank["classes"] == ("AdamSFsdpOptimizer", "AdamS")
             assert rank["backends"] == {"host"}
+            assert rank["keeps_tables"]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +278,8 @@ def test_main_params_in_fewer_bits(
     run = fsdp_cluster.run(TRAIN, 2, argv=f"{EXACT} {fsdp('optim_grads_params')} {flags}")
     dtypes = {param["param"].dtype for param in run.results[0]["params"].values()}
     assert dtypes == {torch.bfloat16}
+    for param in run.results[0]["params"].values():
+        assert param["state"].keys() == {"exp_avg"}
     assert run.results[0]["losses"] == pytest.approx(references["bf16"].losses, rel=1e-3)
 
 

@@ -249,6 +249,7 @@ def test_argument_dump_shows_adams_only_while_that_namespace_is_validated() -> N
         weight_decay=0.1,
         adams_no_param_remainders=False,
         adams_from_adam=False,
+        use_distributed_optimizer=True,
         use_precision_aware_optimizer=False,
         optimizer_cpu_offload=False,
         optimizer_offload_fraction=1.0,
