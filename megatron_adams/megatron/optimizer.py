@@ -95,6 +95,7 @@ def adopt(
                 part.optimizer.register_load_state_dict_pre_hook(take_from_adam)
             if isinstance(part, AdamSFsdpOptimizer):
                 part.prepare_inner()
+                connect(part)
                 part.optimizer.compile_kernels(part.grad_dtype())
                 continue
             if isinstance(part, AdamSDistributedOptimizer):

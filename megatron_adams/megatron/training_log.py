@@ -12,6 +12,7 @@ from typing import Any
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 
+from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.megatron.fused_step import FusedStepChain
 from megatron_adams.megatron.update_rms import UpdateStats, inner_optimizers
 
@@ -54,10 +55,9 @@ def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
         is_first = _log.chain is not optimizer
         _log.chain, _log.iteration = optimizer, None
         is_logged = is_first or iteration % args.log_interval == 0
-        if not isinstance(optimizer, FusedStepChain):
+        if not isinstance(optimizer, (FusedStepChain, AdamSFsdpOptimizer)):
             return step()
-        # A CUDA graph repeats the step that it captured: there every one counts.
-        with counted(optimizer, is_counted=is_logged or optimizer.is_captured):
+        with counted(optimizer, is_counted=is_logged):
             outcome = step()
         if is_logged:
             _log.iteration, _log.stats = iteration, UpdateStats.of(optimizer)
@@ -67,17 +67,19 @@ def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def counted(chain: FusedStepChain, *, is_counted: bool) -> Iterator[None]:
+def counted(optimizer: FusedStepChain | AdamSFsdpOptimizer, *, is_counted: bool) -> Iterator[None]:
     """Have the step inside count its updates, or not."""
-    for adams in inner_optimizers(chain):
-        adams.wants_update_rms = is_counted
-        if not chain.is_captured:
+    # A CUDA graph repeats the step that it captured: there every one counts.
+    is_captured = isinstance(optimizer, FusedStepChain) and optimizer.is_captured
+    for adams in inner_optimizers(optimizer):
+        adams.wants_update_rms = is_counted or is_captured
+        if not is_captured:
             # A step that Megatron skips, for an inf in a gradient, would leave the last one's.
             adams.forget_update_rms()
     try:
         yield
     finally:
-        for adams in inner_optimizers(chain):
+        for adams in inner_optimizers(optimizer):
             adams.wants_update_rms = False
 
 

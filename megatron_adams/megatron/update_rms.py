@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
+from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.update import update_rms
 
 
@@ -24,60 +25,77 @@ def connect(part: Any) -> None:
         part: one of Megatron's optimizers, with an AdamS inside.
     """
     inner_params = _params_of(part)
+    if isinstance(part, AdamSFsdpOptimizer):
+        # A rank has each param, with some of its rows or none.
+        everything = range(len(inner_params))
+        part.optimizer.reduce_update_sums = _Reduction(everything, everything, _meshes(part))
+        return
     if isinstance(part, DistributedOptimizer):
         pairs = _pairs(part)
         whole = [param for buffer in part.buffers for param in buffer.params]
-        group = part.data_parallel_group
+        shards = [(part.data_parallel_group, range(len(whole)))]
     else:
         pairs = {param: param for param in inner_params}
-        whole, group = list(inner_params), None
+        whole, shards = list(inner_params), []
     part.optimizer.whole_numels = {
         inner: param.numel() * _tp_size(part, param) for inner, param in pairs.items()
     }
     places = {param: index for index, param in enumerate(whole)}
     own = [places[pairs[param]] for param in inner_params]
-    part.optimizer.reduce_update_sums = _Reduction(part, whole, own, group)
+    part.optimizer.reduce_update_sums = _Reduction(whole, own, [*shards, *_splits(part, whole)])
+
+
+def _splits(part: Any, whole: Sequence[Any]) -> list[tuple[Any, Sequence[int]]]:
+    """The tp groups over which params are split, and where these are in `whole`."""
+    rows: dict[Any, list[int]] = {}
+    for index, param in enumerate(whole):
+        if _is_split(param) and _tp_size(part, param) > 1:
+            rows.setdefault(_tp_group(part, param), []).append(index)
+    return list(rows.items())
+
+
+def _meshes(part: AdamSFsdpOptimizer) -> list[tuple[Any, Sequence[int]]]:
+    """Likewise of Megatron-FSDP's params: the groups over which their DTensors are sharded."""
+    rows: dict[Any, list[int]] = {}
+    for index, param in enumerate(_params_of(part)):
+        for dim, placement in enumerate(param.placements):
+            if not placement.is_replicate() and param.device_mesh.size(dim) > 1:
+                rows.setdefault(param.device_mesh.get_group(dim), []).append(index)
+    return list(rows.items())
 
 
 class _Reduction:
-    """The sums of shards become those of whole params, in one or two all-reduces.
+    """The sums of shards become those of whole params, in an all-reduce a group.
 
     All ranks of a group have the same `whole` in the same order, whatever each owns, so that a rank
     without params takes part like any other.
 
     Args:
-        part: Megatron's optimizer.
-        whole: all of the params that the ranks of `group` have parts of.
+        whole: all of the params that the ranks have parts of.
         own: where this rank's params are in `whole`.
-        group: over which params are cut into shards; None: they are not.
+        groups: over which params are cut into parts, and where in `whole` these params are.
     """
 
-    def __init__(self, part: Any, whole: Sequence[Any], own: Sequence[int], group: Any) -> None:
+    def __init__(
+        self,
+        whole: Sequence[Any],
+        own: Sequence[int],
+        groups: Iterable[tuple[Any, Sequence[int]]],
+    ) -> None:
         device = torch.cuda.current_device()
         self._num_whole = len(whole)
         self._own = torch.tensor(own, dtype=torch.int64, device=device)
-        self._group = group
-        tp_groups = dict.fromkeys(_tp_group(part, param) for param in whole)
-        self._splits = []
-        for tp_group in tp_groups:
-            indices = [
-                index
-                for index, param in enumerate(whole)
-                if _is_split(param) and _tp_group(part, param) is tp_group
-            ]
-            if indices and tp_group.size() > 1:
-                rows = torch.tensor(indices, dtype=torch.int64, device=device)
-                self._splits.append((tp_group, rows))
+        self._groups = [
+            (group, torch.tensor(rows, dtype=torch.int64, device=device)) for group, rows in groups
+        ]
 
     def __call__(self, sums: Tensor) -> None:
         # A rank without params has its sums on no device.
         whole = torch.zeros(self._num_whole, 2, dtype=torch.int64, device=self._own.device)
         whole.index_add_(0, self._own, sums.to(self._own.device))
-        if self._group is not None:
-            torch.distributed.all_reduce(whole, group=self._group)
-        for tp_group, rows in self._splits:
+        for group, rows in self._groups:
             parts = whole[rows]
-            torch.distributed.all_reduce(parts, group=tp_group)
+            torch.distributed.all_reduce(parts, group=group)
             whole[rows] = parts
         sums.copy_(whole[self._own])
 
@@ -98,12 +116,16 @@ class UpdateStats:
     num_tensors: int
 
     @classmethod
-    def of(cls, chain: ChainedOptimizer) -> Self:
-        """Of the last step of a chain; to be called on all ranks.
+    def of(cls, optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> Self:
+        """Of the last step of a chain, or with Megatron-FSDP; to be called on all ranks.
 
-        The ranks, and the params that count, are those of Megatron's grad norm.
+        The ranks of a chain, and the params that count, are those of Megatron's grad norm.
         """
-        parts = chain.chained_optimizers
+        if isinstance(optimizer, AdamSFsdpOptimizer):
+            total = _count_whole(optimizer)
+            torch.distributed.all_reduce(total)
+            return cls._from(total)
+        chain, parts = optimizer, optimizer.chained_optimizers
         rows = [_count(part) for part in parts]
         if not parts:
             return cls(None, 0, 0)
@@ -114,6 +136,10 @@ class UpdateStats:
             for part, row in zip(parts, rows, strict=True):
                 torch.distributed.all_reduce(row, group=part.get_grad_stats_parallel_group())
             total = torch.stack(rows).sum(dim=0)
+        return cls._from(total)
+
+    @classmethod
+    def _from(cls, total: Tensor) -> Self:
         *_, numel, num_scaled, num_tensors, num_counted = total.tolist()
         # In double, as its square is an integer of 63 bits.
         rms = update_rms(total[:2].cpu(), torch.tensor(numel)).item()
@@ -149,6 +175,32 @@ def _count(part: Any) -> Tensor:
     total[2] = sum(param.numel() for param, count in zip(params, counts, strict=True) if count)
     total[3] = ((part.optimizer.update_factors().to(device) != 1) & is_head).sum()
     total[4] = sum(heads)
+    total[5] = 1
+    return total
+
+
+def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
+    """As `_count`, of whole params: each counts on the first rank of its mesh.
+
+    The meshes of dense params have all ranks, those of experts the ranks that have these experts.
+    A mesh without a tp dimension is that of a param which the tp ranks have alike.
+    """
+    total = torch.zeros(6, dtype=torch.int64, device=torch.cuda.current_device())
+    if part.is_stub_optimizer or not part.optimizer.is_counted:
+        return total
+    params = _params_of(part)
+    sums = part.optimizer.update_sums()
+    part.optimizer.reduce_update_sums(sums)
+    counts = [
+        not any(param.device_mesh.get_coordinate())
+        and (param.device_mesh.ndim > 1 or _tp_group(part, param).rank() == 0)
+        for param in params
+    ]
+    counted = torch.tensor(counts, dtype=torch.bool, device=sums.device)
+    total[:2] = sums[counted].sum(dim=0)
+    total[2] = sum(param.numel() for param, count in zip(params, counts, strict=True) if count)
+    total[3] = ((part.optimizer.update_factors() != 1) & counted).sum()
+    total[4] = sum(counts)
     total[5] = 1
     return total
 
@@ -193,6 +245,8 @@ def _tp_size(part: Any, param: Any) -> int:
     return int(_tp_group(part, param).size()) if _is_split(param) else 1
 
 
-def inner_optimizers(chain: ChainedOptimizer) -> Iterable[Any]:
-    """The AdamS of each part of a chain that has one."""
-    return (part.optimizer for part in chain.chained_optimizers if not part.is_stub_optimizer)
+def inner_optimizers(optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> Iterable[Any]:
+    """The AdamS of each of Megatron's optimizers that has one."""
+    is_fsdp = isinstance(optimizer, AdamSFsdpOptimizer)
+    parts = [optimizer] if is_fsdp else optimizer.chained_optimizers
+    return [part.optimizer for part in parts if not part.is_stub_optimizer]

@@ -16,6 +16,7 @@ from tests.distributed.test_parity import MOE
 
 TRAIN = "tests.distributed.rms_cases:train"
 PLAIN_TRAIN = "tests.distributed.cases:train"
+TRAIN_FSDP = "tests.distributed.fsdp_cases:train"
 REFUSALS = "tests.distributed.flag_cases:refusals"
 
 ADAMS = "--optimizer adams"
@@ -309,3 +310,48 @@ def test_flags_that_say_nothing_are_refused(cluster: Cluster) -> None:
     for message, words in zip(answers, REFUSED.values(), strict=True):
         assert message is not None and words in message
         assert re.search("; (leave|remove) ", message)
+
+
+# One microbatch, and no norm, whose sum has another order: the arithmetic is the same.
+FSDP_EXACT = f"{ADAMS} {COMMON} --clip-grad 0 --micro-batch-size 4 --bf16"
+FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy"
+
+
+@pytest.mark.parametrize("guard", ["", MATCH, "--adams-max-update-rms 0.4"])
+def test_updates_under_megatron_fsdp_are_those_of_the_distributed_optimizer(
+    fsdp_cluster: Cluster, guard: str
+) -> None:
+    base = f"{FSDP_EXACT} {guard}"
+    plain = fsdp_cluster.run(PLAIN_TRAIN, 2, argv=f"{base} --use-distributed-optimizer")
+    assert len(logged(plain)) == NUM_STEPS
+    for strategy in ("no_shard", "optim_grads_params"):
+        flags = f"{FSDP} {strategy} --megatron-fsdp-main-grads-dtype fp32"
+        outcome = fsdp_cluster.run(TRAIN_FSDP, 2, argv=f"{base} {flags}")
+        assert logged(outcome) == logged(plain)
+        for mine, theirs in zip(outcome.results, plain.results, strict=True):
+            assert mine["losses"] == theirs["losses"]
+
+
+FSDP_LAYOUTS = {
+    # Of whole params and experts: as in one process, and on four ranks without FSDP.
+    "tp2": (1, TP2),
+    "ep2": (4, "--num-experts 4 --expert-model-parallel-size 2"),
+}
+
+
+@pytest.mark.parametrize("name", FSDP_LAYOUTS)
+def test_updates_under_megatron_fsdp_are_those_of_whole_params_in_a_layout(
+    fsdp_cluster: Cluster, name: str
+) -> None:
+    num_plain, layout = FSDP_LAYOUTS[name]
+    base = f"{ADAMS} {COMMON} --swiglu --disable-bias-linear {MATCH}"
+    flags = f"{base} --use-distributed-optimizer {layout if num_plain > 1 else ''}"
+    plain = logged(fsdp_cluster.run(PLAIN_TRAIN, num_plain, argv=flags))
+    flags = f"{base} {layout} {FSDP} optim_grads_params"
+    mine = logged(fsdp_cluster.run(TRAIN_FSDP, 4, argv=flags))
+    assert len(plain) == NUM_STEPS
+    for step, words in plain.items():
+        my_rms, their_rms = (float(line.split()[2]) for line in (mine[step], words))
+        assert my_rms == pytest.approx(their_rms, rel=2e-2)
+        # As many tensors, all of them.
+        assert mine[step].split("|")[1] == words.split("|")[1]
