@@ -186,6 +186,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     is_distributed = args.use_distributed_optimizer or args.use_megatron_fsdp
     check_config(argparse.Namespace(**{**vars(args), "use_distributed_optimizer": is_distributed}))
     cuda_graph.check_arguments(args)
+    if guards_of(args):
+        _check_weight_shards(args)
     if args.adams_from_adam:
         _check_from_adam(args)
     if args.adams_no_param_remainders and not (
@@ -216,6 +218,29 @@ def _check_arguments(args: argparse.Namespace) -> None:
             f"as sqrt(1 / (1 - beta2)); 0.95 is the paper's value",
             stacklevel=2,
         )
+
+
+def _check_weight_shards(args: argparse.Namespace) -> None:
+    """Refuse a cap or a target where weights are cut into more shards than tensor parallel ones.
+
+    Raises:
+        ValueError: naming the flags.
+    """
+    words = " ".join(f"{flag} {value}" for flag, value in guards_of(args).items())
+    tp_size = args.tensor_model_parallel_size
+    for flag, num_shards, size in (
+        ("--tensor-parallel-num-weight-shards", args.tensor_parallel_num_weight_shards, tp_size),
+        (
+            "--expert-tensor-parallel-num-weight-shards",
+            args.expert_tensor_parallel_num_weight_shards,
+            args.expert_tensor_parallel_size or tp_size,
+        ),
+    ):
+        if num_shards is not None and num_shards > size:
+            raise ValueError(
+                f"{words} with {flag} {num_shards} and tensor parallel size {size}: not supported, "
+                f"the RMS would be that of a shard; remove one of the two"
+            )
 
 
 def _check_from_adam(args: argparse.Namespace) -> None:

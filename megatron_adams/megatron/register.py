@@ -101,6 +101,7 @@ _RELIED_ON = (
         "megatron.core.tensor_parallel.param_is_not_tensor_parallel_duplicate",
         ("param", "tp_group", "expert_tp_group"),
     ),
+    Symbol("megatron.core.tensor_parallel.layers.param_is_not_gtp_duplicate", ("param",)),
     Symbol("megatron.core.transformer.module.param_is_not_shared", ("param",)),
     Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.grads_states_parallel_group_is_shared", ("self",)),
     Symbol(f"{_OPTIMIZERS}.MegatronOptimizer.get_grad_stats_parallel_group", ("self",)),

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.tensor_parallel.layers import param_is_not_gtp_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
@@ -159,6 +160,7 @@ def _count(part: Any) -> Tensor:
     starts = _starts(part)
     counts = [
         param_is_not_shared(param)
+        and param_is_not_gtp_duplicate(param)
         and param_is_not_tensor_parallel_duplicate(
             param, tp_group=part.tp_group, expert_tp_group=part.expert_tp_group
         )

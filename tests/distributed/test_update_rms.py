@@ -301,6 +301,12 @@ REFUSED = {
     f"{SHARDED} --adams-match-rms 0": "must be finite and > 0; leave it out",
     f"{SHARDED} --adams-max-update-rms nan": "--adams-max-update-rms nan with --optimizer adams:",
     f"{SHARDED} {MATCH} --adams-max-update-rms 1": "must be one of the two",
+    f"{SHARDED} {MATCH} --tensor-parallel-num-weight-shards 2": (
+        "--adams-match-rms 0.25 with --tensor-parallel-num-weight-shards 2 and tensor parallel size"
+    ),
+    f"{SHARDED} {MATCH} --expert-tensor-parallel-num-weight-shards 2": (
+        "with --expert-tensor-parallel-num-weight-shards 2 and tensor parallel size 1: not"
+    ),
     f"{AWARE} {OFFLOAD} {MATCH}": "--adams-match-rms 0.25 with --optimizer-cpu-offload: not supp",
 }
 
