@@ -110,6 +110,15 @@ class _Pass(Enum):
 
 
 @dataclass
+class _Begun:
+    """A step under way: of each group where its tensors are and its scalars, and the guards."""
+
+    signatures: Sequence[list[object] | None]
+    scalars: Sequence[Scalars]
+    guards: UpdateGuards | None
+
+
+@dataclass
 class _Plan:
     """What a group's last step launched, to be launched again while no tensor has moved.
 
@@ -259,6 +268,8 @@ class AdamS(Optimizer):
         self.whole_numels = {}
         self._guards: UpdateGuards | None = None
         self._is_counted = False
+        # Between `begin_step` and `step`.
+        self._begun: _Begun | None = None
         self.model_params = {}
         # param -> the name of its state -> one fp32 element, where it is stored with a scale.
         self._scales: dict[Tensor, dict[str, Tensor]] = {}
@@ -351,6 +362,7 @@ class AdamS(Optimizer):
             "_used_by_graphs": [],
             "_guards": None,
             "_is_counted": False,
+            "_begun": None,
             # Of the processes that this one belongs to.
             "reduce_update_sums": None,
         }
@@ -368,7 +380,7 @@ class AdamS(Optimizer):
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             mode = self._mode(param, grad_dtype or param.dtype)
             if mode is not None:
-                mode = mode._replace(is_guarded=self._is_guarded)
+                mode = mode._replace(is_guarded=self.is_guarded)
                 select_backend(param.device, mode, self.kernel)
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
@@ -503,22 +515,19 @@ class AdamS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        # All gradients are looked at before the first parameter is written.
-        signatures = [self._signature(group) for group in self.param_groups]
-        guards = self._guards_of_step()
-        scalars = [self._advance(group, grad_scale, found_inf) for group in self.param_groups]
-        if guards is not None and self._is_guarded:
-            self._launch(_Pass.COUNT, signatures, scalars)
+        begun, self._begun = self._begun or self._begin(grad_scale, found_inf), None
+        guards = begun.guards
+        if guards is not None and self.is_guarded:
             guards.set_factors(
                 self.reduce_update_sums,
                 max_rms=self.max_update_rms,
                 match_rms=self.match_update_rms,
             )
-            self._launch(_Pass.UPDATE_SCALED, signatures, scalars)
+            self._launch(_Pass.UPDATE_SCALED, begun)
         elif guards is not None:
-            self._launch(_Pass.UPDATE_AND_COUNT, signatures, scalars)
+            self._launch(_Pass.UPDATE_AND_COUNT, begun)
         else:
-            self._launch(_Pass.UPDATE, signatures, scalars)
+            self._launch(_Pass.UPDATE, begun)
         if _is_capturing():
             # A later step outside the graph may make new ones; the graph goes on with these.
             self._used_by_graphs.append(guards)
@@ -528,6 +537,32 @@ class AdamS(Optimizer):
                 for table in plan.tables.values()
             ]
         return loss
+
+    @torch.no_grad()
+    def begin_step(
+        self, *, grad_scale: float | Tensor = 1.0, found_inf: Tensor | None = None
+    ) -> None:
+        """Do the part of a step that writes no param: where it is guarded, count its updates.
+
+        For the owner of several optimizers of which none may go on before all have counted.
+        `step`, called next and with nothing changed, goes on from here.
+
+        Args:
+            grad_scale, found_inf: as `step`.
+        Raises:
+            ValueError, RuntimeError: as `step`.
+        """
+        self._begun = self._begin(grad_scale, found_inf)
+
+    def _begin(self, grad_scale: float | Tensor, found_inf: Tensor | None) -> _Begun:
+        # All gradients are looked at before the first parameter is written.
+        signatures = [self._signature(group) for group in self.param_groups]
+        guards = self._guards_of_step()
+        scalars = [self._advance(group, grad_scale, found_inf) for group in self.param_groups]
+        begun = _Begun(signatures, scalars, guards)
+        if self.is_guarded:
+            self._launch(_Pass.COUNT, begun)
+        return begun
 
     def update_rms(self) -> Tensor:
         """Return the RMS of each param's update in the last step, before any factor.
@@ -542,7 +577,7 @@ class AdamS(Optimizer):
             ValueError: the last step did not count.
         """
         guards = self._counted()
-        return guards.rms if self._is_guarded else guards.whole_rms(self.reduce_update_sums)
+        return guards.rms if self.is_guarded else guards.whole_rms(self.reduce_update_sums)
 
     def update_sums(self) -> Tensor:
         """What the last step has counted of the params that are here, as they are here.
@@ -561,7 +596,7 @@ class AdamS(Optimizer):
             ValueError: as `update_rms`.
         """
         guards = self._counted()
-        if self._is_guarded:
+        if self.is_guarded:
             return guards.factors
         return torch.ones(len(guards.params), device=guards.sums().device)
 
@@ -575,7 +610,8 @@ class AdamS(Optimizer):
         self._is_counted = False
 
     @property
-    def _is_guarded(self) -> bool:
+    def is_guarded(self) -> bool:
+        """Whether there is a cap or a target."""
         return self.max_update_rms is not None or self.match_update_rms is not None
 
     def _counted(self) -> UpdateGuards:
@@ -589,7 +625,7 @@ class AdamS(Optimizer):
     def _guards_of_step(self) -> UpdateGuards | None:
         """The guards, with nothing counted, or None where a step neither counts nor scales."""
         self._is_counted = False
-        if not self._is_guarded and not self.wants_update_rms:
+        if not self.is_guarded and not self.wants_update_rms:
             return None
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         known = self._guards
@@ -628,16 +664,12 @@ class AdamS(Optimizer):
             decoupled_weight_decay=group["adam_w_mode"],
         )
 
-    def _launch(
-        self,
-        what: _Pass,
-        signatures: Sequence[list[object] | None],
-        scalars: Sequence[Scalars],
-    ) -> None:
+    def _launch(self, what: _Pass, begun: _Begun) -> None:
         """Launch a pass over the tensors of all groups."""
         only_count = what is _Pass.COUNT
+        scalars = begun.scalars
         for index, group in enumerate(self.param_groups):
-            signature = signatures[index]
+            signature = begun.signatures[index]
             plan = self._plans.setdefault((index, what), _Plan())
             if signature is not None and signature == plan.signature:
                 for (backend, _), table in plan.tables.items():

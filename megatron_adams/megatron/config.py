@@ -221,7 +221,7 @@ def guards_of(config: Any) -> dict[str, float]:
 
 
 def _check_guards(config: Any) -> None:
-    """Refuse a cap or a target of the update RMS that is none, or that offloading has not.
+    """Refuse a cap or a target of the update RMS that is none.
 
     Raises:
         ValueError: naming the flag.
@@ -232,11 +232,6 @@ def _check_guards(config: Any) -> None:
         check_guards(given.get("--adams-max-update-rms"), given.get("--adams-match-rms"))
     except ValueError as exc:
         raise ValueError(f"{words} with --optimizer {ADAMS}: {exc}") from exc
-    if given and config.optimizer_cpu_offload:
-        raise ValueError(
-            f"{words} with --optimizer-cpu-offload: not supported, as the two devices step one "
-            f"after the other; remove one of the two (the update RMS is logged with both)"
-        )
 
 
 @contextmanager

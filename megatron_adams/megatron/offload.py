@@ -6,7 +6,7 @@ updates there as it would have updated the param, with the CPU's kernel, so that
 no bit. Built by optimizer.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -60,10 +60,17 @@ class HybridAdamS(HybridDeviceOptimizer):
         # Has the groups, loads and saves them, and never any state.
         self._groups_owner = adams
         self.wants_update_rms = False
+        self.reduce_update_sums: Callable[[Tensor], None] | None = None
+        self._whole_numels: dict[Tensor, int] = {}
         self.use_decoupled_grad = adams.use_decoupled_grad
         self.store_param_remainders = adams.store_param_remainders
         cpu_kernel, gpu_kernel = sub_kernels(config.adams_kernel)
-        build = partial(AdamS.from_param_groups, **storage)
+        build = partial(
+            AdamS.from_param_groups,
+            max_update_rms=adams.max_update_rms,
+            match_update_rms=adams.match_update_rms,
+            **storage,
+        )
         # Empty at first: torch's constructor refuses shards that are views, and writes into the
         # groups, which are saved, everything that is given to it.
         super().__init__(
@@ -142,6 +149,8 @@ class HybridAdamS(HybridDeviceOptimizer):
         self._d2h_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._d2h_stream):
             self._set_sub_optimizer_grads()
+        if self._groups_owner.is_guarded:
+            self._count_on_both_devices(grad_scale)
         if self.gpu_optimizer is not None:
             self.gpu_optimizer.step(grad_scale=grad_scale)
         # Waits for the GPU where it is a tensor: after the GPU's own step has been launched.
@@ -164,17 +173,54 @@ class HybridAdamS(HybridDeviceOptimizer):
 
     def update_sums(self) -> Tensor:
         """As AdamS's, of the params given, on the CPU."""
-        sums: dict[Tensor, Tensor] = {}
-        for optimizer in self.sub_optimizers:
-            inner = [param for group in optimizer.param_groups for param in group["params"]]
-            sums.update(zip(inner, optimizer.update_sums().cpu(), strict=True))
-        params = [param for group in self.param_groups for param in group["params"]]
-        rows = [sums[self._home(param)[1]] for param in params]
-        return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.int64)
+        sums = [optimizer.update_sums() for optimizer in self.sub_optimizers]
+        return self._in_order(sums, torch.zeros(0, 2, dtype=torch.int64))
 
     def update_factors(self) -> Tensor:
-        """As AdamS's: ones, as there is no cap and no target here (config.py refuses them)."""
-        return torch.ones(sum(len(group["params"]) for group in self.param_groups))
+        """As AdamS's, of the params given, on the CPU."""
+        factors = [optimizer.update_factors() for optimizer in self.sub_optimizers]
+        return self._in_order(factors, torch.ones(0))
+
+    def _in_order(self, values: Sequence[Tensor], empty: Tensor) -> Tensor:
+        """What each sub-optimizer has for each of its params, for the params given, on the CPU."""
+        of_inner: dict[Tensor, Tensor] = {}
+        for optimizer, own in zip(self.sub_optimizers, values, strict=True):
+            of_inner.update(zip(_params_of(optimizer), own.cpu(), strict=True))
+        rows = [of_inner[self.param_to_inner_param[param]] for param in _params_of(self)]
+        return torch.stack(rows) if rows else empty
+
+    @property
+    def whole_numels(self) -> dict[Tensor, int]:
+        """As AdamS's."""
+        return self._whole_numels
+
+    @whole_numels.setter
+    def whole_numels(self, numels: dict[Tensor, int]) -> None:
+        self._whole_numels = numels
+        for param, numel in numels.items():
+            optimizer, inner = self._home(param)
+            optimizer.whole_numels[inner] = numel
+
+    def _count_on_both_devices(self, grad_scale: float | Tensor) -> None:
+        """Have all sub-optimizers know the updates of whole params, before any of them goes on.
+
+        Of a param that is sharded, one rank's part can be on its GPU and another's on its CPU.
+        """
+        scale_on_cpu = float(grad_scale)
+        for optimizer in self.sub_optimizers:
+            if optimizer is self.gpu_optimizer:
+                optimizer.begin_step(grad_scale=grad_scale)
+            else:
+                self._cpu_optimizer_map_data_event[optimizer].synchronize()
+                optimizer.begin_step(grad_scale=scale_on_cpu)
+        sums = self.update_sums()
+        if self.reduce_update_sums is not None:
+            self.reduce_update_sums(sums)
+        inner_params = [self.param_to_inner_param[param] for param in _params_of(self)]
+        of_inner = dict(zip(inner_params, sums, strict=True))
+        for optimizer in self.sub_optimizers:
+            whole = torch.stack([of_inner[inner] for inner in _params_of(optimizer)])
+            optimizer.reduce_update_sums = partial(torch.Tensor.copy_, other=whole)
 
     def _set_sub_optimizer_grads(self) -> None:
         """Copy the offloaded params' gradients to the CPU, in their own dtype.
@@ -232,6 +278,13 @@ class HybridAdamS(HybridDeviceOptimizer):
         if inner is not param:
             param.copy_(inner)
 
+    def dummy_step(self) -> None:
+        """Nothing: upstream's takes a random step where there is no state when it is loaded.
+
+        Here that is on ranks without params alone, the others have allocated theirs, and a step
+        that is guarded would wait for them.
+        """
+
     def compile_kernels(self, grad_dtype: torch.dtype | None = None) -> None:
         """As AdamS's, for both devices."""
         for optimizer in self.sub_optimizers:
@@ -264,6 +317,10 @@ class HybridAdamS(HybridDeviceOptimizer):
 
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
         """Nothing: `set_scaled_state` has stored it there. Megatron calls it after a load."""
+
+
+def _params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _like_on_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:

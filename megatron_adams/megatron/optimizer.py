@@ -100,8 +100,7 @@ def adopt(
                 continue
             if isinstance(part, AdamSDistributedOptimizer):
                 part.prepare_step()
-            if isinstance(part.optimizer, AdamS):
-                connect(part)
+            connect(part)
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
             part.optimizer.compile_kernels(decoupled)
     if is_chain:

@@ -86,6 +86,7 @@ _RELIED_ON = (
             "overlap_cpu_optimizer_d2h_h2d",
         ),
     ),
+    Symbol(f"{_HYBRID_OPTIMIZER}.dummy_step", ("self",)),
     Symbol(f"{_HYBRID_OPTIMIZER}._init_sub_optimizers", ("self",)),
     Symbol(f"{_HYBRID_OPTIMIZER}._get_sub_optimizer_param_groups", ("self", "offload_fraction")),
     Symbol(f"{_HYBRID_OPTIMIZER}._set_sub_optimizer_grads", ("self",)),

@@ -406,13 +406,12 @@ def test_switch_keeps_the_loss(cluster: Cluster, tmp_path: Path) -> None:
         argv=f"--optimizer adam --lr 1e-3 --adam-beta2 0.95 --exit-interval {num_adam} "
         f"--save {adam}",
     )
-    switched = cluster.run(
-        TRAIN,
-        2,
-        base=base,
-        argv=f"{FROM_ADAM} --lr 5e-4 --override-opt_param-scheduler --load {adam}",
-    )
-    before, after = (run.results[-1]["losses"] for run in (first, switched))
+    switch = f"{FROM_ADAM} --lr 5e-4 --override-opt_param-scheduler --load {adam}"
+    offload = "--use-precision-aware-optimizer --optimizer-cpu-offload"
+    switched = cluster.run(TRAIN, 2, base=base, argv=switch)
+    offloaded = cluster.run(TRAIN, 2, base=base, argv=f"{switch} {offload}")
+    before, after, same = (run.results[-1]["losses"] for run in (first, switched, offloaded))
+    assert same == after
     assert (len(before), len(after)) == (num_adam, num_adams)
     print(f"last 50 of AdamW {np.mean(before[-50:]):.3f}, next 100 {np.mean(after):.3f}")
     assert np.mean(after) <= np.mean(before[-50:]) + 0.05

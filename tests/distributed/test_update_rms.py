@@ -285,12 +285,32 @@ def test_ranks_without_params_and_frozen_stages_take_part(cluster: Cluster) -> N
 OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction 0.5"
 
 
+@pytest.mark.parametrize("guard", ["", MATCH, "--adams-max-update-rms 0.4"])
 @pytest.mark.parametrize("flags", ["", "--overlap-cpu-optimizer-d2h-h2d"])
-def test_offloaded_updates_are_in_the_log(cluster: Cluster, flags: str) -> None:
-    off = cluster.run(TRAIN, 2, argv=f"{AWARE} {COMMON}")
-    on = cluster.run(PLAIN_TRAIN, 2, argv=f"{AWARE} {COMMON} {OFFLOAD} {flags}")
+def test_offloaded_updates_are_logged_matched_and_capped_as_others(
+    cluster: Cluster, flags: str, guard: str
+) -> None:
+    off = cluster.run(TRAIN, 2, argv=f"{AWARE} {COMMON} {guard}")
+    on = cluster.run(PLAIN_TRAIN, 2, argv=f"{AWARE} {COMMON} {guard} {OFFLOAD} {flags}")
     assert logged(on) == logged(off)
     assert sorted(logged(on)) == [*range(1, NUM_STEPS + 1)]
+    for mine, theirs in zip(on.results, off.results, strict=True):
+        assert mine["losses"] == theirs["losses"]
+        for name, tensor in theirs["model"].items():
+            assert torch.equal(mine["model"][name], tensor), name
+
+
+def test_offloading_rank_without_params_takes_part(cluster: Cluster) -> None:
+    sizes = (4, 8)
+    fields = {**FIELDS, "use_precision_aware_optimizer": True}
+    off, on = (
+        test_module.run(cluster, 4, sizes=sizes, fields={**fields, **offload})
+        for offload in ({}, {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5})
+    )
+    assert [rank["main"] for rank in on] == [8, 32, 4, 0]
+    for mine, theirs in zip(on, off, strict=True):
+        for name, tensor in theirs["params"].items():
+            assert torch.equal(mine["params"][name], tensor), name
 
 
 REFUSED = {
@@ -307,7 +327,6 @@ REFUSED = {
     f"{SHARDED} {MATCH} --expert-tensor-parallel-num-weight-shards 2": (
         "with --expert-tensor-parallel-num-weight-shards 2 and tensor parallel size 1: not"
     ),
-    f"{AWARE} {OFFLOAD} {MATCH}": "--adams-match-rms 0.25 with --optimizer-cpu-offload: not supp",
 }
 
 
