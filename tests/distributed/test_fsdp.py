@@ -26,20 +26,6 @@ STEPS = f"--optimizer adams --train-iters {NUM_STEPS} --save-interval {SAVED}"
 # One microbatch, and no norm, whose sum has another order: the arithmetic is the same everywhere.
 EXACT = f"{STEPS} --clip-grad 0 --micro-batch-size 4"
 BF16 = "--bf16 --megatron-fsdp-main-grads-dtype fp32"
-WITHOUT = "tests.distributed.cases:train"
-LOAD = "tests.distributed.cases:load_plain"
-REFUSALS = "tests.distributed.flag_cases:refusals"
-
-STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
-NUM_STEPS, SAVED = 4, 2
-STEPS = f"--optimizer adams --train-iters {NUM_STEPS} --save-interval {SAVED}"
-# One microbatch, and no norm, whose sum has another order: the arithmetic is the same everywhere.
-EXACT = f"{STEPS} --clip-grad 0 --micro-batch-size 4"
-BF16 = "--bf16 --megatron-fsdp-main-grads-dtype fp32"
-RUNS = [
-    *((strategy, "bf16") for strategy in STRATEGIES),
-    ("no_shard", "fp32"),
-]
 WITHOUT = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 PRECISION_AWARE = f"{BF16} --use-precision-aware-optimizer"
 
