@@ -5,6 +5,7 @@ on stdout. A rank costs a fork instead of the many seconds that importing Megatr
 no tensor operation itself: threads of OpenMP do not survive a fork.
 """
 
+import argparse
 import functools
 import importlib
 import json
@@ -18,6 +19,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 GRACE_S = 10.0
 """How long the other ranks may go on after the first one has failed."""
@@ -43,6 +46,7 @@ def import_megatron(*, register: bool, transformer_engine: bool) -> None:
     # What every rank would otherwise import for itself after the fork.
     for module in ("megatron.training.training", "megatron.core.tokenizers.text", "torch._dynamo"):
         importlib.import_module(module)
+    remember_help_of_flags()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     # The process that a save collects its results in: forked, not spawned, which would import
@@ -50,6 +54,23 @@ def import_megatron(*, register: bool, transformer_engine: bool) -> None:
     filesystem_async.get_write_results_queue = functools.partial(
         filesystem_async.get_write_results_queue, mp_mode="fork"
     )
+
+
+def remember_help_of_flags() -> None:
+    """Have Megatron read the help of its flags, from its sources, here and not in every rank."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
+
+    read = ArgumentGroupFactory._get_field_docstrings
+    known: dict[type, dict[str, str]] = {}
+
+    def remembered(factory: ArgumentGroupFactory, config: type) -> dict[str, str]:
+        if config not in known:
+            known[config] = read(factory, config)
+        return dict(known[config])
+
+    ArgumentGroupFactory._get_field_docstrings = remembered
+    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 def free_port() -> int:
@@ -78,6 +99,7 @@ def run_rank(request: dict[str, Any], rank: int, port: int, folder: Path) -> Non
         LOCAL_WORLD_SIZE=str(num_ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
     code = 1
     try:
@@ -108,6 +130,9 @@ def run_case(request: dict[str, Any]) -> dict[str, Any]:
         if pid == 0:
             run_rank(request, rank, port, folder)
         pids[pid] = rank
+    # As torchrun's agent does: ranks that come before rank 0 would wait and try again. Not before
+    # the fork, as it has a thread.
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     codes: dict[int, int] = {}
     deadline = time.monotonic() + request["timeout_s"]
     timed_out = False
@@ -131,6 +156,7 @@ def run_case(request: dict[str, Any]) -> dict[str, Any]:
         kill_group(pid)
         if rank not in codes:
             codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    del store
     return {"codes": [codes[rank] for rank in sorted(codes)], "timed_out": timed_out}
 
 
