@@ -128,7 +128,7 @@ class FusedStepOptimizer(DistributedOptimizer):
             self._params_are_written = False
 
     def _copy_main_params_to_model_params(self) -> None:
-        if self.has_main_params_inside():
+        if self.has_main_params_inside() and self.ddp_config.fp8_param_gather:
             self._share_fp8_scaling()
         if not self._params_are_written:
             super()._copy_main_params_to_model_params()
