@@ -200,19 +200,26 @@ _EXPORTS = """
 extern "C" void decode_{codec}(const void* stored, float* values, long long count) {{
     using adams::{codec};
     for (long long i = 0; i < count; ++i) {{
-        values[i] = {codec}::decode(static_cast<const {codec}::Storage*>(stored)[i]);
+        const auto number = static_cast<const {codec}::Storage*>(stored)[i];
+        values[i] = {codec}::decode(adams::word_of(number));
     }}
 }}
 extern "C" void encode_{codec}(const float* values, void* stored, long long count) {{
     using adams::{codec};
     for (long long i = 0; i < count; ++i) {{
-        static_cast<{codec}::Storage*>(stored)[i] = {codec}::encode(values[i]);
+        adams::write_word(static_cast<{codec}::Storage*>(stored)[i], {codec}::encode(values[i]));
     }}
 }}
 """
 _REMAINDERS = """
-extern "C" void split_all(const float* masters, unsigned short* high, short* low, long long count) {
-    for (long long i = 0; i < count; ++i) adams::split(masters[i], high[i], low[i]);
+extern "C" void split_all(const float* masters, unsigned short* high, unsigned short* low,
+                          long long count) {
+    for (long long i = 0; i < count; ++i) {
+        adams::Word high_word, low_word;
+        adams::split(masters[i], high_word, low_word);
+        adams::write_word(high[i], high_word);
+        adams::write_word(low[i], low_word);
+    }
 }
 // How many fp32 numbers do not come back from their halves; every `stride`th is tried. A NaN must
 // come back as one, in both halves.
@@ -221,10 +228,12 @@ extern "C" long long count_lost(long long stride) {
 #pragma omp parallel for reduction(+ : lost)
     for (long long bits = 0; bits < (1ll << 32); bits += stride) {
         const float master = adams::float_of(int(unsigned(bits)));
-        unsigned short high;
-        short low;
-        adams::split(master, high, low);
-        const float joined = adams::join(high, low);
+        adams::Word high_word, low_word;
+        adams::split(master, high_word, low_word);
+        unsigned short high, low;
+        adams::write_word(high, high_word);
+        adams::write_word(low, low_word);
+        const float joined = adams::join(adams::word_of(high), adams::word_of(low));
         const bool is_nan = adams::magnitude(joined) > 0x7f800000 && (high & 0x7fff) > 0x7f80;
         lost += adams::magnitude(master) > 0x7f800000
                     ? !is_nan

@@ -34,6 +34,7 @@ _TIMEOUT_S = 60.0
 
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 BF16 = Mode("bf16", "bf16", "bf16", "none")
+FP32_GRAD = Mode("fp32", "bf16", "bf16", "none")
 FP16 = Mode("fp16", "fp16", "fp32", "none")
 REMAINDER = Mode("bf16", "bf16", "bf16", "remainder")
 BESIDE = Mode("bf16", "bf16", "fp32", "fp32")
@@ -64,12 +65,15 @@ FAULTS = (
         "source/element.h",
         ("bf16: rounding constant", BF16, "bits + 0x7fffu", "bits + 0x7ffeu"),
         ("bf16: ties not to even", BF16, "((bits >> 16) & 1u)", "1u"),
-        ("bf16: NaN rounded", BF16, "x != x ? 0x7fc0u : rounded", "rounded"),
-        ("bf16: read one bit off", BF16, "unsigned(stored) << 16", "unsigned(stored) << 15"),
+        ("bf16: NaN rounded", BF16, "x != x ? 0x7fc00000u : rounded", "rounded"),
+        ("16 bits: read one bit off", BF16, "Word(stored) << 16", "Word(stored) << 15"),
+        ("16 bits: written one bit off", BF16, "short)(word >> 16)", "short)(word >> 15)"),
+        ("8 bits: read one bit off", SCALED, "Word(stored) << 24", "Word(stored) << 23"),
+        ("8 bits: written one bit off", SCALED, "char)(word >> 24)", "char)(word >> 23)"),
         ("fp16: ties not to even", FP16, "- 1 + ((finite >> shift) & 1)", ""),
         ("fp16: NaN rounded", FP16, "size > 0x7f800000 ? NAN_BITS : rounded", "rounded"),
         ("fp16: no limit", FP16, "smaller(normal, LIMIT)", "normal"),
-        ("fp16: sign not written", FP16, "NAN_BITS : rounded) | sign", "NAN_BITS : rounded)"),
+        ("fp16: sign not written", FP16, "<< position | sign", "<< position"),
         ("fp16: sign not read", FP16, "? special : finite) | sign", "? special : finite)"),
         ("fp16: subnormals read as normal", FP16, "< (1 << MANTISSA) ?", "< 1 ?"),
         ("fp16: subnormals written as normal", FP16, "< ((rebias + 1) << 23)", "< 1"),
@@ -77,10 +81,10 @@ FAULTS = (
         ("e4m3: saturates too early", SCALED, "4, 3, 0x7e", "4, 3, 0x7d"),
         ("e4m3: saturates to NaN", SCALED, "4, 3, 0x7e", "4, 3, 0x7f"),
         ("e5m2: saturates to infinity", E5M2, "5, 2, 0x7b", "5, 2, 0x7c"),
-        ("remainder: its sign ignored in join", REMAINDER, "(low < 0 ? 1u : 0u)", "0u"),
-        ("remainder: param truncated", REMAINDER, "+ ((bits >> 15) & 1u)", ""),
-        ("remainder: NaN carried", REMAINDER, "is_nan ? 0x7fffu : (", "(is_nan ? 0u : 0u) + ("),
-        ("remainder: NaN's low half", REMAINDER, "is_nan ? 0u : bits", "bits"),
+        ("remainder: its sign ignored in join", REMAINDER, "Word(int(low) >> 16)", "low >> 16"),
+        ("remainder: param truncated", REMAINDER, "high = bits + 0x8000u", "high = bits"),
+        ("remainder: NaN carried", REMAINDER, "master != master ? 0x7fff0000u :", ""),
+        ("remainder: NaN's low half", REMAINDER, "0x7fff0000u :", "0x7fffffffu :"),
         (
             "v of the new exp_avg",
             FP32,
@@ -99,8 +103,8 @@ FAULTS = (
             "s.beta1 + g * s.one_minus_beta1",
             "s.one_minus_beta1 + g * s.beta1",
         ),
-        ("eps inside the root", FP32, "(square_root(v) + s.eps)", "square_root(v + s.eps)"),
-        ("no eps", FP32, "(square_root(v) + s.eps)", "square_root(v)"),
+        ("eps inside the root", FP32, "square_root(v) + s.eps", "square_root(v + s.eps)"),
+        ("no eps", FP32, "square_root(v) + s.eps", "square_root(v)"),
         ("no correction in the update", FP32, "(exp_avg * s.correction) /", "exp_avg /"),
         ("no correction in v", FP32, "exp_avg * s.correction;", "exp_avg;"),
         ("grad_scale ignored", FP32, "grad * s.grad_scale", "grad"),
@@ -121,7 +125,7 @@ FAULTS = (
         (
             "param not written beside main",
             BESIDE,
-            "param[i] = ParamCodec::encode(ParamCodec",
+            "param = ParamCodec::encode(ParamCodec",
             "ParamCodec::encode(ParamCodec",
         ),
         (
@@ -267,7 +271,7 @@ FAULTS = (
         (
             "remainder's param not loaded",
             REMAINDER,
-            "if constexpr (Master<Param, Main>::reads_param) load",
+            "if constexpr (reads_param) load",
             "if constexpr (!has_main) load",
         ),
         ("exp_avg not stored", FP32, "store(chunk.exp_avg + i, exp_avg);", ""),
@@ -361,8 +365,8 @@ FAULTS = (
         (
             "host: not finite: of the last element",
             GUARDED,
-            "num_not_finite += sq",
-            "num_not_finite = sq",
+            " num_not_finite += sq",
+            " num_not_finite = sq",
         ),
         ("host: sums not of an update", GUARDED, "(STORE && is_guarded)", "false"),
         (
@@ -377,6 +381,64 @@ FAULTS = (
             "adams_rms(ADAMS_PARAMETERS, int num_threads) {\n    if (ADAMS_IS_SKIPPED) return;",
             "adams_rms(ADAMS_PARAMETERS, int num_threads) {",
         ),
+        (
+            "host: pairs: read in reverse",
+            BF16,
+            "return {both << 16, both & 0xffff0000u};",
+            "return {both & 0xffff0000u, both << 16};",
+        ),
+        ("host: pairs: neighbours mixed", BF16, "(pair.high & 0xffff0000u)", "pair.high"),
+        (
+            "host: pairs: fp32 grads read in reverse",
+            FP32_GRAD,
+            "word_of(memory[2 * i + 1])",
+            "word_of(memory[2 * i])",
+        ),
+        (
+            "host: pairs: last of a block left out",
+            BF16,
+            "smaller(num_pairs - begin, Block::size)",
+            "smaller(num_pairs - begin, Block::size - 1)",
+        ),
+        (
+            "host: pairs: one over the end",
+            BF16,
+            "num_pairs = chunk.count / 2",
+            "num_pairs = (chunk.count + 1) / 2",
+        ),
+        (
+            "host: pairs: odd element left out",
+            BF16,
+            "done = chunk.count / 2 * 2",
+            "done = chunk.count",
+        ),
+        ("host: pairs: all of it twice", BF16, "done = chunk.count / 2 * 2", "done = 0"),
+        (
+            "host: pairs: param of the first block",
+            BF16,
+            "param = chunk.param + 2 * begin",
+            "param = chunk.param",
+        ),
+        ("host: pairs: L2 without its param", BF16, "if (s.decay == L2) {", "if (false) {"),
+        (
+            "host: pairs: remainder not written",
+            REMAINDER,
+            "if (has_main) write_pair(main, i, w);",
+            "",
+        ),
+        (
+            "host: pairs: squares of the last pair",
+            GUARDED_REMAINDER,
+            "units += squares.sum;",
+            "units = squares.sum;",
+        ),
+        (
+            "host: pairs: not finite: of the last pair",
+            GUARDED_REMAINDER,
+            "not_finite += squares.num_not_finite;\n        }\n    }",
+            "not_finite = squares.num_not_finite;\n        }\n    }",
+        ),
+        ("host: pairs: squares dropped", GUARDED_REMAINDER, "sum = squares.sum;", ""),
         (
             "host: a tensor's last element left out",
             FP32,

@@ -83,7 +83,7 @@ ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
             load(exp_avg, chunk.exp_avg + i);
             if (PASS != COUNT || scalars.decay == L2) {
                 if constexpr (has_main) load(main, chunk.main + i);
-                if constexpr (Master<Param, Main>::reads_param) load(param, chunk.param + i);
+                if constexpr (reads_param) load(param, chunk.param + i);
             }
 #pragma unroll
             for (int k = 0; k < VECTOR; ++k) {

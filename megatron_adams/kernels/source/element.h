@@ -41,21 +41,34 @@ ADAMS_FUNCTION int magnitude(float x) { return bits_of(x) & 0x7fffffff; }
 ADAMS_FUNCTION int larger(int a, int b) { return a > b ? a : b; }
 ADAMS_FUNCTION int smaller(int a, int b) { return a < b ? a : b; }
 
+// What is stored of a number, at the top of 32 bits: a loop in which all have the same width needs no
+// conversions between vectors of different lengths. A codec reads words whose other bits are zero, and
+// leaves anything in the other bits of those that it makes.
+using Word = unsigned;
+ADAMS_FUNCTION Word word_of(float stored) { return Word(bits_of(stored)); }
+ADAMS_FUNCTION Word word_of(unsigned short stored) { return Word(stored) << 16; }
+ADAMS_FUNCTION Word word_of(unsigned char stored) { return Word(stored) << 24; }
+ADAMS_FUNCTION void write_word(float& memory, Word word) { memory = float_of(int(word)); }
+ADAMS_FUNCTION void write_word(unsigned short& memory, Word word) {
+    memory = (unsigned short)(word >> 16);
+}
+ADAMS_FUNCTION void write_word(unsigned char& memory, Word word) { memory = (unsigned char)(word >> 24); }
+
 struct F32 {
     using Storage = float;
     static constexpr bool is_fp8 = false;
-    ADAMS_FUNCTION float decode(Storage stored) { return stored; }
-    ADAMS_FUNCTION Storage encode(float x) { return x; }
+    ADAMS_FUNCTION float decode(Word word) { return float_of(int(word)); }
+    ADAMS_FUNCTION Word encode(float x) { return Word(bits_of(x)); }
 };
 
 struct BF16 {
     using Storage = unsigned short;
     static constexpr bool is_fp8 = false;
-    ADAMS_FUNCTION float decode(Storage stored) { return float_of(int(unsigned(stored) << 16)); }
-    ADAMS_FUNCTION Storage encode(float x) {
-        const unsigned bits = unsigned(bits_of(x));
-        const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        return Storage(x != x ? 0x7fc0u : rounded);
+    ADAMS_FUNCTION float decode(Word word) { return float_of(int(word)); }
+    ADAMS_FUNCTION Word encode(float x) {
+        const Word bits = Word(bits_of(x));
+        const Word rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+        return x != x ? 0x7fc00000u : rounded;
     }
 };
 
@@ -67,13 +80,14 @@ template <class StorageType, int EXPONENT, int MANTISSA, int LIMIT, int FIRST_SP
 struct SmallFloat {
     using Storage = StorageType;
     static constexpr bool is_fp8 = sizeof(Storage) == 1;
+    static constexpr int position = 31 - EXPONENT - MANTISSA;  // in a word
     static constexpr int bias = (1 << (EXPONENT - 1)) - 1;
     static constexpr int shift = 23 - MANTISSA;
     static constexpr int rebias = 127 - bias;
 
-    ADAMS_FUNCTION float decode(Storage stored) {
-        const int magnitude_bits = int(stored) & ((1 << (EXPONENT + MANTISSA)) - 1);
-        const int sign = int(unsigned(stored) << (31 - EXPONENT - MANTISSA)) & int(0x80000000u);
+    ADAMS_FUNCTION float decode(Word word) {
+        const int magnitude_bits = int((word & 0x7fffffffu) >> position);
+        const int sign = int(word & 0x80000000u);
         const float unit = float_of((128 - bias - MANTISSA) << 23);  // the smallest subnormal
         const float subnormal = float(magnitude_bits) * unit;
         const int normal = (magnitude_bits << shift) + (rebias << 23);
@@ -82,9 +96,9 @@ struct SmallFloat {
         return float_of((magnitude_bits >= FIRST_SPECIAL ? special : finite) | sign);
     }
 
-    ADAMS_FUNCTION Storage encode(float x) {
+    ADAMS_FUNCTION Word encode(float x) {
         const int size = magnitude(x);
-        const int sign = int(unsigned(bits_of(x) & int(0x80000000u)) >> (31 - EXPONENT - MANTISSA));
+        const Word sign = Word(bits_of(x)) & 0x80000000u;
         // Larger magnitudes than infinity's are cut off before the addition, which could overflow.
         const int finite = smaller(size, 0x7f800000);
         const int half = (1 << (shift - 1)) - 1 + ((finite >> shift) & 1);
@@ -93,7 +107,7 @@ struct SmallFloat {
         const int magic = (128 - bias - MANTISSA + 23) << 23;
         const int subnormal = bits_of(float_of(finite) + float_of(magic)) - magic;
         const int rounded = finite < ((rebias + 1) << 23) ? subnormal : smaller(normal, LIMIT);
-        return Storage((size > 0x7f800000 ? NAN_BITS : rounded) | sign);
+        return Word(size > 0x7f800000 ? NAN_BITS : rounded) << position | sign;
     }
 };
 
@@ -114,7 +128,7 @@ struct NoMain {
     using Storage = unsigned char;
 };
 struct Remainder {
-    using Storage = short;
+    using Storage = unsigned short;
 };
 
 using Grad = ADAMS_GRAD;
@@ -135,17 +149,17 @@ constexpr bool exp_avg_is_scaled = largest_scaled<ExpAvg> != 0;
 constexpr bool is_guarded = ADAMS_GUARDED;
 static_assert(ADAMS_SCALED == (main_is_scaled || exp_avg_is_scaled), "modes.py: is_scaled");
 
-// An fp32 master as bf16 `high`, rounded half away from zero, and the 16 bits that it lacks; exact
-// for all numbers. A NaN whose low half is negative would carry into the sign: it becomes 0x7fff.
-ADAMS_FUNCTION float join(unsigned short high, short low) {
-    const unsigned truncated = (unsigned(high) - (low < 0 ? 1u : 0u)) << 16;
-    return float_of(int(truncated | (unsigned(low) & 0xffffu)));
+// An fp32 master as bf16 `high`, rounded half away from zero, and the 16 bits `low` that it lacks, which
+// are negative where it was rounded up; exact for all numbers. A NaN could carry into the sign: it
+// becomes 0x7fff.
+ADAMS_FUNCTION float join(Word high, Word low) {
+    const Word rest = Word(int(low) >> 16);
+    return float_of(int(high + rest));
 }
-ADAMS_FUNCTION void split(float master, unsigned short& high, short& low) {
-    const unsigned bits = unsigned(bits_of(master));
-    const bool is_nan = master != master;
-    high = (unsigned short)(is_nan ? 0x7fffu : (bits >> 16) + ((bits >> 15) & 1u));
-    low = short(is_nan ? 0u : bits & 0xffffu);
+ADAMS_FUNCTION void split(float master, Word& high, Word& low) {
+    const Word bits = master != master ? 0x7fff0000u : Word(bits_of(master));
+    high = bits + 0x8000u;
+    low = bits << 16;
 }
 
 // A power of two, so that scaling loses nothing: the largest value lands in (limit / 2, limit].
@@ -199,14 +213,19 @@ struct Squares {
     }
 };
 
-ADAMS_FUNCTION void update(float& param, float grad, float& exp_avg, const Scalars& s, float factor,
-                           Squares& squares) {
+// An update in two halves. The first moves exp_avg, and returns what it is to be divided by;
+ADAMS_FUNCTION float move_exp_avg(float& exp_avg, float grad, float param, const Scalars& s) {
     float g = grad * s.grad_scale;
     g = s.decay == L2 ? g + param * s.weight_decay : g;
     const float a = exp_avg * s.correction;
     const float v = (a * a) * s.beta2 + (g * g) * s.one_minus_beta2;
     exp_avg = exp_avg * s.beta1 + g * s.one_minus_beta1;
-    float u = (exp_avg * s.correction) / (square_root(v) + s.eps);
+    return square_root(v) + s.eps;
+}
+// the second moves param.
+ADAMS_FUNCTION void move_param(float& param, float exp_avg, float divisor, const Scalars& s,
+                               float factor, Squares& squares) {
+    float u = (exp_avg * s.correction) / divisor;
     if (is_guarded) {
         Squares::add(squares, u);
         u = u * factor;
@@ -215,19 +234,25 @@ ADAMS_FUNCTION void update(float& param, float grad, float& exp_avg, const Scala
     param = param - u * s.lr;
 }
 
+ADAMS_FUNCTION float decode_exp_avg(Word word, const TensorScales& scales) {
+    const float exp_avg = ExpAvg::decode(word);
+    return exp_avg_is_scaled ? exp_avg * scales.exp_avg_old.forward : exp_avg;
+}
+ADAMS_FUNCTION Word encode_exp_avg(float exp_avg, const TensorScales& scales) {
+    return ExpAvg::encode(exp_avg_is_scaled ? exp_avg * scales.exp_avg_new.inverse : exp_avg);
+}
+
 // Where the master of an element is: beside param,
 template <class ParamCodec, class MainCodec>
 struct Master {
     static constexpr bool reads_param = false;
-    ADAMS_FUNCTION float read(int i, const typename ParamCodec::Storage*,
-                              const typename MainCodec::Storage* main, const TensorScales& scales) {
-        const float master = MainCodec::decode(main[i]);
+    ADAMS_FUNCTION float decode(Word, Word main, const TensorScales& scales) {
+        const float master = MainCodec::decode(main);
         return main_is_scaled ? master * scales.main_old.forward : master;
     }
-    ADAMS_FUNCTION void write(int i, float master, typename ParamCodec::Storage* param,
-                              typename MainCodec::Storage* main, const TensorScales& scales) {
-        main[i] = MainCodec::encode(main_is_scaled ? master * scales.main_new.inverse : master);
-        param[i] = ParamCodec::encode(ParamCodec::is_fp8 ? master * scales.param : master);
+    ADAMS_FUNCTION void encode(float master, Word& param, Word& main, const TensorScales& scales) {
+        main = MainCodec::encode(main_is_scaled ? master * scales.main_new.inverse : master);
+        param = ParamCodec::encode(ParamCodec::is_fp8 ? master * scales.param : master);
     }
 };
 // param itself,
@@ -235,28 +260,25 @@ template <class ParamCodec>
 struct Master<ParamCodec, NoMain> {
     static_assert(!ParamCodec::is_fp8, "an fp8 param needs a master");
     static constexpr bool reads_param = true;
-    ADAMS_FUNCTION float read(int i, const typename ParamCodec::Storage* param,
-                              const NoMain::Storage*, const TensorScales&) {
-        return ParamCodec::decode(param[i]);
+    ADAMS_FUNCTION float decode(Word param, Word, const TensorScales&) {
+        return ParamCodec::decode(param);
     }
-    ADAMS_FUNCTION void write(int i, float master, typename ParamCodec::Storage* param,
-                              NoMain::Storage*, const TensorScales&) {
-        param[i] = ParamCodec::encode(master);
+    ADAMS_FUNCTION void encode(float master, Word& param, Word&, const TensorScales&) {
+        param = ParamCodec::encode(master);
     }
 };
 // or in both.
 template <>
 struct Master<BF16, Remainder> {
     static constexpr bool reads_param = true;
-    ADAMS_FUNCTION float read(int i, const BF16::Storage* param, const Remainder::Storage* main,
-                              const TensorScales&) {
-        return join(param[i], main[i]);
+    ADAMS_FUNCTION float decode(Word param, Word main, const TensorScales&) {
+        return join(param, main);
     }
-    ADAMS_FUNCTION void write(int i, float master, BF16::Storage* param, Remainder::Storage* main,
-                              const TensorScales&) {
-        split(master, param[i], main[i]);
+    ADAMS_FUNCTION void encode(float master, Word& param, Word& main, const TensorScales&) {
+        split(master, param, main);
     }
 };
+constexpr bool reads_param = Master<Param, Main>::reads_param;
 
 // What a pass over the elements is for: to update them, to see how large their scaled state becomes,
 // or to count the squares of their updates.
@@ -267,14 +289,16 @@ template <Pass PASS>
 ADAMS_FUNCTION void update_element(int i, const Grad::Storage* grad, Param::Storage* param,
                                    ExpAvg::Storage* exp_avg, Main::Storage* main, const Scalars& s,
                                    const TensorScales& scales, Amax& amax, Squares& squares) {
-    const float g = Grad::decode(grad[i]);
-    float m = ExpAvg::decode(exp_avg[i]);
-    if (exp_avg_is_scaled) m = m * scales.exp_avg_old.forward;
+    const float g = Grad::decode(word_of(grad[i]));
+    float m = decode_exp_avg(word_of(exp_avg[i]), scales);
     // An update depends on the master only where decay is part of the gradient.
     const bool is_read = PASS != COUNT || s.decay == L2;
-    float p = is_read ? Master<Param, Main>::read(i, param, main, scales) : 0.0f;
+    Word param_word = reads_param && is_read ? word_of(param[i]) : 0u;
+    Word main_word = has_main && is_read ? word_of(main[i]) : 0u;
+    float p = Master<Param, Main>::decode(param_word, main_word, scales);
 
-    update(p, g, m, s, scales.update, squares);
+    const float divisor = move_exp_avg(m, g, p, s);
+    move_param(p, m, divisor, s, scales.update, squares);
 
     if (PASS == COUNT) return;
     if (PASS == MEASURE) {
@@ -283,8 +307,10 @@ ADAMS_FUNCTION void update_element(int i, const Grad::Storage* grad, Param::Stor
         return;
     }
     if (Param::is_fp8) amax.param = larger(amax.param, magnitude(p));
-    exp_avg[i] = ExpAvg::encode(exp_avg_is_scaled ? m * scales.exp_avg_new.inverse : m);
-    Master<Param, Main>::write(i, p, param, main, scales);
+    write_word(exp_avg[i], encode_exp_avg(m, scales));
+    Master<Param, Main>::encode(p, param_word, main_word, scales);
+    write_word(param[i], param_word);
+    if (has_main) write_word(main[i], main_word);
 }
 
 }  // namespace adams
