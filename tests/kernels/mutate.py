@@ -39,6 +39,7 @@ FP16 = Mode("fp16", "fp16", "fp32", "none")
 REMAINDER = Mode("bf16", "bf16", "bf16", "remainder")
 BESIDE = Mode("bf16", "bf16", "fp32", "fp32")
 SCALED = Mode("fp32", "e4m3", "fp16", "fp16")
+FP16_STATE = Mode("bf16", "bf16", "fp16", "fp16")
 E5M2 = Mode("bf16", "e5m2", "e4m3", "fp32")
 GUARDED = FP32._replace(is_guarded=True)
 GUARDED_REMAINDER = REMAINDER._replace(is_guarded=True)
@@ -352,8 +353,8 @@ FAULTS = (
         (
             "host: maximum of the last element",
             SCALED,
-            "main_amax = larger(main_amax, amax.main);",
-            "main_amax = amax.main;",
+            "main_amax = larger(main_amax, of_element.main);",
+            "main_amax = of_element.main;",
         ),
         (
             "host: scale_inv of the first tensor only",
@@ -361,12 +362,12 @@ FAULTS = (
             "STORE && chunk.is_first",
             "STORE && index == 0",
         ),
-        ("host: squares of the last element", GUARDED, "sum += squares.sum;", "sum = squares.sum;"),
+        ("host: squares of the last element", GUARDED, "sum += square.sum;", "sum = square.sum;"),
         (
             "host: not finite: of the last element",
             GUARDED,
-            " num_not_finite += sq",
-            " num_not_finite = sq",
+            "num_not_finite += square.",
+            "num_not_finite = square.",
         ),
         ("host: sums not of an update", GUARDED, "(STORE && is_guarded)", "false"),
         (
@@ -397,27 +398,35 @@ FAULTS = (
         (
             "host: pairs: last of a block left out",
             BF16,
-            "smaller(num_pairs - begin, Block::size)",
-            "smaller(num_pairs - begin, Block::size - 1)",
+            "i < BLOCK / 2; ++i) {\n        move_exp_avgs",
+            "i < BLOCK / 2 - 1; ++i) {\n        move_exp_avgs",
         ),
         (
-            "host: pairs: one over the end",
+            "host: pairs: first pair only",
             BF16,
-            "num_pairs = chunk.count / 2",
-            "num_pairs = (chunk.count + 1) / 2",
+            "move_params(i, param, main,",
+            "move_params(0, param, main,",
         ),
         (
-            "host: pairs: odd element left out",
+            "host: pairs: over the end",
             BF16,
-            "done = chunk.count / 2 * 2",
-            "done = chunk.count",
+            "if (count == BLOCK) {\n                    update_block",
+            "if (count > 0) {\n                    update_block",
         ),
-        ("host: pairs: all of it twice", BF16, "done = chunk.count / 2 * 2", "done = 0"),
+        ("host: pairs: all of it twice", BF16, "                    continue;\n", ""),
+        ("host: exp_avg of the first block", FP32, "chunk.exp_avg + begin", "chunk.exp_avg"),
+        ("host: main of the first block", BESIDE, "chunk.main + begin", "chunk.main"),
         (
-            "host: pairs: param of the first block",
-            BF16,
-            "param = chunk.param + 2 * begin",
-            "param = chunk.param",
+            "host: rest of a chunk left out",
+            FP32,
+            "begin < chunk.count; begin += BLOCK",
+            "begin + BLOCK <= chunk.count; begin += BLOCK",
+        ),
+        (
+            "host: rest of a chunk as a block",
+            FP32,
+            "process_block<PASS>(count,",
+            "process_block<PASS>(BLOCK,",
         ),
         ("host: pairs: L2 without its param", BF16, "if (s.decay == L2) {", "if (false) {"),
         (
@@ -429,21 +438,45 @@ FAULTS = (
         (
             "host: pairs: squares of the last pair",
             GUARDED_REMAINDER,
-            "units += squares.sum;",
-            "units = squares.sum;",
+            "units += of_pair.sum;",
+            "units = of_pair.sum;",
         ),
         (
             "host: pairs: not finite: of the last pair",
             GUARDED_REMAINDER,
-            "not_finite += squares.num_not_finite;\n        }\n    }",
-            "not_finite = squares.num_not_finite;\n        }\n    }",
+            "not_finite += of_pair",
+            "not_finite = of_pair",
         ),
-        ("host: pairs: squares dropped", GUARDED_REMAINDER, "sum = squares.sum;", ""),
+        (
+            "host: pairs: squares of the last block",
+            GUARDED_REMAINDER,
+            "squares.sum += units;",
+            "squares.sum = units;",
+        ),
+        (
+            "host: pairs: not finite: dropped",
+            GUARDED_REMAINDER,
+            "squares.num_not_finite += not_finite;",
+            "",
+        ),
+        ("host: squares of the last block", GUARDED, "squares.sum += sum;", "squares.sum = sum;"),
+        (
+            "host: not finite: of the last block",
+            GUARDED,
+            "squares.num_not_finite += num_not_finite;",
+            "squares.num_not_finite = num_not_finite;",
+        ),
+        (
+            "host: maximum of the last block",
+            FP16_STATE,
+            "amax.main = larger(amax.main, main_amax);",
+            "amax.main = main_amax;",
+        ),
         (
             "host: a tensor's last element left out",
             FP32,
-            "i < chunk.count;",
-            "i < chunk.count - 1;",
+            "i < count;",
+            "i < count - 1;",
         ),
     ),
     *_faults(

@@ -1,11 +1,12 @@
 // The host form: the same elements in the same chunks, by OpenMP threads and the compiler's vectors.
 //
-// `process` goes over a chunk element by element, and waits for memory. Where all that is written has 16
-// bits it would rather wait for itself, and `update_pairs` comes first, which differs in two things.
-// Pairs: two neighbours of 16 bits are read and written as one number, so that all vectors have 32-bit
-// lanes; narrower ones would have to be spread over two vectors and put together again. Two loops with
-// a block of numbers between them: a root and a quotient take long, and in one loop a processor does not
-// look as far ahead as the next iteration's. Measured with AVX2, it takes two thirds of the time.
+// A step is to take no longer than its memory accesses do. So a chunk is gone through in short blocks,
+// and while one is computed, the lines of a later one are fetched (`prefetch`). Where all that is
+// written has 16 bits there is the most to compute for a byte, and a block is computed in another way
+// (`update_block`): as pairs, two neighbours of 16 bits being read and written as one number, so that
+// all vectors have 32-bit lanes, and none has to be spread over two or put together again; and in two
+// loops, because a root and a quotient take so long that a processor does not get from one to the next
+// vector's in a loop that has both.
 
 #include "element.h"
 #include "multi_tensor.h"
@@ -16,18 +17,21 @@ namespace adams {
 // both computes roots and quotients for either kind of decay.
 enum Form { PLAIN_NO_DECAY, PLAIN_DECOUPLED, ANY };  // plain: without a bias correction
 
-template <Form FORM>
-ADAMS_FUNCTION Scalars scalars_of_form(Scalars s) {
-    if (FORM != ANY) {
-        s.decay = FORM == PLAIN_DECOUPLED ? DECOUPLED : NO_DECAY;
-        s.correction = 1.0f;
-    }
-    return s;
-}
-
 constexpr bool is_paired = sizeof(Param::Storage) == 2 && sizeof(ExpAvg::Storage) == 2 &&
                            (!has_main || sizeof(Main::Storage) == 2) &&
                            __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+
+// Elements of a block. Few lines: with many asked for at a time, a step becomes slower than with none.
+// With 8-bit tensors there is so much to compute that nothing is gained, and a chunk is one block.
+constexpr bool has_8_bits = sizeof(Param::Storage) == 1 || sizeof(ExpAvg::Storage) == 1;
+constexpr int BLOCK = has_8_bits ? CHUNK : is_paired ? 64 : 32;
+constexpr int AHEAD = 8 * BLOCK;  // from a block to the one that is fetched meanwhile
+
+template <class Storage>
+ADAMS_FUNCTION void prefetch(const Storage* block) {
+    constexpr int line = 64;  // bytes
+    for (int i = 0; i < BLOCK; i += line / int(sizeof(Storage))) __builtin_prefetch(block + i);
+}
 
 // Two neighbours in memory, `low` at the lower address.
 struct Pair {
@@ -49,10 +53,9 @@ ADAMS_FUNCTION void write_pair(void* memory, int i, Pair pair) {
 }
 
 // What lies between the two halves of an update, of the elements of even and of odd index.
-struct Block {
-    static constexpr int size = 1024;  // pairs: with the tensors' own, half of a 32 KiB cache
-    float exp_avg_low[size], exp_avg_high[size];
-    float divisor_low[size], divisor_high[size];
+struct Halfway {
+    float exp_avg_low[BLOCK / 2], exp_avg_high[BLOCK / 2];
+    float divisor_low[BLOCK / 2], divisor_high[BLOCK / 2];
 };
 
 // The halves are functions, and not the bodies of loops: the compiler makes arrays of what a loop's
@@ -61,7 +64,7 @@ ADAMS_FUNCTION void move_exp_avgs(int i, const Grad::Storage* __restrict grad,
                                   const Param::Storage* __restrict param,
                                   ExpAvg::Storage* __restrict exp_avg,
                                   const Main::Storage* __restrict main, const Scalars& s,
-                                  const TensorScales& scales, Block& block) {
+                                  const TensorScales& scales, Halfway& halfway) {
     Pair p = {0u, 0u}, w = {0u, 0u};
     if (s.decay == L2) {
         if (reads_param) p = read_pair(param, i);
@@ -71,56 +74,77 @@ ADAMS_FUNCTION void move_exp_avgs(int i, const Grad::Storage* __restrict grad,
     const float p_high = Master<Param, Main>::decode(p.high, w.high, scales);
     const Pair g = read_pair(grad, i), m = read_pair(exp_avg, i);
     float m_low = decode_exp_avg(m.low, scales), m_high = decode_exp_avg(m.high, scales);
-    block.divisor_low[i] = move_exp_avg(m_low, Grad::decode(g.low), p_low, s);
-    block.divisor_high[i] = move_exp_avg(m_high, Grad::decode(g.high), p_high, s);
-    block.exp_avg_low[i] = m_low;
-    block.exp_avg_high[i] = m_high;
+    halfway.divisor_low[i] = move_exp_avg(m_low, Grad::decode(g.low), p_low, s);
+    halfway.divisor_high[i] = move_exp_avg(m_high, Grad::decode(g.high), p_high, s);
+    halfway.exp_avg_low[i] = m_low;
+    halfway.exp_avg_high[i] = m_high;
     write_pair(exp_avg, i, {encode_exp_avg(m_low, scales), encode_exp_avg(m_high, scales)});
 }
 ADAMS_FUNCTION void move_params(int i, Param::Storage* __restrict param,
                                 Main::Storage* __restrict main, const Scalars& s,
-                                const TensorScales& scales, const Block& block, Squares& squares) {
+                                const TensorScales& scales, const Halfway& halfway,
+                                Squares& squares) {
     Pair p = {0u, 0u}, w = {0u, 0u};
     if (reads_param) p = read_pair(param, i);
     if (has_main) w = read_pair(main, i);
     float low = Master<Param, Main>::decode(p.low, w.low, scales);
     float high = Master<Param, Main>::decode(p.high, w.high, scales);
-    move_param(low, block.exp_avg_low[i], block.divisor_low[i], s, scales.update, squares);
-    move_param(high, block.exp_avg_high[i], block.divisor_high[i], s, scales.update, squares);
+    move_param(low, halfway.exp_avg_low[i], halfway.divisor_low[i], s, scales.update, squares);
+    move_param(high, halfway.exp_avg_high[i], halfway.divisor_high[i], s, scales.update, squares);
     Master<Param, Main>::encode(low, p.low, w.low, scales);
     Master<Param, Main>::encode(high, p.high, w.high, scales);
     write_pair(param, i, p);
     if (has_main) write_pair(main, i, w);
 }
 
-// Update all of a chunk but the last element of an odd number.
-template <Form FORM>
-static Squares update_pairs(const Chunk& chunk, const Scalars& scalars) {
-    const Scalars s = scalars_of_form<FORM>(scalars);
-    const TensorScales scales = chunk.scales;
-    const int num_pairs = chunk.count / 2;
+// A whole block in pairs.
+ADAMS_FUNCTION void update_block(const Grad::Storage* grad, Param::Storage* param,
+                                 ExpAvg::Storage* exp_avg, Main::Storage* main, const Scalars& s,
+                                 const TensorScales& scales, Squares& squares) {
+    Halfway halfway;
+#pragma omp simd
+    for (int i = 0; i < BLOCK / 2; ++i) {
+        move_exp_avgs(i, grad, param, exp_avg, main, s, scales, halfway);
+    }
     long long units = 0;
     int not_finite = 0;
-    Block block;
-    for (int begin = 0; begin < num_pairs; begin += Block::size) {
-        const int count = smaller(num_pairs - begin, Block::size);
-        const Grad::Storage* grad = chunk.grad + 2 * begin;
-        Param::Storage* param = chunk.param + 2 * begin;
-        ExpAvg::Storage* exp_avg = chunk.exp_avg + 2 * begin;
-        Main::Storage* main = has_main ? chunk.main + 2 * begin : nullptr;
-#pragma omp simd
-        for (int i = 0; i < count; ++i) {
-            move_exp_avgs(i, grad, param, exp_avg, main, s, scales, block);
-        }
 #pragma omp simd reduction(+ : units, not_finite)
-        for (int i = 0; i < count; ++i) {
-            Squares squares = {0, 0};
-            move_params(i, param, main, s, scales, block, squares);
-            units += squares.sum;
-            not_finite += squares.num_not_finite;
-        }
+    for (int i = 0; i < BLOCK / 2; ++i) {
+        Squares of_pair = {0, 0};
+        move_params(i, param, main, s, scales, halfway, of_pair);
+        units += of_pair.sum;
+        not_finite += of_pair.num_not_finite;
     }
-    return {units, not_finite};
+    squares.sum += units;
+    squares.num_not_finite += not_finite;
+}
+
+// A block, or what is left of a chunk, element by element.
+template <Pass PASS>
+ADAMS_FUNCTION void process_block(int count, const Grad::Storage* __restrict grad,
+                                  Param::Storage* __restrict param,
+                                  ExpAvg::Storage* __restrict exp_avg,
+                                  Main::Storage* __restrict main, const Scalars& s,
+                                  const TensorScales& scales, Amax& amax, Squares& squares) {
+    int param_amax = 0, exp_avg_amax = 0, main_amax = 0, num_not_finite = 0;
+    long long sum = 0;
+#pragma omp simd reduction(max : param_amax, exp_avg_amax, main_amax) \
+    reduction(+ : sum, num_not_finite)
+    for (int i = 0; i < count; ++i) {
+        Amax of_element = {0, 0, 0};
+        Squares square = {0, 0};
+        update_element<PASS>(i, grad, param, exp_avg, main, s, scales, of_element, square);
+        param_amax = larger(param_amax, of_element.param);
+        exp_avg_amax = larger(exp_avg_amax, of_element.exp_avg);
+        main_amax = larger(main_amax, of_element.main);
+        sum += square.sum;
+        num_not_finite += square.num_not_finite;
+    }
+    amax.param = larger(amax.param, param_amax);
+    amax.exp_avg = larger(amax.exp_avg, exp_avg_amax);
+    amax.main = larger(amax.main, main_amax);
+    squares.sum += sum;
+    squares.num_not_finite += num_not_finite;
 }
 
 template <Pass PASS, Form FORM>
@@ -131,38 +155,45 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
 #pragma omp parallel for num_threads(num_threads) schedule(guided)
     for (long long index = 0; index < num_chunks; ++index) {
         const Chunk chunk = chunk_at(table, index);
-        const Grad::Storage* __restrict grad = chunk.grad;
-        Param::Storage* __restrict param = chunk.param;
-        ExpAvg::Storage* __restrict exp_avg = chunk.exp_avg;
-        Main::Storage* __restrict main = chunk.main;
-        const Scalars s = scalars_of_form<FORM>(scalars);
-        const TensorScales scales = chunk.scales;
-        int done = 0;
-        int param_amax = 0, exp_avg_amax = 0, main_amax = 0, num_not_finite = 0;
-        long long sum = 0;
-        if constexpr (STORE && is_paired) {
-            const Squares squares = update_pairs<FORM>(chunk, scalars);
-            sum = squares.sum;
-            num_not_finite = squares.num_not_finite;
-            done = chunk.count / 2 * 2;
+        Scalars s = scalars;
+        if (FORM != ANY) {
+            s.decay = FORM == PLAIN_DECOUPLED ? DECOUPLED : NO_DECAY;
+            s.correction = 1.0f;
         }
-#pragma omp simd reduction(max : param_amax, exp_avg_amax, main_amax) \
-    reduction(+ : sum, num_not_finite)
-        for (int i = done; i < chunk.count; ++i) {
-            Amax amax = {0, 0, 0};
-            Squares squares = {0, 0};
-            update_element<PASS>(i, grad, param, exp_avg, main, s, scales, amax, squares);
-            param_amax = larger(param_amax, amax.param);
-            exp_avg_amax = larger(exp_avg_amax, amax.exp_avg);
-            main_amax = larger(main_amax, amax.main);
-            sum += squares.sum;
-            num_not_finite += squares.num_not_finite;
+        const TensorScales scales = chunk.scales;
+        const bool is_master_read = PASS != COUNT || s.decay == L2;
+        Amax amax = {0, 0, 0};
+        Squares squares = {0, 0};
+        for (int begin = 0; begin < chunk.count; begin += BLOCK) {
+            const Grad::Storage* __restrict grad = chunk.grad + begin;
+            Param::Storage* __restrict param = chunk.param + begin;
+            ExpAvg::Storage* __restrict exp_avg = chunk.exp_avg + begin;
+            Main::Storage* __restrict main = has_main ? chunk.main + begin : nullptr;
+            const int count = smaller(chunk.count - begin, BLOCK);
+            if (begin + AHEAD + BLOCK <= chunk.count) {
+                prefetch(grad + AHEAD);
+                prefetch(exp_avg + AHEAD);
+                if (STORE || (reads_param && is_master_read)) prefetch(param + AHEAD);
+                if (has_main && is_master_read) prefetch(main + AHEAD);
+            }
+            if constexpr (STORE && is_paired) {
+                if (count == BLOCK) {
+                    update_block(grad, param, exp_avg, main, s, scales, squares);
+                    continue;
+                }
+            }
+            // The compiler does more with a number that it knows.
+            if (count == BLOCK) {
+                process_block<PASS>(BLOCK, grad, param, exp_avg, main, s, scales, amax, squares);
+            } else {
+                process_block<PASS>(count, grad, param, exp_avg, main, s, scales, amax, squares);
+            }
         }
         if (PASS != COUNT) {
-            merge_amax<STORE>(table, chunk.tensor, {param_amax, exp_avg_amax, main_amax});
+            merge_amax<STORE>(table, chunk.tensor, amax);
         }
         if (PASS == COUNT || (STORE && is_guarded)) {
-            merge_squares(table, chunk.tensor, {sum, num_not_finite});
+            merge_squares(table, chunk.tensor, squares);
         }
         if (STORE && chunk.is_first) write_param_scale_inv(table, chunk);
     }
