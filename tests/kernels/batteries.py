@@ -212,14 +212,15 @@ extern "C" void encode_{codec}(const float* values, void* stored, long long coun
 }}
 """
 _REMAINDERS = """
+static void split_stored(float master, unsigned short& high, unsigned short& low) {
+    adams::Word high_word, low_word;
+    adams::split(master, high_word, low_word);
+    adams::write_word(high, high_word);
+    adams::write_word(low, low_word);
+}
 extern "C" void split_all(const float* masters, unsigned short* high, unsigned short* low,
                           long long count) {
-    for (long long i = 0; i < count; ++i) {
-        adams::Word high_word, low_word;
-        adams::split(masters[i], high_word, low_word);
-        adams::write_word(high[i], high_word);
-        adams::write_word(low[i], low_word);
-    }
+    for (long long i = 0; i < count; ++i) split_stored(masters[i], high[i], low[i]);
 }
 // How many fp32 numbers do not come back from their halves; every `stride`th is tried. A NaN must
 // come back as one, in both halves.
@@ -228,11 +229,8 @@ extern "C" long long count_lost(long long stride) {
 #pragma omp parallel for reduction(+ : lost)
     for (long long bits = 0; bits < (1ll << 32); bits += stride) {
         const float master = adams::float_of(int(unsigned(bits)));
-        adams::Word high_word, low_word;
-        adams::split(master, high_word, low_word);
         unsigned short high, low;
-        adams::write_word(high, high_word);
-        adams::write_word(low, low_word);
+        split_stored(master, high, low);
         const float joined = adams::join(adams::word_of(high), adams::word_of(low));
         const bool is_nan = adams::magnitude(joined) > 0x7f800000 && (high & 0x7fff) > 0x7f80;
         lost += adams::magnitude(master) > 0x7f800000

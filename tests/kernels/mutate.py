@@ -410,10 +410,16 @@ FAULTS = (
         (
             "host: pairs: over the end",
             BF16,
-            "if (count == BLOCK) {\n                    update_block",
-            "if (count > 0) {\n                    update_block",
+            "if (count < BLOCK) {",
+            "if (false) {",
         ),
-        ("host: pairs: all of it twice", BF16, "                    continue;\n", ""),
+        (
+            "host: pairs: all of it twice",
+            BF16,
+            "if (count < BLOCK) {",
+            "process_block<PASS>(count, grad, param, exp_avg, main, s, scales, amax, squares);\n"
+            "            if (count < BLOCK) {",
+        ),
         ("host: exp_avg of the first block", FP32, "chunk.exp_avg + begin", "chunk.exp_avg"),
         ("host: main of the first block", BESIDE, "chunk.main + begin", "chunk.main"),
         (

@@ -176,17 +176,12 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
                 if (STORE || (reads_param && is_master_read)) prefetch(param + AHEAD);
                 if (has_main && is_master_read) prefetch(main + AHEAD);
             }
-            if constexpr (STORE && is_paired) {
-                if (count == BLOCK) {
-                    update_block(grad, param, exp_avg, main, s, scales, squares);
-                    continue;
-                }
-            }
-            // The compiler does more with a number that it knows.
-            if (count == BLOCK) {
-                process_block<PASS>(BLOCK, grad, param, exp_avg, main, s, scales, amax, squares);
-            } else {
+            if (count < BLOCK) {
                 process_block<PASS>(count, grad, param, exp_avg, main, s, scales, amax, squares);
+            } else if constexpr (STORE && is_paired) {
+                update_block(grad, param, exp_avg, main, s, scales, squares);
+            } else {  // the compiler does more with a number that it knows
+                process_block<PASS>(BLOCK, grad, param, exp_avg, main, s, scales, amax, squares);
             }
         }
         if (PASS != COUNT) {
