@@ -77,12 +77,15 @@ def check_steps(subject: Subject, mode: Mode) -> None:
 def check_host(subject: Subject, mode: Mode) -> None:
     """The same of the host form, on two threads."""
     cases = scalar_cases()
-    for number, name in enumerate(("device_scalars", "l2", "found_inf")):
-        batch = make_batch(mode, SMALL_SIZES, offsets=MISALIGNED, seed=number)
+    for number, (name, special) in enumerate(
+        (("device_scalars", False), ("l2", False), ("decoupled", True), ("found_inf", False))
+    ):
+        batch = make_batch(mode, SMALL_SIZES, offsets=MISALIGNED, special=special, seed=number)
         found = check(
             lambda batch, scalars: subject.run_host(batch, scalars, subject.new_table()),
             batch,
             cases[name],
+            steps=1 if special else 2,
         )
         assert not found, (name, found)
 

@@ -5,6 +5,7 @@ mutation check and, with another device, by tests/gpu.
 """
 
 import itertools
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -159,6 +160,8 @@ def make_batch(
 _SPECIAL = (
     *(0.0, -0.0, 1e-45, -3e-39, 1.17549435e-38, 6e-8, 6.1e-5, 65504.0, 65520.0, 3.3895314e38),
     *(3.4028235e38, -3.4028235e38, float("inf"), float("-inf"), float("nan")),
+    # A NaN of ones, which rounding would carry into the sign.
+    struct.unpack("<d", b"\xff" * 7 + b"\x7f")[0],
     *(448.0, 464.0, 57344.0),
 )
 

@@ -29,6 +29,10 @@ from megatron_adams.kernels import cuda, host
 from megatron_adams.kernels.modes import Mode
 
 _PACKAGE = SOURCE.parent
+AVX2 = "source/bf16_avx2.h"
+# Above this level, with AVX-512, and below it that file is not compiled.
+AVX2_ARCH = "x86-64-v3"
+HOST_ARCH = min(compiling.host_arch(), AVX2_ARCH)
 _UNDEFINED_CRASHES = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 _TIMEOUT_S = 60.0
 
@@ -41,7 +45,10 @@ BESIDE = Mode("bf16", "bf16", "fp32", "fp32")
 SCALED = Mode("fp32", "e4m3", "fp16", "fp16")
 FP16_STATE = Mode("bf16", "bf16", "fp16", "fp16")
 E5M2 = Mode("bf16", "e5m2", "e4m3", "fp32")
+FP32_GRAD_REMAINDER = Mode("fp32", "bf16", "bf16", "remainder")
 GUARDED = FP32._replace(is_guarded=True)
+GUARDED_BF16 = BF16._replace(is_guarded=True)
+GUARDED_FP32_GRAD = FP32_GRAD._replace(is_guarded=True)
 GUARDED_REMAINDER = REMAINDER._replace(is_guarded=True)
 GUARDED_SCALED = SCALED._replace(is_guarded=True)
 
@@ -89,8 +96,8 @@ FAULTS = (
         (
             "v of the new exp_avg",
             FP32,
-            "const float a = exp_avg *",
-            "const float a = (exp_avg * s.beta1 + g * s.one_minus_beta1) *",
+            "const Float a = exp_avg *",
+            "const Float a = (exp_avg * s.beta1 + g * s.one_minus_beta1) *",
         ),
         (
             "v: beta2 and 1 - beta2 swapped",
@@ -148,8 +155,8 @@ FAULTS = (
         (
             "factor in the decay too",
             GUARDED,
-            "u + param * s.weight_decay : u;",
-            "u + param * s.weight_decay * factor : u;",
+            "move_param(param, u, s);",
+            "Scalars t = s; t.weight_decay *= factor; move_param(param, u, t);",
         ),
         (
             "factor: not when measured",
@@ -384,38 +391,38 @@ FAULTS = (
         ),
         (
             "host: pairs: read in reverse",
-            BF16,
+            GUARDED_BF16,
             "return {both << 16, both & 0xffff0000u};",
             "return {both & 0xffff0000u, both << 16};",
         ),
-        ("host: pairs: neighbours mixed", BF16, "(pair.high & 0xffff0000u)", "pair.high"),
+        ("host: pairs: neighbours mixed", GUARDED_BF16, "(pair.high & 0xffff0000u)", "pair.high"),
         (
             "host: pairs: fp32 grads read in reverse",
-            FP32_GRAD,
+            GUARDED_FP32_GRAD,
             "word_of(memory[2 * i + 1])",
             "word_of(memory[2 * i])",
         ),
         (
             "host: pairs: last of a block left out",
-            BF16,
+            GUARDED_BF16,
             "i < BLOCK / 2; ++i) {\n        move_exp_avgs",
             "i < BLOCK / 2 - 1; ++i) {\n        move_exp_avgs",
         ),
         (
             "host: pairs: first pair only",
-            BF16,
+            GUARDED_BF16,
             "move_params(i, param, main,",
             "move_params(0, param, main,",
         ),
         (
             "host: pairs: over the end",
-            BF16,
+            GUARDED_BF16,
             "if (count < BLOCK) {",
             "if (false) {",
         ),
         (
             "host: pairs: all of it twice",
-            BF16,
+            GUARDED_BF16,
             "if (count < BLOCK) {",
             "process_block<PASS>(count, grad, param, exp_avg, main, s, scales, amax, squares);\n"
             "            if (count < BLOCK) {",
@@ -434,10 +441,10 @@ FAULTS = (
             "process_block<PASS>(count,",
             "process_block<PASS>(BLOCK,",
         ),
-        ("host: pairs: L2 without its param", BF16, "if (s.decay == L2) {", "if (false) {"),
+        ("host: pairs: L2 without its param", FP16_STATE, "if (s.decay == L2) {", "if (false) {"),
         (
             "host: pairs: remainder not written",
-            REMAINDER,
+            GUARDED_REMAINDER,
             "if (has_main) write_pair(main, i, w);",
             "",
         ),
@@ -484,6 +491,56 @@ FAULTS = (
             "i < count;",
             "i < count - 1;",
         ),
+    ),
+    *_faults(
+        AVX2,
+        (
+            "avx2: read one bit off",
+            BF16,
+            "return {_mm256_castsi256_ps(_mm256_slli_epi32(all, 16)),",
+            "return {_mm256_castsi256_ps(_mm256_slli_epi32(all, 15)),",
+        ),
+        ("avx2: neighbours mixed", BF16, "_mm256_and_si256(all, upper)", "all"),
+        ("avx2: fp32 grads out of order", FP32_GRAD, "pd(even, 0xd8)", "pd(even, 0xe4)"),
+        ("avx2: odd fp32 grads out of order", FP32_GRAD, "pd(odd, 0xd8)", "pd(odd, 0xe4)"),
+        ("avx2: upper halves mixed", BF16, "16), odd, 0xaa)", "16), odd, 0xa8)"),
+        ("avx2: lower halves mixed", BF16, "(odd, 16), 0xaa)", "(odd, 16), 0xa8)"),
+        ("avx2: ties to odd", BF16, "_mm256_andnot_si256(", "_mm256_and_si256("),
+        ("avx2: zero goes round", FP32_GRAD, "_mm256_subs_epu16(", "_mm256_sub_epi16("),
+        ("avx2: truncated", BF16, "_mm256_add_epi16(halves.upper, up)", "halves.upper"),
+        ("avx2: NaN rounded", FP32_GRAD, "if (__builtin_expect(has_nan(p), 0)) {", "if (false) {"),
+        ("avx2: NaN's low half", FP32_GRAD_REMAINDER, "? 0x7fff0000 :", "? 0x7fffffff :"),
+        ("avx2: NaN of even index only", FP32_GRAD, "ps(x.even, x.odd,", "ps(x.even, x.even,"),
+        ("avx2: exp_avg's NaN rounded", FP32_GRAD, "with_nans_as(m, 0x7fc00000)", "m"),
+        ("avx2: remainder's sign ignored", REMAINDER, "_mm256_srai_epi32(", "_mm256_srli_epi32("),
+        (
+            "avx2: remainder: param truncated",
+            REMAINDER,
+            "_mm256_add_epi16(halves.upper, _mm256_srli_epi16(halves.lower, 15))",
+            "halves.upper",
+        ),
+        ("avx2: remainder not written", REMAINDER, "write_16(main, halves.lower);", ""),
+        (
+            "avx2: eps inside the root",
+            BF16,
+            "_mm256_sqrt_ps(v) + s.eps",
+            "_mm256_sqrt_ps(v + s.eps)",
+        ),
+        ("avx2: L2 without its param", BF16, "if (s.decay == L2) p =", "if (false) p ="),
+        ("avx2: exp_avg not written", BF16, "write_16(exp_avg + i, encode_bf16(m));", ""),
+        (
+            "avx2: last of a block left out",
+            BF16,
+            "i < COUNT; i += 16) {\n        Main",
+            "i < COUNT - 16; i += 16) {\n        Main",
+        ),
+        (
+            "avx2: divisor of the first",
+            BF16,
+            "divisor = divisors[i / 16];",
+            "divisor = divisors[0];",
+        ),
+        ("avx2: exp_avg of the first", BF16, "m = moved[i / 16],", "m = moved[0],"),
     ),
     *_faults(
         "table.py",
@@ -543,6 +600,11 @@ FAULTS = (
 )
 
 
+def faults_of_this_machine() -> list[Fault]:
+    """All faults that are compiled here: without AVX2, those of its file are not."""
+    return [fault for fault in FAULTS if fault.file != AVX2 or HOST_ARCH == AVX2_ARCH]
+
+
 def planted(fault: Fault, folder: Path) -> Path:
     """Copy the kernel's sources into `folder`, with the fault if it is in one of them.
 
@@ -579,7 +641,7 @@ def subject_of(fault: Fault, folder: Path) -> Subject:
     @cache
     def load_host(mode):
         library = folder / f"{mode.name}-host.so"
-        flags = compiling.host_flags(compiling.host_arch())
+        flags = compiling.host_flags(HOST_ARCH)
         build(compiling.source_text("host.cpp", source), mode, flags, library)
         return compiling.load_library(library.read_bytes(), mode.name)
 
@@ -606,7 +668,7 @@ def checks_for(
     fault: Fault, subject: Subject, folder: Path
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """The checks of the tests, each by a name; the fastest first."""
-    if fault.file == "source/host.cpp":
+    if fault.file in ("source/host.cpp", AVX2):
         yield "host steps", partial(batteries.check_host, subject, fault.mode)
         if fault.mode.is_guarded:
             yield "host guards", partial(batteries.check_guards, subject, fault.mode, of_host=True)
@@ -672,7 +734,9 @@ def caught_by(fault: Fault) -> str:
 
 def main() -> int:
     words = sys.argv[1:]
-    faults = [fault for fault in FAULTS if all(word in fault.name for word in words)]
+    faults = [
+        fault for fault in faults_of_this_machine() if all(word in fault.name for word in words)
+    ]
     for fault in faults:
         _changed(fault)
     torch.set_num_threads(1)  # a child of a process that has started OpenMP threads would hang

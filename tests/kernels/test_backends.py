@@ -6,6 +6,14 @@ from checks import MISALIGNED, SIZES, check, check_all, make_batch, scalar_cases
 from emulator import EmulatedDriver
 
 from megatron_adams.kernels import PointerTable, cuda, foreach, host
+from megatron_adams.kernels.compile import (
+    HOST_ARCHS,
+    compile_host,
+    host_arch,
+    host_compiler,
+    load_library,
+    source_text,
+)
 from megatron_adams.kernels.modes import ALL_MODES, Mode
 
 # Every kind of state, and of the tensors' widths.
@@ -60,6 +68,24 @@ def test_special_numbers_give_the_bits_of_the_oracle(mode):
 def test_every_way_of_asking_for_a_step_gives_the_bits_of_the_oracle(mode, case):
     scalars = scalar_cases()[case]
     assert not check_all(BACKENDS, lambda: make_batch(mode, seed=3), scalars)
+
+
+@pytest.mark.parametrize("main", ["none", "remainder"])
+@pytest.mark.parametrize("grad", ["fp32", "bf16"])
+@torch.no_grad()
+def test_every_level_of_the_cpu_gives_the_bits_of_the_oracle(grad, main, monkeypatch):
+    # With AVX2 and without AVX-512, these modes have loops of their own.
+    mode, highest = Mode(grad, "bf16", "bf16", main), host_arch()
+    archs = [highest]
+    if highest in HOST_ARCHS:
+        archs = ["x86-64", *HOST_ARCHS[: HOST_ARCHS.index(highest) + 1]]
+    text, compiler, cases = source_text("host.cpp"), host_compiler(), scalar_cases()
+    for arch in archs:
+        library = load_library(compile_host(text, mode.defines(), compiler, arch), arch)
+        monkeypatch.setattr(host, "load", lambda _, library=library: library)
+        for case in ("decoupled", "l2", "bias_correction"):
+            batch = make_batch(mode, offsets=MISALIGNED, special=True, seed=5)
+            assert not check(run_host, batch, cases[case], steps=1), (arch, case)
 
 
 @pytest.mark.parametrize("num_threads", [2, 7])

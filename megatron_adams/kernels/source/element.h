@@ -213,25 +213,37 @@ struct Squares {
     }
 };
 
-// An update in two halves. The first moves exp_avg, and returns what it is to be divided by;
-ADAMS_FUNCTION float move_exp_avg(float& exp_avg, float grad, float param, const Scalars& s) {
-    float g = grad * s.grad_scale;
+// An update in two halves, of a number or of a vector of them. The first moves exp_avg, and returns v,
+// with which `divisor_of` says what it is to be divided by;
+template <class Float>
+ADAMS_FUNCTION Float move_exp_avg(Float& exp_avg, Float grad, Float param, const Scalars& s) {
+    Float g = grad * s.grad_scale;
     g = s.decay == L2 ? g + param * s.weight_decay : g;
-    const float a = exp_avg * s.correction;
-    const float v = (a * a) * s.beta2 + (g * g) * s.one_minus_beta2;
+    const Float a = exp_avg * s.correction;
+    const Float v = (a * a) * s.beta2 + (g * g) * s.one_minus_beta2;
     exp_avg = exp_avg * s.beta1 + g * s.one_minus_beta1;
-    return square_root(v) + s.eps;
+    return v;
 }
-// the second moves param.
+ADAMS_FUNCTION float divisor_of(float v, const Scalars& s) { return square_root(v) + s.eps; }
+// the second makes the update of it, and moves param by that.
+template <class Float>
+ADAMS_FUNCTION Float update_of(Float exp_avg, Float divisor, const Scalars& s) {
+    return (exp_avg * s.correction) / divisor;
+}
+template <class Float>
+ADAMS_FUNCTION void move_param(Float& param, Float update, const Scalars& s) {
+    const Float u = s.decay == DECOUPLED ? update + param * s.weight_decay : update;
+    param = param - u * s.lr;
+}
+// A number's second half, with guards.
 ADAMS_FUNCTION void move_param(float& param, float exp_avg, float divisor, const Scalars& s,
                                float factor, Squares& squares) {
-    float u = (exp_avg * s.correction) / divisor;
+    float u = update_of(exp_avg, divisor, s);
     if (is_guarded) {
         Squares::add(squares, u);
         u = u * factor;
     }
-    u = s.decay == DECOUPLED ? u + param * s.weight_decay : u;
-    param = param - u * s.lr;
+    move_param(param, u, s);
 }
 
 ADAMS_FUNCTION float decode_exp_avg(Word word, const TensorScales& scales) {
@@ -297,7 +309,7 @@ ADAMS_FUNCTION void update_element(int i, const Grad::Storage* grad, Param::Stor
     Word main_word = has_main && is_read ? word_of(main[i]) : 0u;
     float p = Master<Param, Main>::decode(param_word, main_word, scales);
 
-    const float divisor = move_exp_avg(m, g, p, s);
+    const float divisor = divisor_of(move_exp_avg(m, g, p, s), s);
     move_param(p, m, divisor, s, scales.update, squares);
 
     if (PASS == COUNT) return;

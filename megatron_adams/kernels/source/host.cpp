@@ -7,9 +7,11 @@
 // all vectors have 32-bit lanes, and none has to be spread over two or put together again; and in two
 // loops, because a root and a quotient take so long that a processor does not get from one to the next
 // vector's in a loop that has both.
+// With AVX2 the pairs of bf16 have a block of their own, in bf16_avx2.h.
 
 #include "element.h"
 #include "multi_tensor.h"
+#include "bf16_avx2.h"
 
 namespace adams {
 
@@ -74,8 +76,8 @@ ADAMS_FUNCTION void move_exp_avgs(int i, const Grad::Storage* __restrict grad,
     const float p_high = Master<Param, Main>::decode(p.high, w.high, scales);
     const Pair g = read_pair(grad, i), m = read_pair(exp_avg, i);
     float m_low = decode_exp_avg(m.low, scales), m_high = decode_exp_avg(m.high, scales);
-    halfway.divisor_low[i] = move_exp_avg(m_low, Grad::decode(g.low), p_low, s);
-    halfway.divisor_high[i] = move_exp_avg(m_high, Grad::decode(g.high), p_high, s);
+    halfway.divisor_low[i] = divisor_of(move_exp_avg(m_low, Grad::decode(g.low), p_low, s), s);
+    halfway.divisor_high[i] = divisor_of(move_exp_avg(m_high, Grad::decode(g.high), p_high, s), s);
     halfway.exp_avg_low[i] = m_low;
     halfway.exp_avg_high[i] = m_high;
     write_pair(exp_avg, i, {encode_exp_avg(m_low, scales), encode_exp_avg(m_high, scales)});
@@ -178,6 +180,8 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
             }
             if (count < BLOCK) {
                 process_block<PASS>(count, grad, param, exp_avg, main, s, scales, amax, squares);
+            } else if constexpr (STORE && fits_avx2) {
+                update_block_avx2<BLOCK>(grad, param, exp_avg, main, s);
             } else if constexpr (STORE && is_paired) {
                 update_block(grad, param, exp_avg, main, s, scales, squares);
             } else {  // the compiler does more with a number that it knows

@@ -1,0 +1,143 @@
+// A block of the host's step in AVX2's own instructions, where all that is written is bf16 or the
+// halves of an fp32 master.
+//
+// The arithmetic is element.h's, on eight numbers at a time. What the compiler does not find for the
+// loops of host.cpp is how sixteen results become bf16: their halves are put in the order of memory
+// first, by one blend each, and rounded in 16-bit lanes then. Nor are NaNs looked for one by one: where
+// exp_avg becomes one, so does param, and one question for sixteen params is enough.
+//
+// With AVX-512 the compiler has wider vectors, and the loops of host.cpp are taken.
+
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+#include <immintrin.h>
+
+namespace adams {
+
+constexpr bool fits_avx2 = is_same<Param, BF16> && is_same<ExpAvg, BF16> &&
+                           (is_same<Grad, BF16> || is_same<Grad, F32>) &&
+                           (!has_main || is_same<Main, Remainder>) && !is_guarded;
+
+// Sixteen neighbours, as fp32 numbers or as words: those of even index, and those of odd index.
+struct Sixteen {
+    __m256 even, odd;
+};
+
+template <class Storage>  // of 16 or 32 bits
+ADAMS_FUNCTION Sixteen read_16(const Storage* memory) {
+    if constexpr (sizeof(Storage) == 4) {
+        const float* const floats = reinterpret_cast<const float*>(memory);
+        const __m256 first = _mm256_loadu_ps(floats), second = _mm256_loadu_ps(floats + 8);
+        // 0 2 8 10 4 6 12 14, of which the two pairs in the middle change places.
+        const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0x88));
+        const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0xdd));
+        return {_mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)),
+                _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8))};
+    } else {
+        const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(memory));
+        const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(all, 16)),
+                _mm256_castsi256_ps(_mm256_and_si256(all, upper))};
+    }
+}
+ADAMS_FUNCTION void write_16(void* memory, __m256i all) {
+    _mm256_storeu_si256(static_cast<__m256i*>(memory), all);
+}
+
+// The upper and the lower halves of sixteen words, in the order of memory.
+struct Halves {
+    __m256i upper, lower;
+};
+ADAMS_FUNCTION Halves halves_of(Sixteen words) {
+    const __m256i even = _mm256_castps_si256(words.even), odd = _mm256_castps_si256(words.odd);
+    return {_mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa),
+            _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa)};
+}
+
+// As BF16::encode, but for NaNs. A half is rounded up where the lower one is above 0x8000, or is 0x8000
+// and the upper is odd: where the lower one less 1 for an even upper has its highest bit.
+ADAMS_FUNCTION __m256i encode_bf16(Sixteen x) {
+    const Halves halves = halves_of(x);
+    const __m256i is_even = _mm256_andnot_si256(halves.upper, _mm256_set1_epi16(1));
+    const __m256i up = _mm256_srli_epi16(_mm256_subs_epu16(halves.lower, is_even), 15);
+    return _mm256_add_epi16(halves.upper, up);
+}
+
+ADAMS_FUNCTION bool has_nan(Sixteen x) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(x.even, x.odd, _CMP_UNORD_Q)) != 0;
+}
+ADAMS_FUNCTION __m256 with_nans_as(__m256 x, int bits) {
+    const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(bits));
+    return _mm256_blendv_ps(x, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+ADAMS_FUNCTION Sixteen with_nans_as(Sixteen x, int bits) {
+    return {with_nans_as(x.even, bits), with_nans_as(x.odd, bits)};
+}
+
+// As Master's.
+ADAMS_FUNCTION __m256 join(__m256 high, __m256 low) {
+    const __m256i rest = _mm256_srai_epi32(_mm256_castps_si256(low), 16);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(high), rest));
+}
+ADAMS_FUNCTION Sixteen read_masters(const Param::Storage* param, const Main::Storage* main) {
+    const Sixteen high = read_16(param);
+    if constexpr (has_main) {
+        const Sixteen low = read_16(main);
+        return {join(high.even, low.even), join(high.odd, low.odd)};
+    } else {
+        return high;
+    }
+}
+ADAMS_FUNCTION void write_masters(Param::Storage* param, Main::Storage* main, Sixteen masters) {
+    if (has_main) {
+        const Halves halves = halves_of(masters);
+        write_16(param, _mm256_add_epi16(halves.upper, _mm256_srli_epi16(halves.lower, 15)));
+        write_16(main, halves.lower);
+    } else {
+        write_16(param, encode_bf16(masters));
+    }
+}
+
+ADAMS_FUNCTION __m256 divisor_of(__m256 v, const Scalars& s) { return _mm256_sqrt_ps(v) + s.eps; }
+
+// COUNT elements, in two loops, as host.cpp says of its pairs.
+template <int COUNT>
+ADAMS_FUNCTION void update_block_avx2(const Grad::Storage* __restrict grad,
+                                      Param::Storage* __restrict param,
+                                      ExpAvg::Storage* __restrict exp_avg,
+                                      Main::Storage* __restrict main, const Scalars& s) {
+    Sixteen moved[COUNT / 16], divisors[COUNT / 16];
+    for (int i = 0; i < COUNT; i += 16) {
+        Sixteen p = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+        if (s.decay == L2) p = read_masters(param + i, has_main ? main + i : main);
+        const Sixteen g = read_16(grad + i);
+        Sixteen m = read_16(exp_avg + i);
+        divisors[i / 16].even = divisor_of(move_exp_avg(m.even, g.even, p.even, s), s);
+        divisors[i / 16].odd = divisor_of(move_exp_avg(m.odd, g.odd, p.odd, s), s);
+        moved[i / 16] = m;
+        write_16(exp_avg + i, encode_bf16(m));
+    }
+    for (int i = 0; i < COUNT; i += 16) {
+        Main::Storage* const main_i = has_main ? main + i : main;
+        Sixteen p = read_masters(param + i, main_i);
+        const Sixteen m = moved[i / 16], divisor = divisors[i / 16];
+        move_param(p.even, update_of(m.even, divisor.even, s), s);
+        move_param(p.odd, update_of(m.odd, divisor.odd, s), s);
+        if (__builtin_expect(has_nan(p), 0)) {
+            write_16(exp_avg + i, encode_bf16(with_nans_as(m, 0x7fc00000)));
+            p = with_nans_as(p, has_main ? 0x7fff0000 : 0x7fc00000);
+        }
+        write_masters(param + i, main_i, p);
+    }
+}
+
+}  // namespace adams
+
+#else
+
+namespace adams {
+constexpr bool fits_avx2 = false;
+template <int COUNT>
+void update_block_avx2(...);  // never called
+}  // namespace adams
+
+#endif
