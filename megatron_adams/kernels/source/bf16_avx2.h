@@ -8,14 +8,25 @@
 //
 // With AVX-512 the compiler has wider vectors, and the loops of host.cpp are taken.
 
-#if defined(__AVX2__) && !defined(__AVX512BW__)
+// What the preprocessor has to know of the dtypes: the header of the instructions takes a compiler most
+// of a second, and is for the modes that need it.
+#define ADAMS_JOIN_NAMES(a, b) a##b
+#define ADAMS_JOIN(a, b) ADAMS_JOIN_NAMES(a, b)
+#define ADAMS_AVX2_GRAD_BF16 1
+#define ADAMS_AVX2_GRAD_F32 1
+#define ADAMS_AVX2_PARAM_BF16 1
+#define ADAMS_AVX2_EXP_AVG_BF16 1
+#define ADAMS_AVX2_MAIN_NoMain 1
+#define ADAMS_AVX2_MAIN_Remainder 1
+
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !ADAMS_GUARDED &&                                \
+    ADAMS_JOIN(ADAMS_AVX2_GRAD_, ADAMS_GRAD) && ADAMS_JOIN(ADAMS_AVX2_PARAM_, ADAMS_PARAM) &&       \
+    ADAMS_JOIN(ADAMS_AVX2_EXP_AVG_, ADAMS_EXP_AVG) && ADAMS_JOIN(ADAMS_AVX2_MAIN_, ADAMS_MAIN)
 #include <immintrin.h>
 
 namespace adams {
 
-constexpr bool fits_avx2 = is_same<Param, BF16> && is_same<ExpAvg, BF16> &&
-                           (is_same<Grad, BF16> || is_same<Grad, F32>) &&
-                           (!has_main || is_same<Main, Remainder>) && !is_guarded;
+constexpr bool fits_avx2 = true;
 
 // Sixteen neighbours, as fp32 numbers or as words: those of even index, and those of odd index.
 struct Sixteen {
