@@ -6,13 +6,13 @@ from checks import MISALIGNED, SIZES, check, check_all, make_batch, scalar_cases
 from emulator import EmulatedDriver
 
 from megatron_adams.kernels import PointerTable, cuda, foreach, host
+from megatron_adams.kernels.cache import KernelCache
 from megatron_adams.kernels.compile import (
     HOST_ARCHS,
-    compile_host,
     host_arch,
     host_compiler,
+    host_recipe,
     load_library,
-    source_text,
 )
 from megatron_adams.kernels.modes import ALL_MODES, Mode
 
@@ -79,9 +79,9 @@ def test_every_level_of_the_cpu_gives_the_bits_of_the_oracle(grad, main, monkeyp
     archs = [highest]
     if highest in HOST_ARCHS:
         archs = ["x86-64", *HOST_ARCHS[: HOST_ARCHS.index(highest) + 1]]
-    text, compiler, cases = source_text("host.cpp"), host_compiler(), scalar_cases()
+    kernels, compiler, cases = KernelCache(), host_compiler(), scalar_cases()
     for arch in archs:
-        library = load_library(compile_host(text, mode.defines(), compiler, arch), arch)
+        library = load_library(kernels.get(*host_recipe(mode, arch, compiler)), mode.name)
         monkeypatch.setattr(host, "load", lambda _, library=library: library)
         for case in ("decoupled", "l2", "bias_correction"):
             batch = make_batch(mode, offsets=MISALIGNED, special=True, seed=5)
