@@ -974,7 +974,9 @@ class AdamS(Optimizer):
 
 def _is_capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # Not is_available: it asks a driver, which with PYTORCH_NVML_BASED_CUDA_CHECK (set by DeepSpeed and
+    # by Accelerate) takes most of a millisecond; and nothing is captured before torch has a context.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_guards(max_update_rms: float | None, match_update_rms: float | None) -> None:

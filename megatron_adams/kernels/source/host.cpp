@@ -23,11 +23,10 @@ constexpr bool is_paired = sizeof(Param::Storage) == 2 && sizeof(ExpAvg::Storage
                            (!has_main || sizeof(Main::Storage) == 2) &&
                            __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
 
-// Elements of a block. Few lines: with many asked for at a time, a step becomes slower than with none.
-// With 8-bit tensors there is so much to compute that nothing is gained, and a chunk is one block.
-constexpr bool has_8_bits = sizeof(Param::Storage) == 1 || sizeof(ExpAvg::Storage) == 1;
-constexpr int BLOCK = has_8_bits ? CHUNK : is_paired ? 64 : 32;
-constexpr int AHEAD = 8 * BLOCK;  // from a block to the one that is fetched meanwhile
+// Elements of a block, and from a block to the one that is fetched meanwhile. That one may lie behind the
+// end of the chunk: the thread's next chunk mostly follows it.
+constexpr int BLOCK = 64;
+constexpr int AHEAD = 12 * BLOCK;
 
 template <class Storage>
 ADAMS_FUNCTION void prefetch(const Storage* block) {
@@ -172,7 +171,7 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
             ExpAvg::Storage* __restrict exp_avg = chunk.exp_avg + begin;
             Main::Storage* __restrict main = has_main ? chunk.main + begin : nullptr;
             const int count = smaller(chunk.count - begin, BLOCK);
-            if (begin + AHEAD + BLOCK <= chunk.count) {
+            if (begin + AHEAD + BLOCK <= chunk.rest) {
                 prefetch(grad + AHEAD);
                 prefetch(exp_avg + AHEAD);
                 if (STORE || (reads_param && is_master_read)) prefetch(param + AHEAD);

@@ -67,6 +67,7 @@ struct Chunk {
     int tensor;
     bool is_first;  // of its tensor
     int count;
+    long long rest;  // elements of the tensor from here on
     const Grad::Storage* grad;
     Param::Storage* param;
     ExpAvg::Storage* exp_avg;
@@ -94,6 +95,7 @@ ADAMS_FUNCTION Chunk chunk_at(const Table& table, long long index) {
     chunk.tensor = t;
     chunk.is_first = index == begin;
     chunk.count = rest < CHUNK ? int(rest) : CHUNK;
+    chunk.rest = rest;
     chunk.grad = Table::pointer<const Grad::Storage>(table, GRAD, t, offset);
     chunk.param = Table::pointer<Param::Storage>(table, PARAM, t, offset);
     chunk.exp_avg = Table::pointer<ExpAvg::Storage>(table, EXP_AVG, t, offset);
