@@ -974,8 +974,8 @@ class AdamS(Optimizer):
 
 def _is_capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
-    # Not is_available: it asks a driver, which with PYTORCH_NVML_BASED_CUDA_CHECK (set by DeepSpeed and
-    # by Accelerate) takes most of a millisecond; and nothing is captured before torch has a context.
+    # Not is_available, which asks the driver each time: under PYTORCH_NVML_BASED_CUDA_CHECK, which
+    # DeepSpeed sets, half a millisecond. Nothing is captured before torch has initialized CUDA.
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

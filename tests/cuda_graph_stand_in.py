@@ -169,7 +169,7 @@ class _Library:
 @contextmanager
 def installed() -> Iterator[None]:
     """Put the stand-in in the place of torch.cuda's CUDA graphs."""
-    load, update_table, is_available = host.load, host.update_table, torch.cuda.is_available
+    load, update_table, is_initialized = host.load, host.update_table, torch.cuda.is_initialized
 
     def refusing(name: str, original: Any) -> Any:
         def method(*args: Any, **kwargs: Any) -> Any:
@@ -183,7 +183,7 @@ def installed() -> Iterator[None]:
         (torch.cuda, "CUDAGraph", CUDAGraph),
         (torch.cuda, "graph", _graph),
         (torch.cuda, "graph_pool_handle", lambda: (0, 0)),
-        (torch.cuda, "is_available", lambda: bool(_capturing) or is_available()),
+        (torch.cuda, "is_initialized", lambda: bool(_capturing) or is_initialized()),
         (torch.cuda, "is_current_stream_capturing", lambda: bool(_capturing)),
         (torch.cuda, "synchronize", refusing("synchronize", torch.cuda.synchronize)),
         *(
