@@ -100,9 +100,19 @@ def test_peers_with_master_weights_write_the_model_params():
         tensors.param.fill_(float("nan"))
 
 
+def test_more_is_written_between_steps_than_the_caches_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "_CPU_CACHES", tmp_path)
+    assert step.evicted_bytes(CPU) == 2**28  # nothing is known of them
+    for index, size in enumerate(("48K", "491520K", "2048K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert step.evicted_bytes(CPU) == 2 * 480 * 2**20
+    assert step.evicted_bytes(torch.device("cuda")) == 2**28
+
+
 def test_run_measures_every_contestant_and_names_what_it_cannot(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it fails
-    monkeypatch.setattr(step, "EVICTED_BYTES", 2**20)
+    monkeypatch.setattr(step, "evicted_bytes", lambda device: 2**20)
     modes = [contestants.FP32.name, contestants.BF16_REMAINDER.name]
     args = ["--device", "cpu", "--out", str(tmp_path), "--sizes", "16k", "32k", "--rounds", "2"]
     step.main([*args, "--modes", *modes])
