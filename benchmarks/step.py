@@ -55,7 +55,7 @@ class Clock:
 
 
 def evicted_bytes(device: torch.device) -> int:
-    """How much is written between two steps: 256 MiB, or twice a larger last-level cache of the CPU.
+    """How much is written between two steps: 256 MiB, or twice the CPU's largest cache.
 
     Servers have caches in which a good part of 50 million parameters would last until the next
     contestant's step.

@@ -976,7 +976,8 @@ def _is_capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
     # Not is_available, which asks the driver each time: under PYTORCH_NVML_BASED_CUDA_CHECK, which
     # DeepSpeed sets, half a millisecond. Nothing is captured before torch has initialized CUDA.
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def check_guards(max_update_rms: float | None, match_update_rms: float | None) -> None:
