@@ -11,6 +11,7 @@ import argparse
 import gc
 import importlib.metadata
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -69,9 +70,10 @@ def evicted_bytes(device: torch.device) -> int:
 def measure(contestants: list[Contestant], clock: Clock, num_rounds: int) -> dict[str, list[float]]:
     """Return the times of each contestant in seconds, a round each, by name."""
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    generator = random.Random(0)
     for index in range(WARM_UP_ROUNDS + num_rounds):
-        shift = index % len(contestants)
-        for contestant in contestants[shift:] + contestants[:shift]:
+        # No contestant always comes after the same one, of whose tensors the caches may keep some.
+        for contestant in generator.sample(contestants, len(contestants)):
             seconds = clock.time_s(contestant.step)
             if index >= WARM_UP_ROUNDS:
                 times[contestant.name].append(seconds)
