@@ -118,8 +118,11 @@ def measure_mode(
 
 def machine_facts(device: torch.device, args: argparse.Namespace) -> dict[str, str]:
     """What the numbers depend on."""
-    facts = {"rounds": str(args.rounds), "torch": torch.__version__}
-    facts["written between steps"] = f"{evicted_bytes(device) / 2**20:g} MiB"
+    facts = {
+        "rounds": str(args.rounds),
+        "torch": torch.__version__,
+        "written between steps": f"{evicted_bytes(device) / 2**20:g} MiB",
+    }
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name()
         facts["CUDA"] = str(torch.version.cuda)
