@@ -721,15 +721,18 @@ class AdamS(Optimizer):
             if grad is None:
                 continue
             _check_tensor("gradient", grad)
-            self.initialize_state(param)
-            exp_avg, main_param = self._stored(param)
-            grad, exp_avg = _local(grad), _local(exp_avg)
+            state = self.state[param]
+            # Asked here, too: of thousands of params, looking twice at each takes milliseconds.
+            if "exp_avg" not in state or (self.master_weights and "master_param" not in state):
+                self.initialize_state(param)
+            exp_avg, main_param = _local(state["exp_avg"]), state.get("master_param")
+            grad = _local(grad)
             main_param = None if main_param is None else _local(main_param)
             if not type(grad) is type(exp_avg) is Tensor:
                 is_plain = False
                 continue
             memory, fp8_scaling = _memory(_local(param))
-            scales = [*self._scales.get(param, {}).values(), *(fp8_scaling or ())]
+            scales = self._scales.get(param, {}).values() if self._scales else ()
             model_param = self.model_params.get(param) if self.model_params else None
             signature.append(
                 (
@@ -740,7 +743,7 @@ class AdamS(Optimizer):
                     grad.is_contiguous(),
                     exp_avg.data_ptr(),
                     0 if main_param is None else main_param.data_ptr(),
-                    [scale.data_ptr() for scale in scales],
+                    [scale.data_ptr() for scale in (*scales, *(fp8_scaling or ()))],
                     0 if model_param is None else model_param.data_ptr(),
                 )
             )
@@ -1032,6 +1035,8 @@ def _memory(param: Tensor) -> tuple[Tensor, Fp8Scaling | None]:
 
 def _local(tensor: Tensor) -> Tensor:
     """A rank's part of a DTensor, as FSDP2 has them; any other tensor as it is."""
+    if type(tensor) is Tensor:
+        return tensor
     # Whoever made a DTensor has imported the module, which takes long.
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and isinstance(tensor, module.DTensor):
