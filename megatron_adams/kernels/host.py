@@ -35,4 +35,4 @@ def launch(table: PointerTable, scalars: Scalars, *, only_count: bool = False) -
     mode = table.mode
     entry_points = mode.count_entry_points if only_count else mode.entry_points
     for entry_point in entry_points:
-        getattr(library, entry_point)(*arguments.values, ctypes.c_int(num_threads))
+        library[entry_point](*arguments.values, ctypes.c_int(num_threads))
