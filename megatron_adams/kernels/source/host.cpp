@@ -23,6 +23,7 @@ constexpr bool is_paired = sizeof(Param::Storage) == 2 && sizeof(ExpAvg::Storage
                            (!has_main || sizeof(Main::Storage) == 2) &&
                            __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
 
+// Whether numbers of a dtype are read and written in few instructions.
 template <class Codec>
 constexpr bool is_cheap = is_same<Codec, F32> || is_same<Codec, BF16> || is_same<Codec, NoMain> ||
                           is_same<Codec, Remainder>;
@@ -41,7 +42,8 @@ constexpr int AHEAD = 2048;
 // page's turn. (Its first line would change nothing; both measured on an Intel Xeon.)
 constexpr int PAGE_LEAD = 768;
 
-// While the block at `begin` is computed: `array` has `rest` elements, and on from the chunk's end.
+// While the block at `begin` of a chunk is computed. `array` is where the chunk begins in one of its tensors,
+// which has `rest` elements from there on.
 template <class Storage>
 ADAMS_FUNCTION void prefetch(const Storage* array, int begin, long long rest) {
     constexpr int line = 64, page = 4096;  // bytes
