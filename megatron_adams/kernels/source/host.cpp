@@ -29,7 +29,7 @@ constexpr bool is_cheap = is_same<Codec, F32> || is_same<Codec, BF16> || is_same
                           is_same<Codec, Remainder>;
 
 // Elements of a block. The fetches for one come all at once: where little is computed for a byte, it is
-// short, so that they wait for each other less.
+// short, so that they wait for each other less. (With guards, adding up the sums of short ones takes longer.)
 constexpr int BLOCK = is_cheap<Grad> && is_cheap<Param> && is_same<ExpAvg, F32> && is_cheap<Main> &&
                               !is_guarded
                           ? 16
