@@ -407,20 +407,23 @@ class AdamS(Optimizer):
             )
         return dtypes
 
-    @torch.no_grad()
     def initialize_state(self, param: Tensor) -> None:
         """Allocate `state[param]` where `step` has not done so yet: master weights, and zeros."""
         state = self.state[param]
-        for name, dtype in self.state_dtypes(param).items():
-            if name in state:
-                continue
-            memory, _ = _memory(param)
-            state[name] = torch.zeros_like(memory, dtype=dtype)
-            if dtype in _SCALED_DTYPES:
-                scales = self._scales.setdefault(param, {})
-                scales[name] = torch.ones((), dtype=torch.float32, device=param.device)
-            if name == "master_param":
-                self.set_scaled_state(param, name, param)
+        # Before anything else: each step asks, of each of what may be thousands of params.
+        if "exp_avg" in state and ("master_param" in state or not self.master_weights):
+            return
+        with torch.no_grad():
+            for name, dtype in self.state_dtypes(param).items():
+                if name in state:
+                    continue
+                memory, _ = _memory(param)
+                state[name] = torch.zeros_like(memory, dtype=dtype)
+                if dtype in _SCALED_DTYPES:
+                    scales = self._scales.setdefault(param, {})
+                    scales[name] = torch.ones((), dtype=torch.float32, device=param.device)
+                if name == "master_param":
+                    self.set_scaled_state(param, name, param)
 
     @torch.no_grad()
     def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
@@ -721,18 +724,15 @@ class AdamS(Optimizer):
             if grad is None:
                 continue
             _check_tensor("gradient", grad)
-            state = self.state[param]
-            # Asked here, too: of thousands of params, looking twice at each takes milliseconds.
-            if "exp_avg" not in state or (self.master_weights and "master_param" not in state):
-                self.initialize_state(param)
-            exp_avg, main_param = _local(state["exp_avg"]), state.get("master_param")
-            grad = _local(grad)
+            self.initialize_state(param)
+            exp_avg, main_param = self._stored(param)
+            grad, exp_avg = _local(grad), _local(exp_avg)
             main_param = None if main_param is None else _local(main_param)
             if not type(grad) is type(exp_avg) is Tensor:
                 is_plain = False
                 continue
             memory, fp8_scaling = _memory(_local(param))
-            scales = self._scales.get(param, {}).values() if self._scales else ()
+            scales = [*self._scales.get(param, {}).values(), *(fp8_scaling or ())]
             model_param = self.model_params.get(param) if self.model_params else None
             signature.append(
                 (
@@ -743,7 +743,7 @@ class AdamS(Optimizer):
                     grad.is_contiguous(),
                     exp_avg.data_ptr(),
                     0 if main_param is None else main_param.data_ptr(),
-                    [scale.data_ptr() for scale in (*scales, *(fp8_scaling or ()))],
+                    [scale.data_ptr() for scale in scales],
                     0 if model_param is None else model_param.data_ptr(),
                 )
             )
