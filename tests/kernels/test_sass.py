@@ -7,6 +7,7 @@ from cuda.core import ProgramOptions
 
 from megatron_adams.kernels import compile as compiling
 from megatron_adams.kernels.modes import ALL_MODES, Mode
+from megatron_adams.kernels.tuning import tuning_of
 
 if sass.cuobjdump() is None:
     pytest.skip("no triton, whose wheel has cuobjdump", allow_module_level=True)
@@ -117,7 +118,8 @@ def test_multiplication_and_addition_are_not_contracted():
 
 def _ptx(mode, settings):
     # Not by Program: it asks the driver about PTX, and there may be none.
-    options = ProgramOptions(arch="sm_90", define_macro=list(mode.defines().items()), **settings)
+    defines = {**mode.defines(), **tuning_of(mode).defines()}
+    options = ProgramOptions(arch="sm_90", define_macro=list(defines.items()), **settings)
     arguments = options.as_bytes("nvrtc")
     text = compiling.source_text("device.cu").encode()
     error, program = nvrtc.nvrtcCreateProgram(text, b"device.cu", 0, None, None)
