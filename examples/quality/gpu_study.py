@@ -99,9 +99,7 @@ def study(args: argparse.Namespace, started: float) -> None:
             say(f"end: {run} would take {needed:.1f} s")
             break
         try:
-            row, curves = lab.train(
-                run, num_steps, deadline, lambda text, run=run: say(f"{run}  {text}")
-            )
+            row, curves = lab.train(run, num_steps, deadline, report=say)
         except OutOfTime as exc:
             say(f"end: {exc}")
             break

@@ -22,7 +22,8 @@ CLIP_NORM = 1.0
 WARMUP_SHARE, LAST_LR_SHARE = 0.1, 0.1
 # Of axis B, in those of axis A.
 TOKENS_FACTOR, STEPS_FACTOR = 4, 1 / 3
-# Gradients of one matrix are kept for so many steps, and compared up to this distance.
+# Gradients of one matrix are kept for so many steps from the middle on, in short runs from their
+# first quarter on, and compared up to this distance.
 KEPT_STEPS, MAX_LAG = 30, 10
 COMPILE_TIMEOUT_S = 75
 
@@ -249,6 +250,7 @@ class Lab:
         shadow = Shadow(self.params, VARIANTS["AdamW"].beta2) if variant.family == "adams" else None
         losses = torch.zeros(steps, device=self.device)
         half, last = steps // 2, steps - 1
+        first_kept = min(half, max(steps // 4, steps - KEPT_STEPS))
         kept: list[Tensor] = []
         rms: dict[str, Tensor] = {}
         diverged = False
@@ -261,7 +263,7 @@ class Lab:
                 loss = self.model.loss(tokens) / num_batches
                 loss.backward()
                 losses[step] += loss.detach()
-            if half <= step < half + KEPT_STEPS:
+            if first_kept <= step < first_kept + KEPT_STEPS:
                 kept.append(self._probe.grad.flatten().clone())
             torch.nn.utils.clip_grad_norm_(self.params, CLIP_NORM, foreach=True)
             if shadow is not None:
