@@ -398,14 +398,21 @@ def test_update_rms_is_that_of_the_optimizers_own_update(
         built.append(optimizer)
         return optimizer
 
+    def initialize_(params: dict[str, torch.Tensor], shape: gpt.Shape, seed: int) -> None:
+        gpt.initialize_(params, shape, seed)
+        with torch.no_grad():  # so large that weight decay is seen; norms are large and have none
+            for name, param in params.items():
+                param.mul_(1.0 if gpt.kind_of(name) == "norms" else 50.0)
+
     monkeypatch.setattr(lab_module, "build", build)
+    monkeypatch.setattr(lab_module, "initialize_", initialize_)
     row, _ = lab.train(Run("A", "AdamS", 1e-3, 0), steps=6)
     [optimizer] = built
     rms = iter(optimizer.update_rms().tolist())
     for kind, group in zip(gpt.KINDS, optimizer.param_groups, strict=True):
         sizes = [param.numel() for param in group["params"]]
         squares = sum(size * next(rms) ** 2 for size in sizes)
-        # The difference of two fp32 params that are near 1 has few digits at the last, small rate.
+        # The difference of two such fp32 params has few digits at the last, small rate.
         assert float(row[f"rms_end_{kind}"]) == pytest.approx(
             math.sqrt(squares / sum(sizes)), rel=2e-3
         )
@@ -415,6 +422,14 @@ def test_cosines_of_an_alternating_gradient() -> None:
     direction = torch.randn(100, generator=torch.Generator().manual_seed(6))
     grads = torch.stack([(-1) ** step * (1 + step) * direction for step in range(8)])
     assert lab_module.gradient_cosines(grads, 3) == pytest.approx([-1, 1, -1], abs=1e-5)
+
+
+def test_a_run_keeps_its_gradients_cosines(lab: Lab) -> None:
+    for axis, steps in (("A", 40), ("B", 16)):  # the second is shorter than what is kept
+        _, curves = lab.train(Run(axis, "AdamW", 1e-3, 0), steps=steps)
+        cosines = curves["gradient_cosines"]
+        assert len(cosines) == lab_module.MAX_LAG and all(-1 <= each <= 1 for each in cosines)
+        assert cosines[0] > 0.1  # the first steps of a training, all downhill
 
 
 def test_a_run_that_cannot_end_in_time_leaves_no_row(lab: Lab) -> None:
