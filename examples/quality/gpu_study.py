@@ -114,6 +114,8 @@ def study(args: argparse.Namespace, started: float) -> None:
         )
     else:
         say("end: every run of the plan is done")
+    if args.rehearse:
+        say("A rehearsal: what follows is no result.")
     say(schedule.decide(losses))
 
 

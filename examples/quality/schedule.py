@@ -205,9 +205,13 @@ def decide(losses: Losses) -> str:
     if ahead is None:
         return "Not decided: the candidates have not been run at two rates each."
     found = [paired(losses, ahead, axis) for axis in ("A", "B")]
-    if any(comparison is None for comparison in found):
-        return f"Not decided: {ahead.name} leads, and has no paired runs in both A and B."
-    means = ", ".join(f"{each.axis} {each.mean:+.4f}" for each in found if each)
-    is_within = all(each.mean <= MARGIN for each in found if each)
+    known = [comparison for comparison in found if comparison is not None]
+    means = ", ".join(f"{each.axis} {each.mean:+.4f}" for each in known) or "not compared yet"
+    if len(known) < len(found):
+        return (
+            f"Not decided: {ahead.name} leads; to AdamW {means}, nats a token. It takes paired "
+            "runs in A with a seed from 1 on, and in B."
+        )
+    is_within = all(each.mean <= MARGIN for each in known)
     verdict = "is recommended" if is_within else "is not recommended"
-    return f"{ahead.name} {verdict}: to AdamW {means} nats a token, margin {MARGIN:+.2f}."
+    return f"{ahead.name} {verdict}: to AdamW {means}, nats a token; margin {MARGIN:+.2f}."

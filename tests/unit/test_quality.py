@@ -325,6 +325,7 @@ def test_the_rule_needs_both_axes(in_a: float, in_b: float, verdict: str) -> Non
     assert verdict in schedule.decide(losses)
     in_a_alone = {run: loss for run, loss in losses.items() if run.axis == "A"}
     assert schedule.decide(in_a_alone).startswith("Not decided")
+    assert f"A {in_a:+.4f}" in schedule.decide(in_a_alone)
     assert schedule.decide({}).startswith("Not decided")
 
 
