@@ -5,7 +5,8 @@ import torch
 from megatron_adams import AdamS
 
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+layers = torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2)
+model = torch.nn.Sequential(*layers)
 optimizer = AdamS(model.parameters(), lr=3e-3, weight_decay=0.1)
 
 for step in range(301):
