@@ -340,7 +340,7 @@ class AdamS(Optimizer):
         else:
             # A dp rank that owns no parameter counts on the device as the others do.
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            device = torch.empty(0, device=device).device
+            device = torch.empty(0, dtype=torch.int64, device=device).device
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device != device:
             raise ValueError(
@@ -601,7 +601,8 @@ class AdamS(Optimizer):
         guards = self._counted()
         if self.is_guarded:
             return guards.factors
-        return torch.ones(len(guards.params), device=guards.sums().device)
+        device = guards.sums().device
+        return torch.ones(len(guards.params), dtype=torch.float32, device=device)
 
     @property
     def is_counted(self) -> bool:

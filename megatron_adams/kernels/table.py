@@ -48,7 +48,8 @@ class PointerTable:
     device: torch.device
 
     def __init__(self) -> None:
-        self.rows = self.amax = torch.empty(0)
+        self.rows = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.amax = torch.empty(0, dtype=torch.int32, device="cpu")
         self.num_tensors = self.num_chunks = self.num_builds = 0
         self._signature: object = None
 
@@ -90,7 +91,11 @@ class PointerTable:
             )
         chunk_ends = list(accumulate(-(-size // CHUNK) for size in sizes))
         nothing = [0] * len(sizes)
-        table = torch.tensor([sizes, chunk_ends, *(column or nothing for column in pointers)])
+        table = torch.tensor(
+            [sizes, chunk_ends, *(column or nothing for column in pointers)],
+            dtype=torch.int64,
+            device="cpu",
+        )
         if device.type == "cuda":
             # The host allocator keeps the pinned memory until the copy is done.
             table = table.pin_memory().to(device, non_blocking=True)
