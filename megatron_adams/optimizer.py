@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 from itertools import chain
 from numbers import Real
 from typing import Any, NamedTuple, Self, cast, overload
@@ -37,7 +38,11 @@ from megatron_adams.kernels import (
 from megatron_adams.precision import read_stored, write_stored_
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# In the order of an error's words.
+_DTYPES = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, torch.float64)).keys()
+_LAYOUTS = {torch.strided}
+# Classes whose data is at data_ptr().
+_PLAIN = {Tensor, torch.nn.Parameter}
 # Below it, squares that underflow in fp32 are no longer covered by eps, and the update has no
 # bound.
 _MIN_EPS = 2.0**-63
@@ -83,8 +88,9 @@ _GUARDS = ("max_update_rms", "match_update_rms", "wants_update_rms")
 
 @dataclass
 class _Lists:
-    """Tensors of one group that a batch is made of."""
+    """Tensors of one group that a batch is made of, and which of the group they are."""
 
+    rows: list[int] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
@@ -110,10 +116,69 @@ class _Pass(Enum):
 
 
 @dataclass
-class _Begun:
-    """A step under way: of each group where its tensors are and its scalars, and the guards."""
+class _Columns:
+    """The tensors of a group's step, but for what guards.py keeps: one of each a param.
 
-    signatures: Sequence[list[object] | None]
+    The params without a gradient are left out. A rank's part stands for a DTensor.
+
+    Attributes:
+        params: as the group has them.
+        grads: their values are in their memory, see `_in_memory`.
+        grad_pointers: where they are.
+        written: what is written as the param: it, its bytes or the model's copy of it.
+        exp_avgs: of `state[param]`.
+        main_params: master weights; None where `written` is the master itself.
+        scales: by the name of the state that is stored with them.
+        fp8_scaling: None where `written` has none.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    grad_pointers: list[int]
+    written: list[Tensor]
+    exp_avgs: list[Tensor]
+    main_params: list[Tensor | None]
+    scales: list[dict[str, Tensor]]
+    fp8_scaling: list[Fp8Scaling | None]
+
+    def row(self, index: int) -> list[Tensor]:
+        """The full-size tensors of one param: what is written, gradient, exp_avg, master."""
+        main_param = self.main_params[index]
+        row = [self.written[index], self.grads[index], self.exp_avgs[index]]
+        return row if main_param is None else [*row, main_param]
+
+    @cached_property
+    def signature(self) -> list[object] | None:
+        """All else that a launch depends on: while it stays the same, so do its tables.
+
+        None: there are tensors that no table can list.
+        """
+        state = [*self.written, *self.exp_avgs]
+        state += [main_param for main_param in self.main_params if main_param is not None]
+        tensors = [*self.grads, *state]
+        # Function by function, as each step asks it of what may be thousands of tensors.
+        if not {*map(type, tensors)} <= _PLAIN or any(map(Tensor.is_neg, state)):
+            return None
+        is_contiguous = all(map(Tensor.is_contiguous, tensors))
+        one_element = [scale for scales in self.scales for scale in scales.values()]
+        for scaling in self.fp8_scaling:
+            one_element += scaling or ()
+        return [
+            [*map(Tensor.data_ptr, state)],
+            [tensor.dtype for tensor in tensors],
+            # Of tensors without holes that are not permuted, a table has the number of elements.
+            [*map(Tensor.numel, tensors)],
+            None if is_contiguous else [(tensor.shape, tensor.stride()) for tensor in tensors],
+            [main_param is None for main_param in self.main_params],
+            [*map(Tensor.data_ptr, one_element)],
+        ]
+
+
+@dataclass
+class _Begun:
+    """A step under way: of each group its tensors and scalars, and the guards."""
+
+    columns: Sequence[_Columns]
     scalars: Sequence[Scalars]
     guards: UpdateGuards | None
 
@@ -123,12 +188,14 @@ class _Plan:
     """What a group's last step launched, to be launched again while no tensor has moved.
 
     Attributes:
-        signature: where its tensors were; None: it has no tables for all of them.
+        signature: of its tensors; None: it has no tables for all of them.
         tables: by backend and kind of tensors.
+        rows: likewise, which of the group's tensors a table lists.
     """
 
     signature: list[object] | None = None
     tables: dict[tuple[str, Any], PointerTable] = field(default_factory=dict)
+    rows: dict[tuple[str, Any], list[int]] = field(default_factory=dict)
 
 
 class AdamS(Optimizer):
@@ -559,10 +626,10 @@ class AdamS(Optimizer):
 
     def _begin(self, grad_scale: float | Tensor, found_inf: Tensor | None) -> _Begun:
         # All gradients are looked at before the first parameter is written.
-        signatures = [self._signature(group) for group in self.param_groups]
+        columns = [self._columns(group) for group in self.param_groups]
         guards = self._guards_of_step()
         scalars = [self._advance(group, grad_scale, found_inf) for group in self.param_groups]
-        begun = _Begun(signatures, scalars, guards)
+        begun = _Begun(columns, scalars, guards)
         if self.is_guarded:
             self._launch(_Pass.COUNT, begun)
         return begun
@@ -671,19 +738,24 @@ class AdamS(Optimizer):
     def _launch(self, what: _Pass, begun: _Begun) -> None:
         """Launch a pass over the tensors of all groups."""
         only_count = what is _Pass.COUNT
-        scalars = begun.scalars
-        for index, group in enumerate(self.param_groups):
-            signature = begun.signatures[index]
+        for index, columns in enumerate(begun.columns):
+            scalars = begun.scalars[index]
             plan = self._plans.setdefault((index, what), _Plan())
+            signature = columns.signature
             if signature is not None and signature == plan.signature:
-                for (backend, _), table in plan.tables.items():
-                    launch(table, scalars[index], backend, only_count=only_count)
+                pointers = columns.grad_pointers
+                for key, table in plan.tables.items():
+                    rows = plan.rows[key]
+                    grads = pointers if len(rows) == len(pointers) else [pointers[i] for i in rows]
+                    launch(table, scalars, key[0], grads=grads, only_count=only_count)
                 continue
-            plan.signature, tables, plan.tables = signature, plan.tables, {}
-            for key, batch in self._batches(group, what):
+            plan.signature, plan.rows = signature, {}
+            tables, plan.tables = plan.tables, {}
+            for key, rows, batch in self._batches(columns, what):
                 backend, _ = key
                 table = plan.tables[key] = tables.get(key) or PointerTable()
-                run(batch, scalars[index], backend, table, only_count=only_count)
+                plan.rows[key] = rows
+                run(batch, scalars, backend, table, only_count=only_count)
                 if backend == "foreach":
                     plan.signature = None
 
@@ -710,119 +782,115 @@ class AdamS(Optimizer):
                     "model was moved"
                 )
 
-    def _signature(self, group: Mapping[str, Any]) -> list[object] | None:
-        """Return where a group's tensors are: while it stays the same, so do the tables of them.
-
-        None: there are subclasses of Tensor whose data is elsewhere, other than DTensors.
+    def _columns(self, group: Mapping[str, Any]) -> _Columns:
+        """Collect the tensors of a group's step; state that is missing is allocated.
 
         Raises:
             ValueError: a gradient is sparse or complex.
         """
-        signature: list[object] = []
-        is_plain = True
-        for param in group["params"]:
-            grad = self._grad(param)
-            if grad is None:
-                continue
-            _check_tensor("gradient", grad)
-            self.initialize_state(param)
-            exp_avg, main_param = self._stored(param)
-            grad, exp_avg = _local(grad), _local(exp_avg)
-            main_param = None if main_param is None else _local(main_param)
-            if not type(grad) is type(exp_avg) is Tensor:
-                is_plain = False
-                continue
-            memory, fp8_scaling = _memory(_local(param))
-            scales = [*self._scales.get(param, {}).values(), *(fp8_scaling or ())]
-            model_param = self.model_params.get(param) if self.model_params else None
-            signature.append(
-                (
-                    param.shape,
-                    memory.data_ptr(),
-                    grad.data_ptr(),
-                    grad.dtype,
-                    grad.is_contiguous(),
-                    exp_avg.data_ptr(),
-                    0 if main_param is None else main_param.data_ptr(),
-                    [scale.data_ptr() for scale in scales],
-                    0 if model_param is None else model_param.data_ptr(),
-                )
-            )
-        return signature if is_plain else None
+        # A list of each kind at a time: a step does nothing else for a tensor that has not moved.
+        params: list[Tensor] = group["params"]
+        found = (
+            [self._grad(p) for p in params] if self.use_decoupled_grad else [p.grad for p in params]
+        )
+        grads = [grad for grad in found if grad is not None]
+        if len(grads) != len(params):
+            params = [p for p, grad in zip(params, found, strict=True) if grad is not None]
+        if not ({g.dtype for g in grads} <= _DTYPES and {g.layout for g in grads} <= _LAYOUTS):
+            for grad in grads:
+                _check_tensor("gradient", grad)
+        states = [self.state[param] for param in params]
+        has_masters = self.master_weights
+        for param, state in zip(params, states, strict=True):
+            if "exp_avg" not in state or (has_masters and "master_param" not in state):
+                self.initialize_state(param)
+        exp_avgs = [state["exp_avg"] for state in states]
+        main_params = [state.get("master_param") for state in states]
+        written, fp8_scaling = params, []
+        if not {*map(type, params), *map(type, grads), *map(type, exp_avgs)} <= _PLAIN:
+            grads, exp_avgs = [*map(_local, grads)], [*map(_local, exp_avgs)]
+            main_params = [main if main is None else _local(main) for main in main_params]
+            memory = [_memory(_local(param)) for param in params]
+            written, fp8_scaling = [m for m, _ in memory], [scaling for _, scaling in memory]
+        if self.model_params:
+            # The param is the master weight of the model's copy.
+            copies = [self.model_params.get(param) for param in params]
+            main_params = [
+                main if copy is None else param
+                for param, copy, main in zip(written, copies, main_params, strict=True)
+            ]
+            written = [
+                param if copy is None else copy for param, copy in zip(written, copies, strict=True)
+            ]
+        scales = [self._scales.get(param, {}) for param in params] if self._scales else []
+        grads, pointers = _in_memory(grads)
+        return _Columns(
+            params, grads, pointers, written, exp_avgs, main_params, scales, fp8_scaling
+        )
 
     def _batches(
-        self, group: Mapping[str, Any], what: _Pass
-    ) -> Iterator[tuple[tuple[str, Any], Batch]]:
+        self, columns: _Columns, what: _Pass
+    ) -> Iterator[tuple[tuple[str, Any], list[int], Batch]]:
         """Sort a group's tensors into what one launch takes, with its backend and a key."""
         batches: dict[tuple[str, Any], _Lists] = {}
-        for param in group["params"]:
-            grad = self._grad(param)
-            if grad is None:
-                continue
-            exp_avg, main_param = self._stored(param)
-            model_param, fp8_scaling = _memory(param)
-            if param in self.model_params:
-                model_param, main_param = self.model_params[param], param
-            tensors = [model_param, grad, exp_avg]
-            if main_param is not None:
-                tensors.append(main_param)
-            tensors = [_local(tensor) for tensor in tensors]
-            mode = self._mode(param, grad.dtype)
+        for index, param in enumerate(columns.params):
+            tensors = columns.row(index)
+            written, grad, exp_avg, *main_params = tensors
+            main_dtype = main_params[0].dtype if main_params else None
+            mode = mode_of(grad.dtype, written.dtype, exp_avg.dtype, main_dtype)
             if mode is not None:
                 mode = mode._replace(is_guarded=what is not _Pass.UPDATE)
-            device = tensors[0].device
+            device = written.device
             key: tuple[str, Any]
             if mode is None or not all(
-                type(tensor) in (Tensor, torch.nn.Parameter)
-                and tensor.stride() == tensors[0].stride()
+                type(tensor) in _PLAIN
+                and tensor.stride() == written.stride()
                 and is_dense(tensor)
+                and not tensor.is_neg()
                 for tensor in tensors
             ):
-                # fp64, tensors with holes or of unlike layouts, subclasses of Tensor. Named by the
-                # dtypes, as one call takes one of each.
+                # fp64, tensors with holes or of unlike layouts, subclasses of Tensor, values that
+                # are not what is in memory. Named by the dtypes, as one call takes one of each.
                 key = "foreach", (device, *(tensor.dtype for tensor in tensors))
             else:
                 key = select_backend(device, mode, self.kernel), (device, mode)
             lists = batches.setdefault(key, _Lists())
-            columns = (lists.params, lists.grads, lists.exp_avgs, lists.main_params)
-            for column, tensor in zip(columns, tensors, strict=False):
+            lists.rows.append(index)
+            for column, tensor in zip(
+                (lists.params, lists.grads, lists.exp_avgs, lists.main_params),
+                tensors,
+                strict=False,
+            ):
                 column.append(tensor)
-            scales = self._scales.get(param, {})
+            scales = columns.scales[index] if columns.scales else {}
             if "exp_avg" in scales:
                 lists.exp_avg_scales.append(scales["exp_avg"])
             if "master_param" in scales:
                 lists.main_scales.append(scales["master_param"])
-            if fp8_scaling is not None:
-                lists.fp8_scaling.append(fp8_scaling)
+            if columns.fp8_scaling and (scaling := columns.fp8_scaling[index]) is not None:
+                lists.fp8_scaling.append(scaling)
             if self._guards is not None and what.counts:
                 lists.update_sums.append(self._guards.sums_of[param])
             if self._guards is not None and what is _Pass.UPDATE_SCALED:
                 lists.update_factors.append(self._guards.factor_of[param])
         for key, lists in batches.items():
-            yield (
-                key,
-                Batch(
-                    lists.params,
-                    lists.grads,
-                    lists.exp_avgs,
-                    lists.main_params or None,
-                    lists.exp_avg_scales or None,
-                    lists.main_scales or None,
-                    lists.fp8_scaling or None,
-                    lists.update_sums or None,
-                    lists.update_factors or None,
-                ),
+            batch = Batch(
+                lists.params,
+                lists.grads,
+                lists.exp_avgs,
+                lists.main_params or None,
+                lists.exp_avg_scales or None,
+                lists.main_scales or None,
+                lists.fp8_scaling or None,
+                lists.update_sums or None,
+                lists.update_factors or None,
             )
+            yield key, lists.rows, batch
 
     def _grad(self, param: Tensor) -> Tensor | None:
         if self.use_decoupled_grad:
             return getattr(param, "decoupled_grad", None)
         return param.grad
-
-    def _stored(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
-        """exp_avg and, where it is kept here, the master weights of a param."""
-        state = self.state[param]
-        return state["exp_avg"], state.get("master_param")
 
     def _mode(self, param: Tensor, grad_dtype: torch.dtype) -> Mode | None:
         dtypes = self.state_dtypes(param)
@@ -901,7 +969,8 @@ class AdamS(Optimizer):
                 dtypes = self.state_dtypes(param)
                 plain = {k for k in state if dtypes[k] not in (torch.int16, *_SCALED_DTYPES)}
                 for name in plain:
-                    self.state[param][name] = state[name].to(param.device, dtypes[name])
+                    full = state[name].to(param.device, dtypes[name]).resolve_neg()
+                    self.state[param][name] = full
                 self.initialize_state(param)
                 for name in state.keys() - plain:
                     self.set_scaled_state(param, name, state[name])
@@ -1043,6 +1112,21 @@ def _local(tensor: Tensor) -> Tensor:
     if module is not None and isinstance(tensor, module.DTensor):
         return cast(Tensor, tensor.to_local())
     return tensor
+
+
+def _in_memory(grads: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The gradients and their addresses; a copy where the memory has not the gradient's value.
+
+    Torch negates lazily: the gradient of what went through `conj` can be a view of its negative,
+    with a mark. A zero of forward-mode AD has no memory.
+    """
+    if any(map(Tensor.is_neg, grads)):
+        grads = [grad.resolve_neg() for grad in grads]
+    pointers = [*map(Tensor.data_ptr, grads)]
+    if 0 in pointers:
+        grads = [grad.clone() if grad._is_zerotensor() else grad for grad in grads]
+        pointers = [*map(Tensor.data_ptr, grads)]
+    return grads, pointers
 
 
 def _distributed(local: Tensor, like: Tensor) -> Tensor:

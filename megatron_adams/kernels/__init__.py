@@ -168,25 +168,32 @@ def run(
 
 
 def launch(
-    table: PointerTable, scalars: Scalars, backend: str, *, only_count: bool = False
+    table: PointerTable,
+    scalars: Scalars,
+    backend: str,
+    *,
+    grads: list[int],
+    only_count: bool = False,
 ) -> None:
-    """Repeat the last `run` with this table, with other scalars.
+    """Repeat the last `run` with this table, with other scalars and gradients.
 
     Args:
-        table: its tensors must still be where they were.
+        table: its tensors, but for the gradients, must still be where they were.
         scalars: of this step.
         backend: of that run, "cuda" or "host".
+        grads: where the gradients are; their dtypes, shapes and strides are those of that run.
         only_count: of that run.
     Raises:
         ValueError: as `run`, of the scalars.
+        RuntimeError: a gradient has moved, and a CUDA graph is being captured.
     """
     scalars.check(table.device)
     if backend == "cuda":
         from megatron_adams.kernels import cuda
 
-        cuda.launch(table, scalars, cuda.CudaDriver(), only_count=only_count)
+        cuda.repeat(table, scalars, cuda.CudaDriver(), grads=grads, only_count=only_count)
     else:
-        host.launch(table, scalars, only_count=only_count)
+        host.repeat(table, scalars, grads=grads, only_count=only_count)
 
 
 @functools.cache

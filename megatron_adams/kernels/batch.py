@@ -173,8 +173,15 @@ class Batch:
         """Refuse what a kernel, which walks through memory, cannot read.
 
         Raises:
-            ValueError: strides that differ among tensors of one index, or leave holes.
+            ValueError: strides that differ among tensors of one index, or leave holes; a tensor
+                whose memory has not its value.
         """
+        for name, column in _table_columns(self):
+            if any(map(Tensor.is_neg, column or ())):
+                raise ValueError(
+                    f"{name}: one is the negative of what its memory has (is_neg()): must be what "
+                    "is in memory; call .resolve_neg()"
+                )
         for name, column in self.columns():
             for param, tensor in zip(self.params, column or (), strict=False):
                 if tensor.stride() != param.stride() or not is_dense(tensor):
@@ -281,6 +288,11 @@ def update_table(batch: Batch, table: PointerTable, *, is_capturing: bool = Fals
     table.update(columns, mode=batch.mode, device=batch.device, is_capturing=is_capturing)
 
 
+def update_gradients(table: PointerTable, grads: list[int], *, is_capturing: bool = False) -> None:
+    """Make `table` describe the same tensors with the gradients at other addresses."""
+    table.move_gradients(grads, is_capturing=is_capturing)
+
+
 type Argument = ctypes._SimpleCData[Any]
 
 
@@ -306,7 +318,7 @@ def kernel_arguments(table: PointerTable, scalars: Scalars) -> Arguments:
         if value.device != table.device:
             # Reading a CPU tensor does not wait for a device.
             return ctypes.c_float(value.item()), ctypes.c_void_p(0)
-        value = value.to(torch.float32)
+        value = value.to(torch.float32).resolve_neg()
         keepalive.append(value)
         return ctypes.c_float(0.0), ctypes.c_void_p(value.data_ptr())
 

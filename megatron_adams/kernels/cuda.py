@@ -17,6 +17,7 @@ from megatron_adams.kernels.batch import (
     Batch,
     Scalars,
     kernel_arguments,
+    update_gradients,
     update_table,
 )
 from megatron_adams.kernels.compile import cubin
@@ -129,6 +130,20 @@ def run(
 ) -> None:
     """Update `batch`, or only count the squares of its updates; `table` describes it then."""
     update_table(batch, table, is_capturing=driver.is_capturing(batch.device))
+    launch(table, scalars, driver, only_count=only_count)
+
+
+def repeat(
+    table: PointerTable,
+    scalars: Scalars,
+    driver: Driver,
+    *,
+    grads: list[int],
+    only_count: bool = False,
+) -> None:
+    """As `run` what `table` describes, with the gradients at other addresses."""
+    if table.grads != grads:
+        update_gradients(table, grads, is_capturing=driver.is_capturing(table.device))
     launch(table, scalars, driver, only_count=only_count)
 
 

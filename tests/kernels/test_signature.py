@@ -13,6 +13,7 @@ from megatron_adams.kernels.batch import is_dense
 
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 FP8 = Mode("bf16", "e4m3", "fp16", "fp16")
+MIXED = Mode("fp32", "bf16", "fp32", "fp32")
 CPU = torch.device("cpu")
 
 
@@ -126,6 +127,17 @@ def test_lists_that_do_not_fit_are_refused(case):
     with pytest.raises(ValueError, match=message):
         call(batch)
     assert before is None or not differences(batch, before)
+
+
+@pytest.mark.parametrize("column", ["params", "grads", "exp_avgs", "main_params", "main_scales"])
+@torch.no_grad()
+def test_tensors_whose_memory_has_not_their_value_are_refused(column):
+    batch = make_batch(FP8 if column == "main_scales" else MIXED, (4, 8))
+    negated = [torch._neg_view(tensor) for tensor in getattr(batch, column)]
+    before = [tensor.clone() for tensor in batch.exp_avgs]
+    with pytest.raises(ValueError, match=rf"{column}: one is the negative of what its memory has"):
+        call(replace(batch, **{column: negated}))
+    assert all(map(torch.equal, batch.exp_avgs, before))
 
 
 @pytest.mark.parametrize(
