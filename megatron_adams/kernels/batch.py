@@ -326,6 +326,7 @@ def kernel_arguments(table: PointerTable, scalars: Scalars) -> Arguments:
     values: list[Argument] = [
         ctypes.c_void_p(table.rows.data_ptr()),
         ctypes.c_int(table.num_tensors),
+        ctypes.c_int(table.chunk_size),
         ctypes.c_void_p(table.amax.data_ptr()),
         *scalar(scalars.lr),
         *scalar(scalars.grad_scale),

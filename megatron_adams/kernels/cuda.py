@@ -23,9 +23,7 @@ from megatron_adams.kernels.batch import (
 from megatron_adams.kernels.compile import cubin
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.table import PointerTable
-
-# BLOCK in source/device.cu.
-BLOCK = 256
+from megatron_adams.kernels.tuning import Tuning, tuning_of
 
 
 class Driver(Protocol):
@@ -33,6 +31,10 @@ class Driver(Protocol):
 
     def is_capturing(self, device: torch.device) -> bool:
         """Whether the device's current stream is being captured into a CUDA graph."""
+        ...
+
+    def tuning(self, mode: Mode) -> Tuning:
+        """What the kernel of a mode is compiled with."""
         ...
 
     def launch(
@@ -43,16 +45,24 @@ class Driver(Protocol):
         arguments: list[Argument],
         device: torch.device,
     ) -> None:
-        """Launch blocks of BLOCK threads on the device's current stream."""
+        """Launch blocks of `tuning(mode).block` threads on the device's current stream."""
         ...
 
 
 class CudaDriver:
     """The GPU.
 
+    Args:
+        tuning: of all modes. None: each mode's own.
     Raises:
         RuntimeError: the driver refuses; with its own words.
     """
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self._tuning = tuning
+
+    def tuning(self, mode: Mode) -> Tuning:
+        return self._tuning or tuning_of(mode)
 
     def is_capturing(self, device: torch.device) -> bool:
         with torch.cuda.device(device):
@@ -70,13 +80,14 @@ class CudaDriver:
             index = torch.cuda.current_device()
             # A thread that has called nothing of CUDA yet has no context.
             _call("cuCtxSetCurrent", _context(index))
-            kernel = _kernel(mode, entry_point, index)
+            tuning = self.tuning(mode)
+            kernel = _kernel(mode, tuning, entry_point, index)
             stream = torch.cuda.current_stream().cuda_stream
             parameters = (
                 tuple(argument.value or 0 for argument in arguments),
                 tuple(type(argument) for argument in arguments),
             )
-            grid, block = (num_blocks, 1, 1), (BLOCK, 1, 1)
+            grid, block = (num_blocks, 1, 1), (tuning.block, 1, 1)
             _call("cuLaunchKernel", kernel, *grid, *block, 0, stream, parameters, 0)
 
 
@@ -111,13 +122,13 @@ def _context(index: int) -> Any:
 
 
 @cache
-def _module(mode: Mode, index: int) -> Any:
-    return _call("cuModuleLoadData", cubin(mode, arch_of(index)))
+def _module(mode: Mode, tuning: Tuning, index: int) -> Any:
+    return _call("cuModuleLoadData", cubin(mode, arch_of(index), tuning=tuning))
 
 
 @cache
-def _kernel(mode: Mode, entry_point: str, index: int) -> Any:
-    return _call("cuModuleGetFunction", _module(mode, index), entry_point.encode())
+def _kernel(mode: Mode, tuning: Tuning, entry_point: str, index: int) -> Any:
+    return _call("cuModuleGetFunction", _module(mode, tuning, index), entry_point.encode())
 
 
 def run(
@@ -158,5 +169,6 @@ def launch(
     entry_points = mode.count_entry_points if only_count else mode.entry_points
     for entry_point in entry_points:
         per_tensor = entry_point == "adams_finish"
-        num_blocks = -(-table.num_tensors // BLOCK) if per_tensor else table.num_chunks
+        num_threads = driver.tuning(mode).block
+        num_blocks = -(-table.num_tensors // num_threads) if per_tensor else table.num_chunks
         driver.launch(table.mode, entry_point, num_blocks, arguments.values, table.device)

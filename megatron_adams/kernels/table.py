@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_adams.kernels.modes import Mode
 
-# Elements of a chunk; CHUNK in source/multi_tensor.h.
+# Elements of a chunk, which is what one block of a GPU takes: a multiple of 16.
 CHUNK = 16384
 
 # The rows behind NUMEL and CHUNK_END, in their order there.
@@ -42,7 +42,11 @@ class PointerTable:
 
     It keeps no tensor alive.
 
+    Args:
+        chunk_size: elements of a chunk, a multiple of 16.
+
     Attributes:
+        chunk_size: as given.
         mode: the dtypes of the tensors.
         device: where they are, and `rows`.
         rows: (2 + len(POINTERS), num_tensors) int64 on the kernel's device.
@@ -54,7 +58,9 @@ class PointerTable:
     mode: Mode
     device: torch.device
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_size: int = CHUNK) -> None:
+        assert chunk_size % 16 == 0
+        self.chunk_size = chunk_size
         self.rows = torch.empty(0, dtype=torch.int64, device="cpu")
         self.amax = torch.empty(0, dtype=torch.int32, device="cpu")
         self.num_tensors = self.num_chunks = self.num_builds = 0
@@ -92,7 +98,7 @@ class PointerTable:
         if signature == self._signature:
             return
         _refuse_capture(is_capturing)
-        chunk_ends = list(accumulate(-(-size // CHUNK) for size in sizes))
+        chunk_ends = list(accumulate(-(-size // self.chunk_size) for size in sizes))
         nothing = [0] * len(sizes)
         table = torch.tensor(
             [sizes, chunk_ends, *(column or nothing for column in pointers)],

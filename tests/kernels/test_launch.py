@@ -14,7 +14,7 @@ from test_backends import REPRESENTATIVES
 
 from megatron_adams.kernels import PointerTable, cuda
 from megatron_adams.kernels.batch import kernel_arguments
-from megatron_adams.kernels.table import CHUNK, POINTERS
+from megatron_adams.kernels.table import POINTERS
 
 SUBJECT = Subject()
 
@@ -86,6 +86,7 @@ def test_arguments_are_the_kernels_parameters_in_their_order():
     assert values == {
         "table": table.rows.data_ptr(),
         "num_tensors": 1,
+        "chunk_size": table.chunk_size,
         "amax": table.amax.data_ptr(),
         "lr": 0.5,
         "lr_pointer": None,
@@ -115,10 +116,8 @@ def test_decay_is_the_enumerator_of_the_kernel(weight_decay, decoupled, decay):
     )
 
 
-def test_constants_of_the_sources_and_of_python_agree():
-    device, shared = ((SOURCE / name).read_text() for name in ("device.cu", "multi_tensor.h"))
-    assert f"constexpr int BLOCK = {cuda.BLOCK};" in device
-    assert f"constexpr int CHUNK = {CHUNK};" in shared
+def test_fields_of_the_table_are_those_of_the_sources():
+    shared = (SOURCE / "multi_tensor.h").read_text()
     fields = re.search(r"enum Field \{(.*?)\}", shared, re.DOTALL)[1]
     names = re.findall(r"^\s+(\w+)", fields, re.MULTILINE)
     assert tuple(name.lower() for name in names[2:-1]) == POINTERS
@@ -129,5 +128,5 @@ def test_a_tensor_on_the_cpu_is_read_at_once_where_the_batch_is_elsewhere():
     table = PointerTable()
     table.device = torch.device("meta")
     arguments = kernel_arguments(table, replace(SCALARS, lr=torch.tensor([0.5])))
-    assert [value.value for value in arguments.values[3:5]] == [0.5, None]
+    assert [value.value for value in arguments.values[4:6]] == [0.5, None]
     assert arguments.keepalive == []
