@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import chain
 from numbers import Real
 from typing import Any, NamedTuple, Self, cast, overload
@@ -32,12 +32,16 @@ from megatron_adams.kernels import (
     is_dense,
     launch,
     mode_of,
+    own_backend,
     run,
     select_backend,
 )
 from megatron_adams.precision import read_stored, write_stored_
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode")
+HYPERPARAMETERS = (
+    *("lr", "betas", "eps", "weight_decay"),
+    *("bias_correction", "adam_w_mode", "maximize"),
+)
 # In the order of an error's words.
 _DTYPES = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, torch.float64)).keys()
 _LAYOUTS = {torch.strided}
@@ -49,7 +53,7 @@ _MIN_EPS = 2.0**-63
 
 
 class _Unsupported(NamedTuple):
-    """A FusedAdam argument that AdamS takes at its default value only."""
+    """An argument of torch's or TransformerEngine's Adam that AdamS takes at its default only."""
 
     default: Any
     rule: str
@@ -59,6 +63,9 @@ class _Unsupported(NamedTuple):
 _UNSUPPORTED = {
     "amsgrad": _Unsupported(
         False, "AdamS keeps no second moment whose maximum it could take", "leave it out"
+    ),
+    "differentiable": _Unsupported(
+        False, "the step writes its tensors in place, without autograd", "leave it out"
     ),
     "exp_avg_sq_dtype": _Unsupported(torch.float32, "AdamS has no exp_avg_sq", "leave it out"),
     "set_grad_none": _Unsupported(
@@ -84,6 +91,24 @@ _STORAGE = (
     "use_decoupled_grad",
 )
 _GUARDS = ("max_update_rms", "match_update_rms", "wants_update_rms")
+
+
+def _not_compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compiler.disable`: Dynamo cannot trace the driver's calls.
+
+    At the first call, as it imports Dynamo, which takes far longer than this package. Dynamo is
+    imported by then: torch's Optimizer does so where one is built.
+    """
+    disabled: Callable[P, R] | None = None
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if disabled is None:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled(*args, **kwargs)
+
+    return call
 
 
 @dataclass
@@ -233,8 +258,13 @@ class AdamS(Optimizer):
         bias_correction: True is the authors' released form (first step 4.47 lr), False the
             paper's (0.447 lr). They agree after about 50 steps.
         adam_w_mode: decoupled weight decay.
+        maximize: the objective is maximized: the step is the one of the negated gradients.
+        foreach, fused: torch's arguments. `foreach=True` is `kernel="foreach"`. `fused=True` is the
+            kernel of the params' device, "cuda" or "host", by its name: where it cannot be had
+            that is an error; GradScaler then leaves unscaling and skipping to `step`, see there.
+            None and False leave the choice to `kernel`; all implementations give the same bits.
         kernel: which implementation of `megatron_adams.kernels` runs: "auto", the one of the
-            params' device; or "cuda", "host", "foreach".
+            params' device, or foreach where it cannot be compiled; or "cuda", "host", "foreach".
         capturable: `step` can be captured into a CUDA graph, see above; each group's params lie on
             one device, and none is quantized.
         max_update_rms: cap. Where the RMS of a param's update, before lr and weight decay, is
@@ -245,7 +275,8 @@ class AdamS(Optimizer):
             owner gives `reduce_update_sums` and `whole_numels`.
         master_weights, master_weight_dtype, exp_avg_dtype, use_decoupled_grad,
         store_param_remainders: FusedAdam's.
-        amsgrad, exp_avg_sq_dtype, set_grad_none: FusedAdam's; at their defaults only.
+        amsgrad, differentiable, exp_avg_sq_dtype, set_grad_none: torch's and FusedAdam's; at their
+            defaults only.
 
     Attributes:
         model_params: main param -> the model's bf16 or fp16 copy of it, of the same shape; `step`
@@ -262,7 +293,7 @@ class AdamS(Optimizer):
         master_weights, master_weight_dtype, store_param_remainders, exp_avg_dtype,
         use_decoupled_grad: as given. The first and the last are read at each step, and may be
             set as long as there is no state, as Megatron-FSDP does.
-        capturable: as given.
+        capturable, fused: as given.
 
     Raises:
         ValueError: a hyperparameter outside its range, an argument that is not supported, or a
@@ -283,11 +314,15 @@ class AdamS(Optimizer):
         *,
         bias_correction: bool = False,
         adam_w_mode: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         kernel: str = "auto",
         max_update_rms: float | None = None,
         match_update_rms: float | None = None,
         amsgrad: bool = False,
         capturable: bool = False,
+        differentiable: bool = False,
         master_weights: bool = False,
         master_weight_dtype: torch.dtype = torch.float32,
         exp_avg_dtype: torch.dtype = torch.float32,
@@ -299,6 +334,7 @@ class AdamS(Optimizer):
         _refuse_unsupported(
             {
                 "amsgrad": amsgrad,
+                "differentiable": differentiable,
                 "exp_avg_sq_dtype": exp_avg_sq_dtype,
                 "set_grad_none": set_grad_none,
             }
@@ -321,11 +357,12 @@ class AdamS(Optimizer):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
             "adam_w_mode": adam_w_mode,
+            "maximize": maximize,
         }
         _check_hyperparameters(defaults)
-        if kernel not in ("auto", *BACKENDS):
-            raise ValueError(f"kernel={kernel!r}: must be one of {('auto', *BACKENDS)}")
-        self.kernel = kernel
+        _check_kernel(kernel, foreach=foreach, fused=fused)
+        self.kernel = "foreach" if foreach else kernel
+        self.fused = bool(fused)
         self.capturable = capturable
         check_guards(max_update_rms, match_update_rms)
         self.max_update_rms = max_update_rms
@@ -343,7 +380,8 @@ class AdamS(Optimizer):
         self._is_state_left_out = False
         # By the index of the group and what is launched.
         self._plans: dict[tuple[int, _Pass], _Plan] = {}
-        self._used_by_graphs: list[object] = []
+        # By their ids, so that each is there once.
+        self._used_by_graphs: dict[int, object] = {}
         super().__init__(params, defaults)
 
     @classmethod
@@ -368,7 +406,7 @@ class AdamS(Optimizer):
             for name in HYPERPARAMETERS:
                 group.setdefault(name, optimizer.defaults[name])
             group.setdefault("step", 0)
-            _check_group(group, capturable=optimizer.capturable)
+            optimizer._check_group(group)
             if optimizer.capturable:
                 optimizer._move_numbers_to_device(group)
         params = [id(param) for group in optimizer.param_groups for param in group["params"]]
@@ -388,12 +426,31 @@ class AdamS(Optimizer):
         super().add_param_group(param_group)
         param_group.setdefault("step", 0)
         try:
-            _check_group(param_group, capturable=self.capturable)
+            self._check_group(param_group)
             if self.capturable:
                 self._move_numbers_to_device(param_group)
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        _refuse_unsupported(group)
+        own = sorted(set(_STORAGE) & group.keys())
+        mine = {
+            "capturable": self.capturable,
+            "foreach": self.kernel == "foreach",
+            "fused": self.fused,
+        }
+        own += [name for name, value in mine.items() if group.get(name) not in (None, value)]
+        if own:
+            raise ValueError(
+                f"{own[0]} in a param group: is one for all groups; give it to AdamS itself"
+            )
+        _check_hyperparameters(group)
+        for param in group["params"]:
+            _check_tensor("parameter", param)
+        if self.capturable:
+            _check_capturable(group["params"])
 
     def _move_numbers_to_device(self, group: dict[str, Any]) -> None:
         """Make a group's lr and step what a CUDA graph finds again: tensors on its device.
@@ -421,12 +478,12 @@ class AdamS(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's has the state and the groups alone.
-        names = ("kernel", "capturable", "model_params", "whole_numels", "_scales")
+        names = ("kernel", "fused", "capturable", "model_params", "whole_numels", "_scales")
         own = {name: getattr(self, name) for name in (*names, *_STORAGE, *_GUARDS)}
         fresh = {
             "_is_state_left_out": False,
             "_plans": {},
-            "_used_by_graphs": [],
+            "_used_by_graphs": {},
             "_guards": None,
             "_is_counted": False,
             "_begun": None,
@@ -448,7 +505,37 @@ class AdamS(Optimizer):
             mode = self._mode(param, grad_dtype or param.dtype)
             if mode is not None:
                 mode = mode._replace(is_guarded=self.is_guarded)
-                select_backend(param.device, mode, self.kernel)
+                select_backend(param.device, mode, self._kernel_on(param.device))
+
+    def _kernel_on(self, device: torch.device) -> str:
+        """What `select_backend` is asked for.
+
+        Raises:
+            ValueError: fused, and there is no kernel for the device.
+        """
+        if not self.fused or self.kernel != "auto":
+            return self.kernel
+        own = own_backend(device)
+        if own is None:
+            raise ValueError(
+                f"fused=True for parameters on {device}: must be on a CUDA device or the CPU, for "
+                "which there are kernels; leave it out"
+            )
+        return own
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves it to `step` to unscale, and to skip.
+
+        As in torch, with `fused` alone: others refuse to clip gradients that are still scaled
+        (Lightning). Not with bias correction, which counts steps: GradScaler waits, and calls no
+        step that is skipped. It knows of no decoupled gradients.
+        """
+        return (
+            self.fused
+            and not self.use_decoupled_grad
+            and not any(group["bias_correction"] for group in self.param_groups)
+        )
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
         """The dtypes in which the state of a param is stored, by the names in `state[param]`.
@@ -551,6 +638,7 @@ class AdamS(Optimizer):
         found_inf: Tensor | None = None,
     ) -> float: ...
 
+    @_not_compiled
     @torch.no_grad()
     def step(
         self,
@@ -565,9 +653,12 @@ class AdamS(Optimizer):
             closure: evaluates the model anew, with gradients enabled, and returns the loss.
             grad_scale: what the gradients are multiplied by, in fp32: the inverse of a loss scale,
                 a clip coefficient, or their product. A number or a one-element tensor.
-            found_inf: one fp32 element on the params' device; where it is not 0 no tensor is
-                written. Nobody waits for it, so group["step"] counts this step too. The foreach
-                backend does wait for it: not in a CUDA graph.
+            found_inf: one fp32 element; where it is not 0 no tensor is written. Nobody waits for
+                it, unless the params are on the CPU and it is not, so group["step"] counts this
+                step too. The foreach backend does wait for it: not in a CUDA graph.
+
+        With `fused`, torch.amp.GradScaler sets the attributes `grad_scale`, by which gradients are
+        divided here, and `found_inf` for the time of the call: nobody waits for the GPU then.
 
         Returns:
             The closure's loss, or None.
@@ -585,6 +676,7 @@ class AdamS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        grad_scale, found_inf = self._with_grad_scaler(grad_scale, found_inf)
         begun, self._begun = self._begun or self._begin(grad_scale, found_inf), None
         guards = begun.guards
         if guards is not None and self.is_guarded:
@@ -598,16 +690,25 @@ class AdamS(Optimizer):
             self._launch(_Pass.UPDATE_AND_COUNT, begun)
         else:
             self._launch(_Pass.UPDATE, begun)
-        if _is_capturing():
-            # A later step outside the graph may make new ones; the graph goes on with these.
-            self._used_by_graphs.append(guards)
-            self._used_by_graphs += [
-                (table.rows, table.amax)
-                for plan in self._plans.values()
-                for table in plan.tables.values()
-            ]
         return loss
 
+    def _with_grad_scaler(
+        self, grad_scale: float | Tensor, found_inf: Tensor | None
+    ) -> tuple[float | Tensor, Tensor | None]:
+        """The scalars of a step with what torch.amp.GradScaler has set, if it calls the step."""
+        its_scale = getattr(self, "grad_scale", None)
+        if isinstance(its_scale, Tensor):
+            # As its unscale_ has it: rounded once, whatever the scale is.
+            inverse = its_scale.double().reciprocal().float()
+            is_one = not isinstance(grad_scale, Tensor) and grad_scale == 1.0
+            grad_scale = inverse if is_one else inverse * grad_scale
+        its_found_inf = getattr(self, "found_inf", None)
+        # Of an optimizer without gradients it is the int 0.
+        if isinstance(its_found_inf, Tensor):
+            found_inf = its_found_inf if found_inf is None else its_found_inf + found_inf
+        return grad_scale, found_inf
+
+    @_not_compiled
     @torch.no_grad()
     def begin_step(
         self, *, grad_scale: float | Tensor = 1.0, found_inf: Tensor | None = None
@@ -723,6 +824,8 @@ class AdamS(Optimizer):
         # would differ between ranks on resume.
         group["step"] += 1
         beta1, beta2 = group["betas"]
+        if group["maximize"]:
+            grad_scale = -grad_scale
         return Scalars(
             lr=group["lr"],
             grad_scale=grad_scale,
@@ -738,6 +841,7 @@ class AdamS(Optimizer):
     def _launch(self, what: _Pass, begun: _Begun) -> None:
         """Launch a pass over the tensors of all groups."""
         only_count = what is _Pass.COUNT
+        used: list[object] = [begun.guards]
         for index, columns in enumerate(begun.columns):
             scalars = begun.scalars[index]
             plan = self._plans.setdefault((index, what), _Plan())
@@ -748,6 +852,7 @@ class AdamS(Optimizer):
                     rows = plan.rows[key]
                     grads = pointers if len(rows) == len(pointers) else [pointers[i] for i in rows]
                     launch(table, scalars, key[0], grads=grads, only_count=only_count)
+                    used += (table.rows, table.amax)
                 continue
             plan.signature, plan.rows = signature, {}
             tables, plan.tables = plan.tables, {}
@@ -756,8 +861,12 @@ class AdamS(Optimizer):
                 table = plan.tables[key] = tables.get(key) or PointerTable()
                 plan.rows[key] = rows
                 run(batch, scalars, backend, table, only_count=only_count)
+                used += (table.rows, table.amax)
                 if backend == "foreach":
                     plan.signature = None
+        if _is_capturing():
+            # A later step outside the graph may make new ones; the graph goes on with these.
+            self._used_by_graphs.update((id(each), each) for each in used)
 
     def _check_capture(self) -> None:
         """Refuse a capture that would repeat one step's numbers for ever."""
@@ -853,7 +962,8 @@ class AdamS(Optimizer):
                 # are not what is in memory. Named by the dtypes, as one call takes one of each.
                 key = "foreach", (device, *(tensor.dtype for tensor in tensors))
             else:
-                key = select_backend(device, mode, self.kernel), (device, mode)
+                backend = select_backend(device, mode, self._kernel_on(device))
+                key = backend, (device, mode)
             lists = batches.setdefault(key, _Lists())
             lists.rows.append(index)
             for column, tensor in zip(
@@ -1195,21 +1305,24 @@ def _written_by_another(evidence: str) -> ValueError:
     )
 
 
-def _check_group(group: Mapping[str, Any], *, capturable: bool) -> None:
-    _refuse_unsupported(group)
-    own = sorted(set(_STORAGE) & group.keys())
-    # torch's Adam has it in each group.
-    if group.get("capturable", capturable) != capturable:
-        own.append("capturable")
-    if own:
+def _check_kernel(kernel: str, *, foreach: bool | None, fused: bool | None) -> None:
+    """Refuse a choice of the implementation that says two things.
+
+    Raises:
+        ValueError: an unknown kernel, or arguments that contradict each other.
+    """
+    if kernel not in ("auto", *BACKENDS):
+        raise ValueError(f"kernel={kernel!r}: must be one of {('auto', *BACKENDS)}")
+    if fused and foreach:
         raise ValueError(
-            f"{own[0]} in a param group: is one for all groups; give it to AdamS itself"
+            "fused=True, foreach=True: must be one of the two, as in torch; leave one out"
         )
-    _check_hyperparameters(group)
-    for param in group["params"]:
-        _check_tensor("parameter", param)
-    if capturable:
-        _check_capturable(group["params"])
+    if fused and kernel == "foreach":
+        raise ValueError(
+            "fused=True with kernel='foreach': must be 'auto', 'cuda' or 'host'; leave one out"
+        )
+    if foreach and kernel not in ("auto", "foreach"):
+        raise ValueError(f"foreach=True with kernel={kernel!r}: must be 'foreach'; leave one out")
 
 
 def _check_capturable(params: Iterable[Tensor]) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "launch",
     "mode_of",
     "multi_tensor_adams",
+    "own_backend",
     "run",
     "select_backend",
 ]
@@ -99,7 +100,8 @@ def multi_tensor_adams(
         bias_correction: as `adams_update_`; or a one-element fp32 tensor that holds
             1 / (1 - beta1^step), for CUDA graphs, which cannot count.
         grad_scale: the gradients are multiplied by it: loss scale's inverse, clip coefficient.
-        found_inf: one fp32 element; where it is not 0, nothing is written.
+        found_inf: one fp32 element; where it is not 0, nothing is written. On another device, it
+            is copied.
         exp_avg_scales, main_scales: a one-element fp32 tensor per tensor, read and written.
         fp8_scaling: one per param, with fp8 params.
         update_sums: (2,) int64 per tensor; what `count_squares` says of its update is added to it.
@@ -153,7 +155,7 @@ def run(
             else.
     """
     batch.check()
-    scalars.check(batch.device)
+    scalars.check()
     if backend == "foreach":
         foreach.run(batch, scalars, only_count=only_count)
         return
@@ -187,7 +189,7 @@ def launch(
         ValueError: as `run`, of the scalars.
         RuntimeError: a gradient has moved, and a CUDA graph is being captured.
     """
-    scalars.check(table.device)
+    scalars.check()
     if backend == "cuda":
         from megatron_adams.kernels import cuda
 
@@ -240,6 +242,11 @@ def _load(backend: str, mode: Mode, device: torch.device) -> None:
             "torch's CUDA builds bring it; or pip install cuda-core[cu13], [cu12] for CUDA 12"
         ) from exc
     cuda.load(mode, device)
+
+
+def own_backend(device: torch.device) -> str | None:
+    """The backend whose kernel reads the memory of a device; None: there is none."""
+    return _OWN_BACKENDS.get(device.type)
 
 
 def _check_device(backend: str, device: torch.device) -> None:

@@ -66,6 +66,9 @@ class PointerTable:
         self.num_tensors = self.num_chunks = self.num_builds = 0
         self._signature: object = None
         self._on_host = self.rows
+        # Where `rows` and `amax` were allocated, on a GPU.
+        self._rows_stream: torch.cuda.Stream | None = None
+        self._amax_stream: torch.cuda.Stream | None = None
         self._pointers: list[list[int] | None] = []
 
     def update(
@@ -108,6 +111,7 @@ class PointerTable:
         self.mode, self.device = mode, device
         self._put(table)
         self.amax = torch.zeros(2, len(sizes), dtype=torch.int32, device=device)
+        self._amax_stream = self._rows_stream
         self.num_tensors, self.num_chunks = len(sizes), chunk_ends[-1]
         self.num_builds += 1
         self._signature, self._pointers = signature, pointers
@@ -144,6 +148,16 @@ class PointerTable:
         if self.device.type == "cuda":
             # The host allocator keeps the pinned memory until the copy is done.
             self.rows = table.pin_memory().to(self.device, non_blocking=True)
+            self._rows_stream = torch.cuda.current_stream(self.device)
+
+    def is_of(self, stream: torch.cuda.Stream) -> bool:
+        """Whether the memory of `rows` and `amax` was allocated on this stream."""
+        return bool(stream == self._rows_stream == self._amax_stream)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Have the allocator keep the memory until what this stream has to do now is done."""
+        for tensor in (self.rows, self.amax):
+            tensor.record_stream(stream)
 
 
 def _refuse_capture(is_capturing: bool) -> None:

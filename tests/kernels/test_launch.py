@@ -14,7 +14,7 @@ from test_backends import REPRESENTATIVES
 
 from megatron_adams.kernels import PointerTable, cuda
 from megatron_adams.kernels.batch import kernel_arguments
-from megatron_adams.kernels.table import POINTERS
+from megatron_adams.kernels.table import CHUNK, POINTERS
 
 SUBJECT = Subject()
 
