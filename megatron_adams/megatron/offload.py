@@ -174,12 +174,12 @@ class HybridAdamS(HybridDeviceOptimizer):
     def update_sums(self) -> Tensor:
         """As AdamS's, of the params given, on the CPU."""
         sums = [optimizer.update_sums() for optimizer in self.sub_optimizers]
-        return self._in_order(sums, torch.zeros(0, 2, dtype=torch.int64))
+        return self._in_order(sums, torch.zeros(0, 2, dtype=torch.int64, device="cpu"))
 
     def update_factors(self) -> Tensor:
         """As AdamS's, of the params given, on the CPU."""
         factors = [optimizer.update_factors() for optimizer in self.sub_optimizers]
-        return self._in_order(factors, torch.ones(0))
+        return self._in_order(factors, torch.ones(0, dtype=torch.float32, device="cpu"))
 
     def _in_order(self, values: Sequence[Tensor], empty: Tensor) -> Tensor:
         """What each sub-optimizer has for each of its params, for the params given, on the CPU."""

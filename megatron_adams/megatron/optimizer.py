@@ -415,7 +415,8 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         for buckets in self._buckets_of(state):
             for entries in buckets:
                 if not entries:
-                    nothing = torch.empty(0, device=torch.cuda.current_device())
+                    device = torch.cuda.current_device()
+                    nothing = torch.empty(0, dtype=torch.float32, device=device)
                     keys = ("param", *self.optimizer_state_keys)
                     entries.append(
                         {

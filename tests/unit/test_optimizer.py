@@ -264,7 +264,7 @@ def test_from_param_groups_adopts_dicts_views_and_foreign_keys():
     assert groups[0] == {
         "params": [shard, view_of_leaf], "wd_mult": 1.0, "max_lr": 0.5, "weight_decay": 0.25,
         "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "bias_correction": True,
-        "adam_w_mode": True, "step": 0,
+        "adam_w_mode": True, "maximize": False, "step": 0,
     }  # fmt: skip
     assert groups[1]["is_expert_parallel"] is True
     assert groups[1]["step"] == 7
@@ -373,6 +373,7 @@ def test_zero_gradients_at_the_smallest_eps_give_no_nan():
     ("name", "value"),
     [
         ("amsgrad", True),
+        ("differentiable", True),
         ("exp_avg_sq_dtype", torch.float16),
         ("set_grad_none", True),
     ],
@@ -609,7 +610,7 @@ def test_state_dict_names_what_is_saved_and_nothing_else():
     assert state_dict["param_groups"] == [
         {
             "params": [0], "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0,
-            "bias_correction": False, "adam_w_mode": True, "step": 1,
+            "bias_correction": False, "adam_w_mode": True, "maximize": False, "step": 1,
         }
     ]  # fmt: skip
     elements = sum(s["exp_avg"].numel() for s in state_dict["state"].values())
