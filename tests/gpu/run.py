@@ -40,9 +40,9 @@ ENDING_S = 8.0
 SHORTEST_S = 5.0
 # Between a request to end and the end.
 GRACE_S = 3.0
-# A file of more than 16 MiB may not come back from a borrowed machine. So log.txt keeps this much of
-# each stage, its beginning and its end; a stage that prints far more is stopped; and larger files
-# of a stage are left out.
+# A file of more than 16 MiB may not come back from a borrowed machine. So log.txt keeps this much
+# of each stage, its beginning and its end; a stage that prints far more is stopped; and larger
+# files of a stage are left out.
 KEPT_LOG = 2**20
 LARGEST_LOG = 64 * 2**20
 LARGEST_FILE = 4 * 2**20
