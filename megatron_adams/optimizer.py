@@ -44,7 +44,6 @@ HYPERPARAMETERS = (
 )
 # In the order of an error's words.
 _DTYPES = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, torch.float64)).keys()
-_LAYOUTS = {torch.strided}
 # Classes whose data is at data_ptr().
 _PLAIN = {Tensor, torch.nn.Parameter}
 # Below it, squares that underflow in fp32 are no longer covered by eps, and the update has no
@@ -149,6 +148,7 @@ class _Columns:
     Attributes:
         params: as the group has them.
         grads: their values are in their memory, see `_in_memory`.
+        grad_dtypes: of `grads`.
         grad_pointers: where they are.
         written: what is written as the param: it, its bytes or the model's copy of it.
         exp_avgs: of `state[param]`.
@@ -159,6 +159,7 @@ class _Columns:
 
     params: list[Tensor]
     grads: list[Tensor]
+    grad_dtypes: list[torch.dtype]
     grad_pointers: list[int]
     written: list[Tensor]
     exp_avgs: list[Tensor]
@@ -190,7 +191,8 @@ class _Columns:
             one_element += scaling or ()
         return [
             [*map(Tensor.data_ptr, state)],
-            [tensor.dtype for tensor in tensors],
+            self.grad_dtypes,
+            [tensor.dtype for tensor in state],
             # Of tensors without holes that are not permuted, a table has the number of elements.
             [*map(Tensor.numel, tensors)],
             None if is_contiguous else [(tensor.shape, tensor.stride()) for tensor in tensors],
@@ -854,16 +856,18 @@ class AdamS(Optimizer):
                     launch(table, scalars, key[0], grads=grads, only_count=only_count)
                     used += (table.rows, table.amax)
                 continue
-            plan.signature, plan.rows = signature, {}
+            # None until all is launched: a step that fails half way has no tables for the rest.
+            plan.signature, plan.rows = None, {}
             tables, plan.tables = plan.tables, {}
+            is_foreach = False
             for key, rows, batch in self._batches(columns, what):
                 backend, _ = key
                 table = plan.tables[key] = tables.get(key) or PointerTable()
                 plan.rows[key] = rows
                 run(batch, scalars, backend, table, only_count=only_count)
                 used += (table.rows, table.amax)
-                if backend == "foreach":
-                    plan.signature = None
+                is_foreach = is_foreach or backend == "foreach"
+            plan.signature = None if is_foreach else signature
         if _is_capturing():
             # A later step outside the graph may make new ones; the graph goes on with these.
             self._used_by_graphs.update((id(each), each) for each in used)
@@ -905,9 +909,9 @@ class AdamS(Optimizer):
         grads = [grad for grad in found if grad is not None]
         if len(grads) != len(params):
             params = [p for p, grad in zip(params, found, strict=True) if grad is not None]
-        if not ({g.dtype for g in grads} <= _DTYPES and {g.layout for g in grads} <= _LAYOUTS):
-            for grad in grads:
-                _check_tensor("gradient", grad)
+        dtypes = [grad.dtype for grad in grads]
+        if not {*dtypes} <= _DTYPES:
+            _check_gradients(grads)
         states = [self.state[param] for param in params]
         has_masters = self.master_weights
         for param, state in zip(params, states, strict=True):
@@ -917,6 +921,7 @@ class AdamS(Optimizer):
         main_params = [state.get("master_param") for state in states]
         written, fp8_scaling = params, []
         if not {*map(type, params), *map(type, grads), *map(type, exp_avgs)} <= _PLAIN:
+            _check_gradients(grads)
             grads, exp_avgs = [*map(_local, grads)], [*map(_local, exp_avgs)]
             main_params = [main if main is None else _local(main) for main in main_params]
             memory = [_memory(_local(param)) for param in params]
@@ -932,9 +937,14 @@ class AdamS(Optimizer):
                 param if copy is None else copy for param, copy in zip(written, copies, strict=True)
             ]
         scales = [self._scales.get(param, {}) for param in params] if self._scales else []
-        grads, pointers = _in_memory(grads)
+        try:
+            grads, pointers = _in_memory(grads)
+        except RuntimeError:
+            # A sparse tensor has no pointer.
+            _check_gradients(grads)
+            raise
         return _Columns(
-            params, grads, pointers, written, exp_avgs, main_params, scales, fp8_scaling
+            params, grads, dtypes, pointers, written, exp_avgs, main_params, scales, fp8_scaling
         )
 
     def _batches(
@@ -1369,6 +1379,11 @@ def _check_number(name: str, value: object, rule: Callable[[float], bool], words
     # A rule says what is right, not what is wrong: NaN satisfies none.
     if not isinstance(value, Real) or not rule(float(value)):
         raise ValueError(f"{name}={value}: must be {words}")
+
+
+def _check_gradients(grads: Iterable[Tensor]) -> None:
+    for grad in grads:
+        _check_tensor("gradient", grad)
 
 
 def _check_tensor(what: str, tensor: Tensor) -> None:
