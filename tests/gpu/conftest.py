@@ -47,7 +47,7 @@ class _Recorder:
             if report.skipped and isinstance(report.longrepr, tuple):
                 words = report.longrepr[2].removeprefix("Skipped: ")
             elif report.failed:
-                words = _last_line(report.longreprtext)
+                words = _reason(report.longreprtext)
             self._records.write(
                 _STAGE,
                 report.nodeid,
@@ -63,13 +63,15 @@ class _Recorder:
             if isinstance(report.longrepr, tuple):
                 words = report.longrepr[2].removeprefix("Skipped: ")
             self._records.write(
-                _STAGE, report.nodeid, result=report.outcome, words=_last_line(words), seconds=0.0
+                _STAGE, report.nodeid, result=report.outcome, words=_reason(words), seconds=0.0
             )
 
 
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.startswith("E ")] or text.splitlines()
-    return lines[0].removeprefix("E ").strip()[:300] if lines else ""
+def _reason(text: str) -> str:
+    """The first line of what was raised, or the last of another text, such as a crash's."""
+    lines = text.splitlines() or [""]
+    raised = [line.removeprefix("E ") for line in lines if line.startswith("E ")]
+    return (raised[0] if raised else lines[-1]).strip()[:300]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

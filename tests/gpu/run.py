@@ -10,6 +10,7 @@ the next one starts, and the table is printed at the end, also at SIGTERM.
 
 import argparse
 import importlib.util
+import io
 import os
 import shutil
 import signal
@@ -39,8 +40,12 @@ ENDING_S = 8.0
 SHORTEST_S = 5.0
 # Between a request to end and the end.
 GRACE_S = 3.0
-# A stage that writes more is stopped: what is larger than 16 MiB may not come back.
-LARGEST_LOG = 12 * 2**20
+# A file of more than 16 MiB may not come back from a borrowed machine. So log.txt keeps this much
+# of each stage, its beginning and its end; a stage that prints far more is stopped; and larger
+# files of a stage are left out.
+KEPT_LOG = 2**20
+LARGEST_LOG = 64 * 2**20
+LARGEST_FILE = 4 * 2**20
 NO_GPU = "not run: no GPU"
 
 
@@ -104,13 +109,13 @@ STAGES = (
     Stage(
         *("speed", 70, "bandwidth as a part of a copy's, and other optimizers' times"),
         "benchmarks/step.py --device cuda --suite gpu --out {out} --seconds {seconds}",
-        f"benchmarks/step.py {_SHRUNK} --suite gpu --out {{out}} --seconds {{seconds}}",
+        f"benchmarks/step.py {_SHRUNK} --suite gpu --out {{out}} --seconds 6",
         verdicts.speed,
     ),
     Stage(
         *("sweep", 70, "which constants the kernel of each mode should have"),
         "benchmarks/sweep.py --device cuda --out {out} --seconds {seconds}",
-        "benchmarks/sweep.py --device cpu --out {out} --seconds 8",
+        "benchmarks/sweep.py --device cpu --out {out} --seconds 6",
         verdicts.sweep,
     ),
     Stage(
@@ -118,7 +123,7 @@ STAGES = (
         "benchmarks/step.py --device cuda --suite confirm --tuning {out}/best.json --out {out} "
         "--seconds {seconds}",
         f"benchmarks/step.py {_SHRUNK} --suite confirm --tuning {{out}}/best.json --out {{out}} "
-        "--seconds {seconds}",
+        "--seconds 4",
         verdicts.confirm,
         needs=("{out}/best.json",),
     ),
@@ -185,7 +190,7 @@ class Run:
             "root": str(ROOT),
             "out": str(self._work),
             "results": str(self._records.path),
-            "quality_data": str(args.quality_data or "--quality-data"),
+            "quality_data": str(args.quality_data or "the folder of --quality-data"),
         }
         self._environment = {
             **os.environ,
@@ -198,6 +203,7 @@ class Run:
             self._environment["CUDA_VISIBLE_DEVICES"] = ""
         self._pending = list(stages)
         self.outcomes: list[Outcome] = []
+        self._left_out: list[str] = []
         self._stop_signal: int | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
@@ -209,7 +215,10 @@ class Run:
         """Run the stages; return the exit code: 1 if one failed, or there was no GPU."""
         while self._pending:
             stage = self._pending.pop(0)
-            outcome = self._run(stage)
+            try:
+                outcome = self._run(stage)
+            except Exception as exc:  # a full disk, say: what the next stage finds out is printed
+                outcome = Outcome(stage, "failed", f"run.py: {type(exc).__name__}: {exc}")
             self.outcomes.append(outcome)
             self._records.write(
                 stage.name,
@@ -251,10 +260,12 @@ class Run:
             return Outcome(stage, "not run", f"not run: {max(left_s, 0):.0f} seconds were left")
         command = self._command(stage, limit_s)
         start = time.monotonic()
+        log_start = self._log_size()
         with self._log.open("a") as log:
             log.write(f"\n===== {stage.name}, at most {limit_s:.0f} s: {' '.join(command)}\n")
             log.flush()
             ended = self._run_process(command, log, limit_s)
+        self._shorten_log(log_start)
         wall_s = time.monotonic() - start
         try:
             verdict = stage.verdict(self._records.of_stage(stage.name), self._work)
@@ -275,7 +286,7 @@ class Run:
         if not self._is_rehearsal and stage.needs_gpu and self._has_gpu() is False:
             return "no GPU"
         if not stage.script.exists():
-            return f"{stage.script.relative_to(ROOT)} is missing"
+            return f"{stage.command.split()[0]} is missing"
         for module in stage.modules:
             if not _is_importable(module):
                 return f"{module} is not installed"
@@ -306,6 +317,7 @@ class Run:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        log_start = self._log_size()
         end = time.monotonic() + limit_s
         next_archive = time.monotonic() + 10
         reason = None
@@ -315,8 +327,8 @@ class Run:
                 reason = f"stopped by {self._signal_name}"
             elif time.monotonic() > end:
                 reason = f"stopped at its limit of {limit_s:.0f} s"
-            elif self._log.stat().st_size > LARGEST_LOG:
-                reason = f"stopped, because log.txt has grown beyond {LARGEST_LOG / 2**20:g} MiB"
+            elif self._log_size() - log_start > LARGEST_LOG:
+                reason = f"stopped, because it printed more than {LARGEST_LOG / 2**20:g} MiB"
             elif time.monotonic() > next_archive:
                 self._archive()
                 next_archive += 10
@@ -324,6 +336,20 @@ class Run:
         if reason is not None:
             return reason
         return f"exit code {process.returncode}" if process.returncode else ""
+
+    def _log_size(self) -> int:
+        return _size(self._log)
+
+    def _shorten_log(self, start: int) -> None:
+        """Leave out the middle of what log.txt holds from `start` on, if it is too long."""
+        if self._log_size() - start <= KEPT_LOG:
+            return
+        with self._log.open("r+b") as log:
+            log.seek(-KEPT_LOG // 2, os.SEEK_END)
+            last = log.read()
+            log.truncate(start + KEPT_LOG // 2)
+            log.seek(0, os.SEEK_END)
+            log.write(b"\n===== the middle is left out\n" + last)
 
     @property
     def _signal_name(self) -> str:
@@ -333,12 +359,20 @@ class Run:
     def _archive(self) -> None:
         """Put what the stages wrote into files.tar.gz; whoever reads it meets a whole one."""
         files = sorted(path for path in self._work.rglob("*") if path.is_file())
+        large = {path for path in files if _size(path) > LARGEST_FILE}
+        self._left_out = [f"{path.relative_to(self._work)} is too large" for path in sorted(large)]
+        files = [path for path in files if path not in large]
         if not files:
             return
         partly = self._folder / "files.partly"
         with tarfile.open(partly, "w:gz") as archive:
             for path in files:
-                archive.add(path, path.relative_to(self._work))
+                # A stage that runs may remove it, or write to it.
+                with suppress(FileNotFoundError):
+                    content = path.read_bytes()
+                    member = tarfile.TarInfo(str(path.relative_to(self._work)))
+                    member.size, member.mtime = len(content), int(time.time())
+                    archive.addfile(member, io.BytesIO(content))
         partly.replace(self._folder / "files.tar.gz")
 
     def _write_report(self) -> None:
@@ -358,7 +392,17 @@ class Run:
         for outcome in self.outcomes:
             if outcome.details:
                 details += f"## {outcome.stage.name}\n\n" + "\n".join(outcome.details) + "\n\n"
+        if self._left_out:
+            text += f"\nNot in files.tar.gz: {', '.join(self._left_out)}.\n"
         return f"{details}## all stages\n\n{text}"
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 where there is none, or none any more."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _is_importable(module: str) -> bool:

@@ -44,9 +44,10 @@ def number(value: Any, digits: int = 3) -> str:
 
 def facts(records: list[dict[str, Any]], folder: Path) -> Verdict:
     known = {record["name"]: record["value"] for record in records}
-    first = [str(known[name]) for name in ("GPU", "driver", "torch") if known.get(name)]
-    words = ", ".join(first) or "nothing is known"
-    return Verdict(words, bool(first), [f"- {name}: {value}" for name, value in known.items()])
+    named = [f"{known.get('GPU', 'no GPU')}"]
+    named += [f"{name} {known[name]}" for name in ("driver", "torch") if name in known]
+    lines = [f"- {name}: {value}" for name, value in known.items()]
+    return Verdict(", ".join(named), "torch" in known, lines)
 
 
 def checks(records: list[dict[str, Any]], folder: Path) -> Verdict:
@@ -68,12 +69,13 @@ def battery(records: list[dict[str, Any]], folder: Path) -> Verdict:
     """Of the tests, a record each; those that a crash of their process ended have two."""
     results: dict[str, dict[str, Any]] = {}
     for record in records:
-        if results.get(record["name"], record)["result"] != "failed":
+        before = results.get(record["name"])
+        if before is None or before["result"] != "failed":
             results[record["name"]] = record
     failed = [record for record in results.values() if record["result"] == "failed"]
     skipped = [record for record in results.values() if record["result"] == "skipped"]
     passed = len(results) - len(failed) - len(skipped)
-    words = f"{passed} tests passed, {len(failed)} failed, {len(skipped)} were not run"
+    words = f"tests passed: {passed}, failed: {len(failed)}, not run: {len(skipped)}"
     reasons = {str(record.get("words", "")).removeprefix("not run: ") for record in skipped}
     if reasons:
         words += f" ({'; '.join(sorted(reasons))})"
@@ -126,7 +128,8 @@ def _benchmark(path: Path, others: Sequence[str], ours: str) -> Verdict:
             if ratio
         ]
         copied = f"{part:.0%} of a copy" if part else f"its part of a copy is {NOT_MEASURED}"
-        sentences.append((len(named), f"{workload} {mode}: " + ", ".join([copied, *named])))
+        size = own["numel"] if own else 0
+        sentences.append((mode, size, f"{workload} in {mode}: " + ", ".join([copied, *named])))
     columns = ("tensors", "mode", f"{ours}, ms", "with Python, ms", "% of copy")
     ratios_of = [f"{name} / {ours}" for name in others]
     details = table([*columns, *ratios_of], rows)
@@ -136,9 +139,10 @@ def _benchmark(path: Path, others: Sequence[str], ours: str) -> Verdict:
         f"parameter, at most {row['peak'] / row['numel']:.2f} in a step"
         for row in data.get("memory", ())
     ]
-    # Those beside which most others were measured; the report has all.
-    sentences.sort(key=lambda pair: -pair[0])
-    words = "; ".join(sentence for _, sentence in sentences[:2]) or NOT_MEASURED
+    # The largest of each mode; the report has all.
+    modes = dict.fromkeys(mode for mode, _, _ in sentences)
+    largest = [max(s for s in sentences if s[0] == mode)[2] for mode in modes]
+    words = "; ".join(largest[:_NUM_NAMED]) or NOT_MEASURED
     return Verdict(words, bool(rows), ["", *details])
 
 
@@ -171,7 +175,7 @@ def sweep(records: list[dict[str, Any]], folder: Path) -> Verdict:
     if (folder / "sweep.csv").exists():
         with (folder / "sweep.csv").open(newline="") as file:
             num_variants = sum(1 for _ in csv.reader(file)) - 1
-    details = [f"- {mode}: {knobs or 'the product`s own'}" for mode, knobs in best.items()]
+    details = [f"- {mode}: {knobs or 'those of the product'}" for mode, knobs in best.items()]
     changed = sum(1 for knobs in best.values() if knobs)
     words = (
         f"{num_variants} variants; {changed} of {len(best)} modes are faster with other constants"
@@ -203,7 +207,8 @@ def megatron(records: list[dict[str, Any]], folder: Path) -> Verdict:
         if not run.get("ok"):
             wrong.append(f"{run.get('name', '?')}: {run.get('words', '')}")
     sentences = [
-        f"{row[0]}: loss {row[2]}, optimizer {row[4]} ms of {row[3]}, peak {row[5]} MiB"
+        f"{row[0]}: last loss {row[2]}, ms of a step {row[3]}, ms of its optimizer {row[4]}, "
+        f"peak MiB {row[5]}"
         for row in rows
     ]
     words = f"{len(runs) - len(wrong)} of {len(runs)} runs are right"

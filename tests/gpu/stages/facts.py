@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -47,9 +46,7 @@ def main() -> int:
         stage.record(name, value=value)
         print(f"{name}: {value}", flush=True)
 
-    gpus = re.findall(r"GPU \d+: [^(]+", output_of("nvidia-smi", "-L"))
-    say("GPUs", len(gpus))
-    if gpus:
+    if shutil.which("nvidia-smi") is not None:
         values = output_of("nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader")
         known = dict(zip(_SMI, values.split(", "), strict=False))
         say("GPU", known.pop("name", values))
@@ -79,6 +76,7 @@ def _say_what_torch_knows(say: Callable[[str, object], None]) -> None:
         say("NVRTC", nvrtc_version())
     except CompileError as error:
         say("NVRTC", f"missing: {error}")
+    say("GPUs", torch.cuda.device_count())
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info()

@@ -4,7 +4,6 @@ The program that it watches is this one, with --steps.
 """
 
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -126,6 +125,6 @@ def read_counters(text: str) -> list[dict[str, str]]:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--steps"]:
-        take_steps("cuda", int(os.environ.get("ADAMS_NUMEL", NUMEL)))
+        take_steps("cuda", NUMEL)
         sys.exit(0)
     sys.exit(main())

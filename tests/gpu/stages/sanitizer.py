@@ -21,7 +21,7 @@ _FINDING = re.compile(r"^=+ +at .*\badams_\w+", re.MULTILINE)
 
 def main() -> int:
     stage = Stage("sanitizer")
-    tools = {"no tool": []} if stage.is_rehearsal else TOOLS
+    tools = {"none": []} if stage.is_rehearsal else TOOLS
     if not stage.is_rehearsal and shutil.which("compute-sanitizer") is None:
         stage.record("compute-sanitizer", ok=False, words="there is none")
         return 1
@@ -37,18 +37,18 @@ def _watch(stage: Stage, tool: str, options: list[str], timeout_s: float) -> str
     """Run the smoke under a tool; raise AssertionError with what it found."""
     smoke = [sys.executable, str(Path(__file__).parent / "smoke.py")]
     # Its checks are no checks of this stage: they go into a file of their own.
-    smoke += ["--results", str(stage.folder / f"{tool}.jsonl"), "--out", str(stage.folder)]
+    records = stage.folder / f"sanitizer-{tool}.jsonl"
+    smoke += ["--small", "--results", str(records), "--out", str(stage.folder)]
     if stage.is_rehearsal:
         command = [*smoke, "--rehearse"]
     else:
         command = ["compute-sanitizer", "--tool", tool, *options, "--print-limit", "50", *smoke]
     environment = {
         **os.environ,
-        "ADAMS_SMALL": "1",
         # Tensors that lie in one block of the caching allocator have no borders to cross.
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
     }
-    output = stage.folder / f"{tool}.log"
+    output = stage.folder / f"sanitizer-{tool}.log"
     with output.open("w") as file:
         try:
             done = subprocess.run(

@@ -1,10 +1,9 @@
 """Whether the kernel runs at all: each kind of state once, in a few sizes, against the oracle.
 
-In a rehearsal the kernel runs on the emulator of tests/kernels. With ADAMS_SMALL set it takes small
-tensors alone and no CUDA graph, which is what stages/sanitizer.py watches.
+In a rehearsal the kernel runs on the emulator of tests/kernels. With --small it takes small tensors
+alone and no CUDA graph, which is what sanitizer.py watches.
 """
 
-import os
 import sys
 import time
 from dataclasses import replace
@@ -50,15 +49,14 @@ LARGE = (*SMALL, 1_000_003)
 
 class Smoke:
     def __init__(self) -> None:
-        self.stage = Stage(os.environ.get("ADAMS_STAGE", "smoke"))
-        self._is_small = "ADAMS_SMALL" in os.environ
+        self.stage = Stage("smoke")
         self.driver: Any = EmulatedDriver() if self.stage.is_rehearsal else cuda.CudaDriver()
-        self._sizes = SMALL if self._is_small or self.stage.is_rehearsal else LARGE
+        self._sizes = SMALL if self.stage.is_small or self.stage.is_rehearsal else LARGE
         self._modes = MODES[:1] if self.stage.is_rehearsal else MODES
 
     def run(self) -> int:
         stage = self.stage
-        if not self._is_small:
+        if not self.stage.is_small:
             with stage.check("compiled by NVRTC here") as found:
                 found["words"] = f"{self._compile_s():.2f} s"
         for mode in self._modes:
@@ -82,7 +80,7 @@ class Smoke:
             torch.cuda.current_stream().synchronize()
         with stage.check("AdamS, first step") as found:
             found["words"] = self._optimizer()
-        if not self._is_small:
+        if not self.stage.is_small:
             with stage.check("replay of a CUDA graph"), torch.no_grad():
                 self._replay()
         return stage.exit_code

@@ -17,6 +17,7 @@ class Stage:
     Attributes:
         name: in the records.
         is_rehearsal: whether there is no GPU, and as much as possible is done without.
+        is_small: whether only what a sanitizer can follow is done.
         folder: for files.
         device: "cuda", or "cpu" in a rehearsal.
     """
@@ -27,10 +28,12 @@ class Stage:
         parser.add_argument("--out", type=Path, required=True, help="a folder for other files")
         parser.add_argument("--seconds", type=float, default=600, help="when to have ended")
         parser.add_argument("--rehearse", action="store_true", help="without a GPU")
+        parser.add_argument("--small", action="store_true", help="of smoke: for a sanitizer")
         args = parser.parse_args()
         self.name = name
         self.results = args.results
         self.is_rehearsal = args.rehearse
+        self.is_small = args.small
         self.folder = args.out
         self.device = "cpu" if args.rehearse else "cuda"
         self._records = Records(args.results)
