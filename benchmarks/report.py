@@ -155,7 +155,11 @@ def table(results: Results) -> Iterator[tuple[str, ...]]:
 def markdown(results: Results) -> str:
     lines = [f"- {name}: {value}" for name, value in results.facts.items()]
     lines += [f"- {name}: not measured, {why}" for name, why in results.missing.items()]
-    text = "\n".join(lines) + "\n\n" + text_table(COLUMNS, table(results), num_words=3)
+    rows = list(table(results))
+    # Columns that say nothing of these results are left out.
+    kept = [i for i in range(len(COLUMNS)) if i < 3 or any(cells[i] for cells in rows)]
+    columns, *rows = ([cells[i] for i in kept] for cells in (COLUMNS, *rows))
+    text = "\n".join(lines) + "\n\n" + text_table(columns, rows, num_words=3)
     if results.memory:
         text += "\n" + _memory_table(results)
     return text

@@ -61,7 +61,7 @@ from workloads import GPT2, LISTS, LLAMA, Workload, one_tensor, shrunk
 
 from megatron_adams import AdamS
 from megatron_adams.kernels import Mode, compile
-from megatron_adams.kernels.tuning import Tuning
+from megatron_adams.kernels.tuning import tuning_of
 
 WARM_UP_ROUNDS = 2
 # What is copied, and what is overwritten before a step, where a script is only tried out.
@@ -309,7 +309,7 @@ class Session:
             chunk = knobs.pop("chunk", None)
             contestants += [
                 adams_kernel(ADAMS, tensors),
-                adams_kernel(TUNED, tensors, Tuning(**knobs), chunk),
+                adams_kernel(TUNED, tensors, tuning_of(mode)._replace(**knobs), chunk),
             ]
         else:
             contestants.append(adams(tensors))
@@ -441,7 +441,7 @@ def machine_facts(device: torch.device, args: argparse.Namespace) -> dict[str, s
         facts["NVRTC"] = compile.nvrtc_version()
     else:
         compiler = compile.host_compiler()
-        facts["device"] = f"{_cpu_model()}, {torch.get_num_threads()} threads"
+        facts["device"] = f"{cpu_model()}, {torch.get_num_threads()} threads"
         facts["compiler"] = "none" if compiler is None else f"{compiler.version}"
         facts["target"] = compile.host_arch()
         if args.suite == "confirm":
@@ -454,7 +454,7 @@ def machine_facts(device: torch.device, args: argparse.Namespace) -> dict[str, s
     return facts
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

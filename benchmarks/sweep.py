@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ from megatron_adams.kernels.batch import update_table
 from megatron_adams.kernels.tuning import Tuning, tuning_of
 
 MODES = (FP32, MIXED, REMAINDER, BF16_REMAINDER, BF16, FP8_PARAMS, FP16_STATE)
-# What is changed one at a time from BASE, whose own values are the first of each.
+# What is expected of every mode that it changes, and what is changed one at a time from there.
 BASE = {"group": 4, "hardware_conversions": True}
 KNOBS: dict[str, tuple[Any, ...]] = {
     "group": (4, 0, 8),
@@ -97,14 +97,15 @@ class Variant(NamedTuple):
         return " ".join(f"{k}={v}" for k, v in self.changed(default).items()) or "default"
 
 
-def variant_of(knobs: dict[str, Any]) -> Variant:
-    constants = dict(knobs)
-    chunk = constants.pop("chunk", None)
-    return Variant(Tuning(**constants), chunk)
-
-
 def default_of(mode: Mode) -> Variant:
     return Variant(tuning_of(mode))
+
+
+def variant_of(mode: Mode, knobs: dict[str, Any]) -> Variant:
+    """The default of a mode with other values of some constants."""
+    constants = dict(knobs)
+    chunk = constants.pop("chunk", None)
+    return Variant(tuning_of(mode)._replace(**constants), chunk)
 
 
 @dataclass
@@ -177,7 +178,8 @@ class Sweep:
 
     def run(self) -> None:
         modes, numel = self._args.modes, self._args.numel
-        singles = {mode: _singles(mode, self._args.knobs) for mode in modes}
+        self._compile((mode, v.tuning) for mode in modes for v in self._parts_of_base(mode))
+        singles = {mode: self._singles(mode) for mode in modes}
         self._compile((mode, v.tuning) for mode in modes for v in singles[mode])
         for mode in modes:
             self._time(mode, numel, singles[mode])
@@ -368,17 +370,17 @@ class Sweep:
             for (*key, variant), name in self._same.items()
             if key == [mode, numel] and name in timed
         }
-        base = _base(self._args.knobs)
-        if variant_of(base) not in ratios:
+        base = self._base(mode)
+        if variant_of(mode, base) not in ratios:
             return []
-        known = ratios[variant_of(base)]
+        known = ratios[variant_of(mode, base)]
         choices = []
         for knob in self._args.knobs:
             # What changing it alone did.
             factors = {
                 value: ratios[variant] / known
                 for value in KNOBS[knob]
-                if (variant := variant_of({**base, knob: value})) in ratios
+                if (variant := variant_of(mode, {**base, knob: value})) in ratios
             }
             choices.append([(knob, v, factors[v]) for v in sorted(factors, key=factors.get)[:2]])
         promised: dict[Variant, float] = {}
@@ -386,10 +388,32 @@ class Sweep:
             factor = 1.0
             for _, _, one in choice:
                 factor *= one
-            variant = variant_of({**base, **{knob: value for knob, value, _ in choice}})
+            variant = variant_of(mode, {**base, **{knob: v for knob, v, _ in choice}})
             if variant not in ratios:
                 promised[variant] = factor
         return sorted(promised, key=promised.__getitem__)[:MAX_COMBINATIONS]
+
+    def _parts_of_base(self, mode: Mode) -> list[Variant]:
+        """The default, and it with each of BASE alone."""
+        parts = [variant_of(mode, {knob: BASE[knob]}) for knob in BASE if knob in self._args.knobs]
+        return [default_of(mode), *parts]
+
+    def _base(self, mode: Mode) -> dict[str, Any]:
+        """Where one constant at a time is changed from: what of BASE is another kernel at all."""
+        default, *parts = (
+            self._identities.get((mode, variant.tuning)) for variant in self._parts_of_base(mode)
+        )
+        knobs = [knob for knob in BASE if knob in self._args.knobs]
+        return {
+            knob: BASE[knob] for knob, part in zip(knobs, parts, strict=True) if part != default
+        }
+
+    def _singles(self, mode: Mode) -> list[Variant]:
+        """The default, the base, and the base with one constant changed."""
+        base = self._base(mode)
+        changed = [{**base, knob: v} for knob in self._args.knobs for v in KNOBS[knob]]
+        variants = [variant_of(mode, knobs) for knobs in (base, *changed)]
+        return [*dict.fromkeys([default_of(mode), *variants])]
 
     def best(self) -> dict[str, dict[str, Any]]:
         """What best.json holds: the constants to change, by mode, and by size where they differ."""
@@ -421,31 +445,21 @@ class Sweep:
 def winner(trials: Sequence[Trial], default: Variant) -> Variant:
     """The variant to choose of those that were timed on the same tensors.
 
-    The default's spread is the noise. A variant must beat it by more than that; of those that are
-    within the noise of the fastest, the one that changes least is taken.
+    The noise is how far the default's times, each over the one before, lie apart. A variant must
+    beat the default by more than that; of those that are within the noise of the fastest, the one
+    that changes least is taken.
     """
     reference = next((t for t in trials if t.variant == default), None)
     if reference is None:
         return default
-    noise = report.spread(reference.times_s)
-    better = [t for t in trials if t.ratio / reference.ratio < 1 - noise]
+    start = reference.ratio
+    noise = report.spread([after / before for before, after in pairwise(reference.times_s)])
+    better = [t for t in trials if t is not reference and t.ratio < start * (1 - noise)]
     if not better:
         return default
     fastest = min(t.ratio for t in better)
     ties = [t for t in better if t.ratio <= fastest * (1 + noise)]
     return min(ties, key=lambda t: (len(t.variant.changed(default)), t.ratio)).variant
-
-
-def _base(knobs: Iterable[str]) -> dict[str, Any]:
-    """Where one knob at a time is changed from; what is not swept stays the product's."""
-    return {knob: value for knob, value in BASE.items() if knob in knobs}
-
-
-def _singles(mode: Mode, knobs: Sequence[str]) -> list[Variant]:
-    """The default, the base, and the base with one knob changed."""
-    base = _base(knobs)
-    changed = [{**base, knob: value} for knob in knobs for value in KNOBS[knob]]
-    return [*dict.fromkeys([default_of(mode), *map(variant_of, (base, *changed))])]
 
 
 def _contestant(tensors: Tensors, variant: Variant) -> Contestant:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property, wraps
 from itertools import chain
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Self, cast, overload
 
 import torch
@@ -44,7 +44,6 @@ HYPERPARAMETERS = (
 )
 # In the order of an error's words.
 _DTYPES = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, torch.float64)).keys()
-_LAYOUTS = {torch.strided}
 # Classes whose data is at data_ptr().
 _PLAIN = {Tensor, torch.nn.Parameter}
 # Below it, squares that underflow in fp32 are no longer covered by eps, and the update has no
@@ -149,6 +148,7 @@ class _Columns:
     Attributes:
         params: as the group has them.
         grads: their values are in their memory, see `_in_memory`.
+        grad_dtypes: of `grads`.
         grad_pointers: where they are.
         written: what is written as the param: it, its bytes or the model's copy of it.
         exp_avgs: of `state[param]`.
@@ -159,6 +159,7 @@ class _Columns:
 
     params: list[Tensor]
     grads: list[Tensor]
+    grad_dtypes: list[torch.dtype]
     grad_pointers: list[int]
     written: list[Tensor]
     exp_avgs: list[Tensor]
@@ -190,7 +191,8 @@ class _Columns:
             one_element += scaling or ()
         return [
             [*map(Tensor.data_ptr, state)],
-            [tensor.dtype for tensor in tensors],
+            self.grad_dtypes,
+            [tensor.dtype for tensor in state],
             # Of tensors without holes that are not permuted, a table has the number of elements.
             [*map(Tensor.numel, tensors)],
             None if is_contiguous else [(tensor.shape, tensor.stride()) for tensor in tensors],
@@ -252,7 +254,7 @@ class AdamS(Optimizer):
         lr: learning rate, a float or a tensor with one element.
         betas: beta1 in [0, 1), beta2 in (0, 1). An update is at most `update_bound(...)` times
             lr: 1.026 at (0.9, 0.95), 3.29 at (0.9, 0.999), so AdamW's 0.999 is no good default
-            here.
+            here. Tensors with one element are read once, as in torch.
         eps: keeps a coordinate that has no gradients from moving by lr for ever, so it cannot be 0.
         weight_decay: decoupled (AdamW's) or, with `adam_w_mode=False`, L2.
         bias_correction: True is the authors' released form (first step 4.47 lr), False the
@@ -308,7 +310,7 @@ class AdamS(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
@@ -360,6 +362,7 @@ class AdamS(Optimizer):
             "maximize": maximize,
         }
         _check_hyperparameters(defaults)
+        _take_plain_numbers(defaults)
         _check_kernel(kernel, foreach=foreach, fused=fused)
         self.kernel = "foreach" if foreach else kernel
         self.fused = bool(fused)
@@ -433,7 +436,8 @@ class AdamS(Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse what AdamS does not do; numbers become Python's."""
         _refuse_unsupported(group)
         own = sorted(set(_STORAGE) & group.keys())
         mine = {
@@ -447,6 +451,7 @@ class AdamS(Optimizer):
                 f"{own[0]} in a param group: is one for all groups; give it to AdamS itself"
             )
         _check_hyperparameters(group)
+        _take_plain_numbers(group)
         for param in group["params"]:
             _check_tensor("parameter", param)
         if self.capturable:
@@ -492,20 +497,25 @@ class AdamS(Optimizer):
         }
         return {**super().__getstate__(), **own, **fresh}
 
-    def compile_kernels(self, grad_dtype: torch.dtype | None = None) -> None:
+    def compile_kernels(
+        self, grad_dtype: torch.dtype | None = None, *, counts_updates: bool = False
+    ) -> None:
         """Compile, before the first step, what it needs.
 
         Args:
             grad_dtype: what the gradients will be; None: as their params.
+            counts_updates: some steps will have `wants_update_rms`: also the kernel that counts.
         Raises:
             CompileError: the backend asked for by name has no compiler, or it fails.
             ValueError: that backend is another device's.
         """
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             mode = self._mode(param, grad_dtype or param.dtype)
-            if mode is not None:
-                mode = mode._replace(is_guarded=self.is_guarded)
-                select_backend(param.device, mode, self._kernel_on(param.device))
+            if mode is None:
+                continue
+            for is_guarded in {self.scales_updates, self.scales_updates or counts_updates}:
+                guarded_mode = mode._replace(is_guarded=is_guarded)
+                select_backend(param.device, guarded_mode, self._kernel_on(param.device))
 
     def _kernel_on(self, device: torch.device) -> str:
         """What `select_backend` is asked for.
@@ -679,7 +689,7 @@ class AdamS(Optimizer):
         grad_scale, found_inf = self._with_grad_scaler(grad_scale, found_inf)
         begun, self._begun = self._begun or self._begin(grad_scale, found_inf), None
         guards = begun.guards
-        if guards is not None and self.is_guarded:
+        if guards is not None and self.scales_updates:
             guards.set_factors(
                 self.reduce_update_sums,
                 max_rms=self.max_update_rms,
@@ -731,7 +741,7 @@ class AdamS(Optimizer):
         guards = self._guards_of_step()
         scalars = [self._advance(group, grad_scale, found_inf) for group in self.param_groups]
         begun = _Begun(columns, scalars, guards)
-        if self.is_guarded:
+        if self.scales_updates:
             self._launch(_Pass.COUNT, begun)
         return begun
 
@@ -748,7 +758,7 @@ class AdamS(Optimizer):
             ValueError: the last step did not count.
         """
         guards = self._counted()
-        return guards.rms if self.is_guarded else guards.whole_rms(self.reduce_update_sums)
+        return guards.rms if self.scales_updates else guards.whole_rms(self.reduce_update_sums)
 
     def update_sums(self) -> Tensor:
         """What the last step has counted of the params that are here, as they are here.
@@ -767,7 +777,7 @@ class AdamS(Optimizer):
             ValueError: as `update_rms`.
         """
         guards = self._counted()
-        if self.is_guarded:
+        if self.scales_updates:
             return guards.factors
         device = guards.sums().device
         return torch.ones(len(guards.params), dtype=torch.float32, device=device)
@@ -782,7 +792,7 @@ class AdamS(Optimizer):
         self._is_counted = False
 
     @property
-    def is_guarded(self) -> bool:
+    def scales_updates(self) -> bool:
         """Whether there is a cap or a target."""
         return self.max_update_rms is not None or self.match_update_rms is not None
 
@@ -797,7 +807,7 @@ class AdamS(Optimizer):
     def _guards_of_step(self) -> UpdateGuards | None:
         """The guards, with nothing counted, or None where a step neither counts nor scales."""
         self._is_counted = False
-        if not self.is_guarded and not self.wants_update_rms:
+        if not self.scales_updates and not self.wants_update_rms:
             return None
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         known = self._guards
@@ -854,16 +864,18 @@ class AdamS(Optimizer):
                     launch(table, scalars, key[0], grads=grads, only_count=only_count)
                     used += (table.rows, table.amax)
                 continue
-            plan.signature, plan.rows = signature, {}
+            # None until all is launched: a step that fails half way has no tables for the rest.
+            plan.signature, plan.rows = None, {}
             tables, plan.tables = plan.tables, {}
+            is_foreach = False
             for key, rows, batch in self._batches(columns, what):
                 backend, _ = key
                 table = plan.tables[key] = tables.get(key) or PointerTable()
                 plan.rows[key] = rows
                 run(batch, scalars, backend, table, only_count=only_count)
                 used += (table.rows, table.amax)
-                if backend == "foreach":
-                    plan.signature = None
+                is_foreach = is_foreach or backend == "foreach"
+            plan.signature = None if is_foreach else signature
         if _is_capturing():
             # A later step outside the graph may make new ones; the graph goes on with these.
             self._used_by_graphs.update((id(each), each) for each in used)
@@ -905,9 +917,9 @@ class AdamS(Optimizer):
         grads = [grad for grad in found if grad is not None]
         if len(grads) != len(params):
             params = [p for p, grad in zip(params, found, strict=True) if grad is not None]
-        if not ({g.dtype for g in grads} <= _DTYPES and {g.layout for g in grads} <= _LAYOUTS):
-            for grad in grads:
-                _check_tensor("gradient", grad)
+        dtypes = [grad.dtype for grad in grads]
+        if not {*dtypes} <= _DTYPES:
+            _check_gradients(grads)
         states = [self.state[param] for param in params]
         has_masters = self.master_weights
         for param, state in zip(params, states, strict=True):
@@ -917,6 +929,7 @@ class AdamS(Optimizer):
         main_params = [state.get("master_param") for state in states]
         written, fp8_scaling = params, []
         if not {*map(type, params), *map(type, grads), *map(type, exp_avgs)} <= _PLAIN:
+            _check_gradients(grads)
             grads, exp_avgs = [*map(_local, grads)], [*map(_local, exp_avgs)]
             main_params = [main if main is None else _local(main) for main in main_params]
             memory = [_memory(_local(param)) for param in params]
@@ -932,9 +945,14 @@ class AdamS(Optimizer):
                 param if copy is None else copy for param, copy in zip(written, copies, strict=True)
             ]
         scales = [self._scales.get(param, {}) for param in params] if self._scales else []
-        grads, pointers = _in_memory(grads)
+        try:
+            grads, pointers = _in_memory(grads)
+        except RuntimeError:
+            # A sparse tensor has no pointer.
+            _check_gradients(grads)
+            raise
         return _Columns(
-            params, grads, pointers, written, exp_avgs, main_params, scales, fp8_scaling
+            params, grads, dtypes, pointers, written, exp_avgs, main_params, scales, fp8_scaling
         )
 
     def _batches(
@@ -1032,9 +1050,11 @@ class AdamS(Optimizer):
             ids = chain.from_iterable(group["params"] for group in outgoing["param_groups"])
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             param_of = dict(zip(ids, params, strict=True))
-            if self.capturable:
-                for group in outgoing["param_groups"]:
+            for group in outgoing["param_groups"]:
+                if self.capturable:
                     group.update(lr=float(group["lr"]), step=int(group["step"]))
+                # A scheduler may have set one.
+                _take_plain_numbers(group)
             saved = {} if self._is_state_left_out else outgoing["state"]
             outgoing["state"] = {
                 index: {name: self.get_unscaled_state(param_of[index], name) for name in state}
@@ -1146,6 +1166,7 @@ class AdamS(Optimizer):
                 group["step"] = max(state_steps, default=0)
             group["step"] = int(group["step"])
             _check_hyperparameters(group)
+            _take_plain_numbers(group)
             # TransformerEngine's FusedAdam saves a tensor with capturable=True.
             if isinstance(group["lr"], Tensor) and (
                 self.capturable or not isinstance(current["lr"], Tensor)
@@ -1348,7 +1369,10 @@ def _check_hyperparameters(group: Mapping[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas={betas}: must be two numbers, (beta1, beta2)")
-    beta1, beta2 = betas
+    for index, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"betas[{index}]={beta}: a tensor must have one element")
+    beta1, beta2 = map(_plain_number, betas)
     _check_number("lr", lr, lambda x: 0 <= x < math.inf, "finite and >= 0")
     _check_number("beta1", beta1, lambda x: 0 <= x < 1, "in [0, 1)")
     _check_number(
@@ -1366,9 +1390,41 @@ def _check_hyperparameters(group: Mapping[str, Any]) -> None:
 
 
 def _check_number(name: str, value: object, rule: Callable[[float], bool], words: str) -> None:
+    if not isinstance(value, Real):
+        raise ValueError(
+            f"{name}={value!r}: must be a number, and is a {type(value).__name__}; give a float"
+        )
     # A rule says what is right, not what is wrong: NaN satisfies none.
-    if not isinstance(value, Real) or not rule(float(value)):
+    if not rule(float(value)):
         raise ValueError(f"{name}={value}: must be {words}")
+
+
+def _take_plain_numbers(group: dict[str, Any]) -> None:
+    """Make Python's numbers of others (NumPy's), which torch.load would refuse in a checkpoint.
+
+    Betas become a tuple of numbers; as in torch, their tensors are read once. lr and step may be
+    tensors.
+    """
+    for name, value in group.items():
+        if name != "params" and not isinstance(value, Tensor):
+            group[name] = _plain_number(value)
+    if "betas" in group:
+        group["betas"] = tuple(map(_plain_number, group["betas"]))
+
+
+def _plain_number(value: Any) -> Any:
+    """The int or float of a number of another type or of a tensor; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.item()
+    kind: type = type(value)
+    if not isinstance(value, Real) or kind in (bool, int, float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _check_gradients(grads: Iterable[Tensor]) -> None:
+    for grad in grads:
+        _check_tensor("gradient", grad)
 
 
 def _check_tensor(what: str, tensor: Tensor) -> None:

@@ -149,7 +149,7 @@ class HybridAdamS(HybridDeviceOptimizer):
         self._d2h_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._d2h_stream):
             self._set_sub_optimizer_grads()
-        if self._groups_owner.is_guarded:
+        if self._groups_owner.scales_updates:
             self._count_on_both_devices(grad_scale)
         if self.gpu_optimizer is not None:
             self.gpu_optimizer.step(grad_scale=grad_scale)
@@ -285,10 +285,12 @@ class HybridAdamS(HybridDeviceOptimizer):
         that is guarded would wait for them.
         """
 
-    def compile_kernels(self, grad_dtype: torch.dtype | None = None) -> None:
+    def compile_kernels(
+        self, grad_dtype: torch.dtype | None = None, *, counts_updates: bool = False
+    ) -> None:
         """As AdamS's, for both devices."""
         for optimizer in self.sub_optimizers:
-            optimizer.compile_kernels(grad_dtype)
+            optimizer.compile_kernels(grad_dtype, counts_updates=counts_updates)
 
     @contextmanager
     def state_left_out(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ sys.path.append(str(KERNEL_TESTS))
 
 import contestants  # noqa: E402  (the files import each other by name)
 import emulator  # noqa: E402
+import host  # noqa: E402
 import multi_tensor_adam  # noqa: E402
 import report  # noqa: E402
 import sass  # noqa: E402
@@ -347,6 +348,50 @@ def test_a_run_out_of_time_names_what_it_leaves_out(tmp_path):
     }
 
 
+def test_on_a_gpu_no_dirty_line_is_left_when_the_clock_starts(monkeypatch):
+    calls = []
+
+    class Evictor:
+        def add_(self, one):
+            calls.append("write")
+
+        def sum(self):
+            calls.append("read")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.name = ("begin", "end")[len([c for c in calls if c == "event"]) % 2]
+            calls.append("event")
+
+        def record(self):
+            calls.append(self.name)
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, end):
+            assert (self.name, end.name) == ("begin", "end")
+            return 2.5  # ms
+
+    clock = step.Clock(CPU, 64)
+    clock._evictor = Evictor()
+    clock.evict()
+    assert calls == ["write"]
+
+    clock._is_cuda = True
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: calls.append(clocks))
+    calls.clear()
+    taken = clock.time(lambda: calls.append("step"), head_start_s=0.003)
+    assert taken.device_s == 0.0025 and 0 < taken.host_s < 0.1
+    # A GPU of up to 2 GHz waits for the 3 ms in which the step is queued.
+    waits = 6_000_000
+    assert [call for call in calls if call != "event"] == [
+        *("write", "read", waits, "begin", "step", "end", "wait")
+    ]
+
+
 def test_peer_that_fails_is_named_and_the_others_go_on(monkeypatch):
     def fail(tensors):
         raise RuntimeError("no such operator\nand a long trace")
@@ -496,25 +541,49 @@ class TestSweep:
         text = f"--device cpu --out {tmp_path} --numel 4000 --small 1600 --checked 800"
         return [*text.split(), "--modes", contestants.FP8_PARAMS.name, "--seconds", "100"]
 
-    def test_it_runs_to_its_end_and_writes_variants_and_winners(self, args, tmp_path, capsys):
+    @pytest.fixture
+    def times(self, monkeypatch):
+        """Makes the time of a launch what the constants in its name say, by factors."""
+        factors = {"copy": 1.0}
+
+        def time_one(self, contestant):
+            contestant.step()
+            seconds = 1e-3
+            for words, factor in factors.items():
+                seconds *= factor if words in contestant.name else 1.0
+            return seconds
+
+        monkeypatch.setattr(sweep.Sweep, "_time_one", time_one)
+        return factors
+
+    def test_it_runs_to_its_end_and_writes_variants_and_winners(
+        self, args, times, tmp_path, capsys
+    ):
+        times |= {"group=8": 0.9, "block=128": 0.8, "block=512": 1.1, "chunk=1024": 0.7}
         sweep.main([*args, "--knobs", "group", "block", "chunk"])
         rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
-        assert {(row["parameters"], row["bits"]) for row in rows} == {
-            ("4k", "equal"),
-            ("1.6k", "equal"),
+        assert {row["bits"] for row in rows} == {"equal"}
+        ratios = {(row["parameters"], row["knobs"]): float(row["ratio to default"]) for row in rows}
+        assert len(ratios) == len(rows)
+        # The default, the base, one constant at a time, and then the best two of each; no chunk of
+        # more than all elements.
+        assert ratios == {
+            ("4k", "default"): 1.0,
+            ("4k", "group=4"): 1.0,
+            ("4k", "group=8"): 0.9,
+            ("4k", "group=4 block=128"): 0.8,
+            ("4k", "group=4 block=512"): 1.1,
+            ("4k", "group=8 block=128"): 0.72,
+            ("1.6k", "default"): 1.0,
+            ("1.6k", "group=8 block=128"): 0.72,
+            ("1.6k", "group=8 block=128 chunk=1024"): 0.504,
         }
-        large = [row["knobs"] for row in rows if row["parameters"] == "4k"]
-        assert len(set(large)) == len(large)
-        # One at a time; two that are best of their knob; not those that are the default's chunks.
-        assert {"default", "group=4", "group=8", "group=4 block=128"} <= set(large)
-        assert any("block=" in knobs and "group=8" in knobs for knobs in large)
-        assert not any("chunk=16384" in knobs for knobs in large)
-        assert all(float(row["ms"]) > 0 for row in rows)
-        best = json.loads((tmp_path / "best.json").read_text())
         name = contestants.FP8_PARAMS.name
-        assert best.keys() == {name, f"{name} up to 1.6k"}
-        printed = capsys.readouterr().out
-        assert report.sweep_table(rows) in printed
+        assert json.loads((tmp_path / "best.json").read_text()) == {
+            name: {"group": 8, "block": 128},
+            f"{name} up to 1.6k": {"chunk": 1024},
+        }
+        assert report.sweep_table(rows) in capsys.readouterr().out
 
     def test_a_variant_with_other_bits_is_named_and_not_timed(self, args, tmp_path, monkeypatch):
         # No access moves two bytes: NVRTC refuses this, and g++ makes something else of it.
@@ -539,8 +608,9 @@ class TestSweep:
         assert not rows["group=8"]["ms"] and rows["group=4"]["ms"]
 
     def test_equal_machine_code_is_timed_once_and_combined_all_the_same(
-        self, args, tmp_path, monkeypatch
+        self, args, times, tmp_path, monkeypatch
     ):
+        times["block=128"] = 0.8
         compile_one = sweep.Sweep._compile_one
 
         def as_fp32_would(self, mode, tuning):
@@ -551,9 +621,11 @@ class TestSweep:
         monkeypatch.setattr(sweep.Sweep, "_compile_one", as_fp32_would)
         sweep.main([*args, "--knobs", "group", "hardware_conversions", "unroll", "block"])
         rows = [row["knobs"] for row in csv.DictReader((tmp_path / "sweep.csv").open())]
-        assert not [knobs for knobs in rows if "group=8 " in f"{knobs} "]
-        assert rows.count("default") == 1
-        assert any("unroll=" in knobs and "block=" in knobs for knobs in rows)
+        # Neither group=4 nor hardware_conversions=True is another kernel: nobody hears of them.
+        assert {*rows} == {
+            *("default", "unroll=2", "unroll=4", "block=128", "block=512", "unroll=2 block=128")
+        }
+        assert len(rows) == 6
 
     def test_it_stops_in_time_with_what_it_has(self, args, tmp_path, capsys):
         sweep.main([*args, "--seconds", "0"])
@@ -564,9 +636,9 @@ class TestSweep:
     def test_knobs_are_the_fields_of_a_tuning_and_start_from_the_base(self):
         assert {*sweep.KNOBS} == {*Tuning._fields, "chunk"}
         for knob, values in sweep.KNOBS.items():
-            assert values[0] == sweep.BASE.get(knob, {**Tuning()._asdict(), "chunk": None}[knob])
-        number = len(sweep._singles(contestants.FP8_PARAMS, [*sweep.KNOBS]))
-        assert number + sweep.MAX_COMBINATIONS <= 42
+            assert {**Tuning()._asdict(), "chunk": None, **sweep.BASE}[knob] == values[0]
+        singles = 2 + sum(len(values) - 1 for values in sweep.KNOBS.values())
+        assert singles + sweep.MAX_COMBINATIONS <= 42
 
     def trial(self, variant, *ratios):
         trial = sweep.Trial(contestants.FP32, 1000, variant, "equal")
@@ -578,7 +650,9 @@ class TestSweep:
         one, two = (
             sweep.Variant(Tuning(**knobs)) for knobs in ({"block": 128}, {"block": 128, "group": 8})
         )
-        noisy = self.trial(default, 0.98, 1.0, 1.0, 1.02)  # quartiles 1% apart
+        # From one to the next: quartiles 1% apart, however far it drifts.
+        noisy = self.trial(default, 1.0, 1.0, 1.0, 1.0, 1.0, 1.01, 1.02, 1.03, 1.04)
+        noisy.ratios = [1.0]
         assert sweep.winner([noisy, self.trial(one, 0.995, 0.995)], default) == default
         faster = [noisy, self.trial(two, 0.950, 0.950), self.trial(one, 0.955, 0.955)]
         assert sweep.winner(faster, default) == one
@@ -616,3 +690,46 @@ class TestSweep:
                 sizes = column[1][1].float().abs()
                 assert sizes.max() > 1e4 * sizes.median()
         assert [param.numel() for param in tensors.params] == [3000, 1001, 1001, 1001, 17, 1]
+
+
+class TestHost:
+    def test_gradients_move_or_stay_as_the_case_says(self, monkeypatch):
+        subject = host.Subject("AdamS", 3, CPU)
+
+        def addresses():
+            return [param.grad.data_ptr() for param in subject._params]
+
+        first = addresses()
+        subject.time_s(moves=False)
+        assert addresses() == first
+        subject.time_s(moves=True)
+        assert not set(addresses()) & set(first)
+
+    def test_every_optimizer_is_timed_both_ways_and_written(self, tmp_path, capsys):
+        threads = torch.get_num_threads()
+        out = tmp_path / "results/host.md"
+        try:
+            host.main(["--tensors", "2", "5", "--rounds", "3", "--out", str(out)])
+        finally:
+            torch.set_num_threads(threads)
+        text = out.read_text()
+        assert text in capsys.readouterr().out
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+        assert [(row[0].strip("| "), row[1]) for row in rows] == [
+            (number, name) for number in ("2", "5") for name in host.OPTIMIZERS
+        ]
+        assert all(float(row[2]) > 0 and float(row[4]) > 0 for row in rows)
+
+    def test_all_cases_take_turns_and_warm_up_is_not_counted(self, monkeypatch):
+        order = []
+        monkeypatch.setattr(
+            host.Subject, "time_s", lambda self, *, moves: order.append((self, moves)) or len(order)
+        )
+        times = host.measure([1], 4, CPU)
+        num_cases = 2 * len(host.OPTIMIZERS)
+        assert len(order) == num_cases * (4 + host.WARM_UP_ROUNDS)
+        rounds = [order[i : i + num_cases] for i in range(0, len(order), num_cases)]
+        assert all(len({*one}) == num_cases for one in rounds)
+        assert rounds[0] != rounds[1]
+        assert all(len(seconds) == 4 for seconds in times.values())
+        assert min(map(min, times.values())) > num_cases * host.WARM_UP_ROUNDS

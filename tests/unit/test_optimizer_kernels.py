@@ -490,3 +490,22 @@ def test_gradients_at_other_addresses_are_followed_in_the_same_table(options, mo
             assert torch.equal(optimizer.state[param]["exp_avg"], other.state[twin]["exp_avg"])
     builds = {t.num_builds for plan in optimizer._plans.values() for t in plan.tables.values()}
     assert builds == {1}
+
+
+def test_step_that_failed_half_way_is_whole_when_it_is_taken_again(monkeypatch):
+    fp32, bf16 = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5).bfloat16())
+    optimizer = build([fp32, bf16])
+    fp32.grad, bf16.grad = torch.randn(5), torch.randn(5).bfloat16()
+
+    def fail_for_bf16(batch, *rest, **kind):
+        if batch.params[0].dtype == torch.bfloat16:
+            raise RuntimeError("out of memory")
+        run(batch, *rest, **kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(megatron_adams.optimizer, "run", fail_for_bf16)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+    before = bf16.detach().clone()
+    optimizer.step()
+    assert not torch.equal(bf16, before)

@@ -98,8 +98,9 @@ def test_fused_has_no_fallback(no_compiler):
     step_with(AdamS(parameters()))
     optimizer = AdamS(parameters(), fused=True)
     before = [param.detach().clone() for param in optimizer.param_groups[0]["params"]]
-    with pytest.raises(CompileError, match="no C\\+\\+ compiler"):
-        step_with(optimizer)
+    for _ in range(2):
+        with pytest.raises(CompileError, match="no C\\+\\+ compiler"):
+            step_with(optimizer)
     assert all(map(torch.equal, optimizer.param_groups[0]["params"], before))
     with pytest.raises(CompileError, match="no C\\+\\+ compiler"):
         optimizer.compile_kernels()
