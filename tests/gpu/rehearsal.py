@@ -32,6 +32,7 @@ def _backend(device: torch.device, mode: kernels.Mode, requested: str = "auto") 
 def pytest_configure() -> None:
     cpu_rehearsal.install(force=True)
     torch.cuda._sleep = lambda clocks: None
+    torch.cuda.set_sync_debug_mode = lambda mode: None
     cuda.CudaDriver = EmulatedDriver
     kernels._check_device = lambda backend, device: None
     optimizer.select_backend = _backend
