@@ -1,5 +1,6 @@
 """What the numbers of a run depend on: the machine, its GPU, the versions of what runs there."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -69,8 +70,10 @@ def main() -> int:
 def _say_what_torch_knows(say: Callable[[str, object], None]) -> None:
     import torch
 
-    from megatron_adams.kernels.compile import CompileError, nvrtc_version
+    from megatron_adams.kernels.compile import CompileError, nvrtc_version, source_text
 
+    digest = hashlib.sha256(source_text("device.cu").encode()).hexdigest()
+    say("source of the kernel", digest[:16])
     say("torch's CUDA", torch.version.cuda)
     try:
         say("NVRTC", nvrtc_version())
