@@ -146,7 +146,7 @@ STAGES = (
     Stage(
         *("quality", 600, "held-out loss after equal training, adams beside adamw"),
         "examples/quality/gpu_study.py --data {quality_data} --out {out} --seconds {seconds}",
-        "examples/quality/gpu_study.py --data {quality_data} --out {out} --seconds 15 "
+        "examples/quality/gpu_study.py --data {quality_data} --out {out} --seconds 25 "
         "--device cpu --rehearse",
         verdicts.quality,
         needs=("{quality_data}",),
