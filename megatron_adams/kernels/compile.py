@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from megatron_adams.kernels.cache import KernelCache, logger
 from megatron_adams.kernels.modes import Mode
+from megatron_adams.kernels.tuning import Tuning, tuning_of
 
 # Part of every entry's name: to be raised when what an entry holds changes its meaning.
 _FORMAT = 1
@@ -106,16 +107,19 @@ def host_library(mode: Mode, kernels: KernelCache | None = None) -> ctypes.CDLL:
     return load_library(image, mode.name)
 
 
-def cubin(mode: Mode, arch: str, kernels: KernelCache | None = None) -> bytes:
+def cubin(
+    mode: Mode, arch: str, kernels: KernelCache | None = None, *, tuning: Tuning | None = None
+) -> bytes:
     """Return the CUDA form of a mode's kernel, compiled at its first use.
 
     Args:
         arch: of the GPU, as "sm_90".
+        tuning: by default the mode's own.
 
     Raises:
         CompileError: no NVRTC, or it fails.
     """
-    return (kernels or KernelCache()).get(*cuda_recipe(mode, arch))
+    return (kernels or KernelCache()).get(*cuda_recipe(mode, arch, tuning))
 
 
 def host_recipe(mode: Mode, arch: str, compiler: Compiler) -> Recipe:
@@ -128,17 +132,21 @@ def host_recipe(mode: Mode, arch: str, compiler: Compiler) -> Recipe:
     )
 
 
-def cuda_recipe(mode: Mode, arch: str) -> Recipe:
+def cuda_recipe(mode: Mode, arch: str, tuning: Tuning | None = None) -> Recipe:
     """Return how the CUDA form is compiled for an architecture such as "sm_90".
+
+    Args:
+        tuning: by default the mode's own.
 
     Raises:
         CompileError: no NVRTC.
     """
     text = source_text("device.cu")
-    digest = _digest(_FORMAT, text, mode.defines(), _CUDA_OPTIONS, nvrtc_version())
+    defines = {**mode.defines(), **(tuning or tuning_of(mode)).defines()}
+    digest = _digest(_FORMAT, text, defines, _CUDA_OPTIONS, nvrtc_version())
     return Recipe(
         f"{mode.name}.{arch}.{digest}.cubin",
-        lambda: _timed(mode, arch, lambda: compile_cuda(text, mode.defines(), arch)),
+        lambda: _timed(mode, arch, lambda: compile_cuda(text, defines, arch)),
     )
 
 

@@ -17,14 +17,13 @@ from megatron_adams.kernels.batch import (
     Batch,
     Scalars,
     kernel_arguments,
+    update_gradients,
     update_table,
 )
-from megatron_adams.kernels.compile import cubin
+from megatron_adams.kernels.compile import CompileError, cubin
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.table import PointerTable
-
-# BLOCK in source/device.cu.
-BLOCK = 256
+from megatron_adams.kernels.tuning import Tuning, tuning_of
 
 
 class Driver(Protocol):
@@ -32,6 +31,10 @@ class Driver(Protocol):
 
     def is_capturing(self, device: torch.device) -> bool:
         """Whether the device's current stream is being captured into a CUDA graph."""
+        ...
+
+    def tuning(self, mode: Mode) -> Tuning:
+        """What the kernel of a mode is compiled with."""
         ...
 
     def launch(
@@ -42,16 +45,28 @@ class Driver(Protocol):
         arguments: list[Argument],
         device: torch.device,
     ) -> None:
-        """Launch blocks of BLOCK threads on the device's current stream."""
+        """Launch blocks of `tuning(mode).block` threads on the device's current stream."""
         ...
+
+
+class DriverError(RuntimeError):
+    """The driver has refused a call."""
 
 
 class CudaDriver:
     """The GPU.
 
+    Args:
+        tuning: of all modes. None: each mode's own.
     Raises:
-        RuntimeError: the driver refuses; with its own words.
+        DriverError: the driver refuses; with its own words.
     """
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self._tuning = tuning
+
+    def tuning(self, mode: Mode) -> Tuning:
+        return self._tuning or tuning_of(mode)
 
     def is_capturing(self, device: torch.device) -> bool:
         with torch.cuda.device(device):
@@ -69,13 +84,15 @@ class CudaDriver:
             index = torch.cuda.current_device()
             # A thread that has called nothing of CUDA yet has no context.
             _call("cuCtxSetCurrent", _context(index))
-            kernel = _kernel(mode, entry_point, index)
+            tuning = self.tuning(mode)
+            kernel = _kernel(mode, tuning, entry_point, index)
             stream = torch.cuda.current_stream().cuda_stream
             parameters = (
-                tuple(argument.value or 0 for argument in arguments),
+                # A null pointer's value is None.
+                tuple(0 if arg.value is None else arg.value for arg in arguments),
                 tuple(type(argument) for argument in arguments),
             )
-            grid, block = (num_blocks, 1, 1), (BLOCK, 1, 1)
+            grid, block = (num_blocks, 1, 1), (tuning.block, 1, 1)
             _call("cuLaunchKernel", kernel, *grid, *block, 0, stream, parameters, 0)
 
 
@@ -84,7 +101,7 @@ def _call(function: str, *arguments: object) -> Any:
     error, *result = getattr(bindings, function)(*arguments)
     if error != bindings.CUresult.CUDA_SUCCESS:
         _, words = bindings.cuGetErrorString(error)
-        raise RuntimeError(f"{function}: {error.name}, {words.decode()}")
+        raise DriverError(f"{function}: {error.name}, {words.decode()}")
     return result[0] if result else None
 
 
@@ -95,12 +112,24 @@ def arch_of(device: torch.device | int) -> str:
 
 
 def load(mode: Mode, device: torch.device) -> None:
-    """Compile the kernel of a mode for a device, if it is not in the cache.
+    """Compile the kernel of a mode for a device, if it is not in the cache, and load it.
 
     Raises:
-        CompileError: NVRTC is missing, or it fails.
+        CompileError: NVRTC is missing, or it fails, or the driver does not load what it made.
     """
-    cubin(mode, arch_of(device))
+    tuning = tuning_of(mode)
+    names = mode.entry_points + (mode.count_entry_points if mode.is_guarded else ())
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        try:
+            _call("cuCtxSetCurrent", _context(index))
+            for entry_point in names:
+                _kernel(mode, tuning, entry_point, index)
+        except DriverError as exc:
+            raise CompileError(
+                f"the driver does not load the kernel {mode.name} for {device}: {exc}; update the "
+                "driver, or install a torch for the CUDA version that it supports"
+            ) from exc
 
 
 @cache
@@ -110,13 +139,13 @@ def _context(index: int) -> Any:
 
 
 @cache
-def _module(mode: Mode, index: int) -> Any:
-    return _call("cuModuleLoadData", cubin(mode, arch_of(index)))
+def _module(mode: Mode, tuning: Tuning, index: int) -> Any:
+    return _call("cuModuleLoadData", cubin(mode, arch_of(index), tuning=tuning))
 
 
 @cache
-def _kernel(mode: Mode, entry_point: str, index: int) -> Any:
-    return _call("cuModuleGetFunction", _module(mode, index), entry_point.encode())
+def _kernel(mode: Mode, tuning: Tuning, entry_point: str, index: int) -> Any:
+    return _call("cuModuleGetFunction", _module(mode, tuning, index), entry_point.encode())
 
 
 def run(
@@ -132,16 +161,36 @@ def run(
     launch(table, scalars, driver, only_count=only_count)
 
 
+def repeat(
+    table: PointerTable,
+    scalars: Scalars,
+    driver: Driver,
+    *,
+    grads: list[int],
+    only_count: bool = False,
+) -> None:
+    """As `run` what `table` describes, with the gradients at other addresses."""
+    if table.grads != grads:
+        update_gradients(table, grads, is_capturing=driver.is_capturing(table.device))
+    launch(table, scalars, driver, only_count=only_count)
+
+
 def launch(
     table: PointerTable, scalars: Scalars, driver: Driver, *, only_count: bool = False
 ) -> None:
     """As `run` what `table` describes, by one launch, or, to update scaled state, by three."""
     if table.num_chunks == 0:
         return
+    if table.device.type == "cuda":
+        stream = torch.cuda.current_stream(table.device)
+        # A graph has its own owner of the table.
+        if not table.is_of(stream) and not driver.is_capturing(table.device):
+            table.record_stream(stream)
     arguments = kernel_arguments(table, scalars)
     mode = table.mode
     entry_points = mode.count_entry_points if only_count else mode.entry_points
     for entry_point in entry_points:
         per_tensor = entry_point == "adams_finish"
-        num_blocks = -(-table.num_tensors // BLOCK) if per_tensor else table.num_chunks
+        num_threads = driver.tuning(mode).block
+        num_blocks = -(-table.num_tensors // num_threads) if per_tensor else table.num_chunks
         driver.launch(table.mode, entry_point, num_blocks, arguments.values, table.device)

@@ -133,7 +133,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
             }
             for name in state:
                 if self._adam_step_key == "state":
-                    state[name]["step"] = torch.zeros(())
+                    state[name]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 else:
                     metas[name]["step"] = 0
         return {"state": state, "param_to_group_meta": metas}

@@ -296,7 +296,7 @@ def _unscaled_norm(norm: float | Tensor, inv_scale: float) -> float | Tensor:
     """
     if isinstance(norm, Tensor):
         return norm * inv_scale
-    sum_of_squares = torch.tensor(norm**2, dtype=torch.float32).item()
+    sum_of_squares = torch.tensor(norm**2, dtype=torch.float32, device="cpu").item()
     return float((sum_of_squares * inv_scale**2) ** 0.5)
 
 

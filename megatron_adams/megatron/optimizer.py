@@ -117,13 +117,14 @@ def adopt(
             if isinstance(part, AdamSFsdpOptimizer):
                 part.prepare_inner()
                 connect(part)
-                part.optimizer.compile_kernels(part.grad_dtype())
+                part.optimizer.compile_kernels(part.grad_dtype(), counts_updates=True)
                 continue
             if isinstance(part, AdamSDistributedOptimizer):
                 part.prepare_step()
             connect(part)
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
-            part.optimizer.compile_kernels(decoupled)
+            # training_log.py has the steps that are logged counted, the first among them.
+            part.optimizer.compile_kernels(decoupled, counts_updates=True)
     if is_chain:
         optimizer.__class__ = AdamSChainedOptimizer
     if config.optimizer_cuda_graph:
@@ -443,7 +444,8 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         for buckets in self._buckets_of(state):
             for entries in buckets:
                 if not entries:
-                    nothing = torch.empty(0, device=torch.cuda.current_device())
+                    device = torch.cuda.current_device()
+                    nothing = torch.empty(0, dtype=torch.float32, device=device)
                     keys = ("param", *self.optimizer_state_keys)
                     entries.append(
                         {

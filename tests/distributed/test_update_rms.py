@@ -191,6 +191,8 @@ def test_the_log_changes_no_bit_and_is_at_the_interval(cluster: Cluster) -> None
     all_steps = [rms for rms, *_ in often.results[0]["stats"]]
     assert [rms for rms, *_ in seldom.results[0]["stats"]] == [all_steps[i] for i in (0, 2, 5)]
     assert seldom.results[0]["scalars"]["adams/update-rms"] == {3: all_steps[2], 6: all_steps[5]}
+    # Steps that are logged have another kernel, the first among them.
+    assert [rank["num_late_kernels"] for rank in seldom.results] == [0] * len(seldom.results)
 
 
 @pytest.mark.parametrize("guard", ["", MATCH])

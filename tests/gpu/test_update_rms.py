@@ -46,7 +46,8 @@ def built(device, **guard):
     params = [torch.randn(size, generator=generator).to(device) for size in SIZES]
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator).to(device)
-    return params, AdamS(params, lr=0.01, weight_decay=0.1, **guard)
+    kernel = {"cpu": "host", "cuda": "cuda"}[device]
+    return params, AdamS(params, lr=0.01, weight_decay=0.1, kernel=kernel, **guard)
 
 
 @pytest.mark.parametrize("guard", [{"match_update_rms": 0.2}, {"max_update_rms": 0.3}])

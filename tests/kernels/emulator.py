@@ -18,8 +18,8 @@ import torch
 
 from megatron_adams.kernels import compile as compiling
 from megatron_adams.kernels.cache import KernelCache
-from megatron_adams.kernels.cuda import BLOCK
 from megatron_adams.kernels.modes import Mode
+from megatron_adams.kernels.tuning import Tuning, tuning_of
 
 SOURCE = Path(compiling.__file__).parent / "source"
 _SHIM = Path(__file__).parent / "shim.h"
@@ -51,23 +51,32 @@ def device_text(mode: Mode, source: Path = SOURCE) -> str:
     return "\n".join((_SHIM.read_text(), compiling.source_text("device.cu", source), *exports, ""))
 
 
-def build(text: str, mode: Mode, flags: Sequence[str], output: Path) -> None:
-    """Compile a text for a mode into a shared library."""
-    macros = (f"-D{name}={value}" for name, value in mode.defines().items())
+def build(
+    text: str, mode: Mode, flags: Sequence[str], output: Path, tuning: Tuning | None = None
+) -> None:
+    """Compile a text for a mode into a shared library, by the mode's own tuning or another."""
+    defines = {**mode.defines(), **(tuning or tuning_of(mode)).defines()}
+    macros = (f"-D{name}={value}" for name, value in defines.items())
     command = ["g++", *flags, *macros, "-x", "c++", "-", "-o", str(output)]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise compiling.CompileError(done.stderr)
 
 
-def load_emulator(mode: Mode, source: Path = SOURCE, flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
+def load_emulator(
+    mode: Mode,
+    source: Path = SOURCE,
+    flags: Sequence[str] = FLAGS,
+    tuning: Tuning | None = None,
+) -> ctypes.CDLL:
     """The emulated kernel of a mode, from the cache of compiled kernels or compiled for it."""
     text = device_text(mode, source)
-    digest = hashlib.sha256(f"{text} {mode} {flags}".encode()).hexdigest()[:32]
+    tuning = tuning or tuning_of(mode)
+    digest = hashlib.sha256(f"{text} {mode} {flags} {tuning}".encode()).hexdigest()[:32]
 
     def compiled() -> bytes:
         with tempfile.TemporaryDirectory() as folder:
-            build(text, mode, flags, Path(folder) / "emulator.so")
+            build(text, mode, flags, Path(folder) / "emulator.so", tuning)
             return (Path(folder) / "emulator.so").read_bytes()
 
     image = KernelCache().get(f"emulated-{mode.name}.{digest}.so", compiled)
@@ -96,6 +105,7 @@ class EmulatedDriver:
         is_recording: what `is_capturing` says; then nothing is executed, as in a capture.
         blocks: the only blocks that are executed; None: all of them.
         load: mode -> the library.
+        constants: what the library was compiled with; None: the mode's own.
         launches: all launches so far.
     """
 
@@ -103,10 +113,14 @@ class EmulatedDriver:
     is_recording: bool = False
     blocks: Sequence[int] | None = None
     load: object = load_once
+    constants: Tuning | None = None
     launches: list[Launch] = field(default_factory=list)
 
     def is_capturing(self, device: torch.device) -> bool:
         return self.is_recording
+
+    def tuning(self, mode):
+        return self.constants or tuning_of(mode)
 
     def launch(self, mode, entry_point, num_blocks, arguments, device) -> None:
         assert device == torch.device("cpu")
@@ -124,7 +138,7 @@ class EmulatedDriver:
 
     def execute(self, launch: Launch) -> None:
         blocks = range(launch.num_blocks) if self.blocks is None else self.blocks
-        warps, lanes = range(BLOCK // _LANES), range(_LANES)
+        warps, lanes = range(self.tuning(launch.mode).block // _LANES), range(_LANES)
         grid = _Grid(
             (ctypes.c_longlong * len(blocks))(*self._ordered(blocks)),
             len(blocks),

@@ -1,9 +1,9 @@
 """What NVRTC makes of the kernels: registers, memory accesses. Needs no GPU.
 
-    python tests/kernels/sass.py [sm_90 ...]
+    python tests/kernels/sass.py [sm_90 ...]                   # a table of all modes' registers
+    python tests/kernels/sass.py --alternatives [sm_90 ...]    # a table of tuning.py's alternatives
 
-prints a table of all modes' registers. cuobjdump is the one of triton's wheel, which comes with
-the CUDA builds of torch.
+cuobjdump is the one of triton's wheel, which comes with the CUDA builds of torch.
 """
 
 import re
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from megatron_adams.kernels.compile import cubin
 from megatron_adams.kernels.modes import ALL_MODES, Mode
+from megatron_adams.kernels.tuning import Tuning, tuning_of
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "e4m3": 1, "e5m2": 1, "remainder": 2}
@@ -63,43 +64,127 @@ def _dump(image: bytes, *options: str) -> str:
 
 
 class Accesses(NamedTuple):
-    """128-bit accesses of one iteration of the vector loop."""
+    """How many accesses move tensors in the code of one entry point, by their width in bits."""
 
-    loads: int
-    stores: int
+    loads: Counter[int]
+    stores: Counter[int]
 
 
-def expected_accesses(mode: Mode, entry_point: str) -> Accesses:
-    """16 bytes of the narrowest tensor, and as many elements of the others."""
+def expected_accesses(mode: Mode, entry_point: str, tuning: Tuning | None = None) -> Accesses:
+    """What the loops over groups consist of: one with, and one without the unrolling."""
+    tuning = tuning or tuning_of(mode)
     read = [mode.grad, mode.exp_avg]
     if mode.main != "none":
         read.append(mode.main)
     if mode.main in ("none", "remainder"):
         read.append(mode.param)
     written = [dtype for dtype in (mode.exp_avg, mode.main, mode.param) if dtype != "none"]
-    vector = 16 // min(_BYTES[dtype] for dtype in (*read, *written))
+    group = tuning.group or 16 // min(_BYTES[dtype] for dtype in (*read, *written))
+    groups = 1 if tuning.unroll == 1 else tuning.unroll + 1
 
-    def accesses(dtypes: Iterable[str]) -> int:
-        return sum(vector * _BYTES[dtype] // 16 for dtype in dtypes)
+    def accesses(dtypes: Iterable[str]) -> Counter[int]:
+        found: Counter[int] = Counter()
+        for dtype in dtypes:
+            width = min(group * _BYTES[dtype], 16)
+            found[8 * width] += groups * group * _BYTES[dtype] // width
+        return found
 
-    stores = accesses(written) if entry_point == "adams_update" else 0
-    return Accesses(accesses(read), stores)
+    return Accesses(accesses(read), accesses(written if entry_point == "adams_update" else ()))
 
 
-def compile_all(modes: Iterable[Mode], arch: str) -> dict[Mode, bytes]:
+def found_accesses(image: bytes, entry_point: str) -> Accesses:
+    """All loads from and stores to global memory; other than tensors' are at most 64 bits wide."""
+    found = Accesses(Counter(), Counter())
+    for name, count in instructions(image, entry_point).items():
+        kind, *modifiers = name.split(".")
+        if kind in ("LDG", "STG"):
+            widths = [int(word.lstrip("US")) for word in modifiers if word.lstrip("US").isdigit()]
+            (found.loads if kind == "LDG" else found.stores)[widths[-1] if widths else 32] += count
+    return found
+
+
+def compile_all(
+    modes: Iterable[Mode], arch: str, tuning: Tuning | None = None
+) -> dict[Mode, bytes]:
     """The cubins of modes; NVRTC runs on all CPUs."""
     modes = tuple(modes)
     with ThreadPoolExecutor() as pool:
-        return dict(zip(modes, pool.map(lambda mode: cubin(mode, arch), modes), strict=True))
+        images = pool.map(lambda mode: cubin(mode, arch, tuning=tuning), modes)
+        return dict(zip(modes, images, strict=True))
 
 
-def blocks_per_multiprocessor(registers: int) -> int:
-    """Blocks of 256 threads that fit: a warp takes of 65,536 registers 256 at a time; 8 at most."""
-    return min(8, 65536 // (8 * 256 * -(-registers * 32 // 256)))
+def blocks_per_multiprocessor(registers: int, block: int = 256) -> int:
+    """Blocks that fit: a warp takes of 65,536 registers 256 at a time; 2,048 threads at most."""
+    warps = block // 32
+    return min(64 // warps, 65536 // (warps * 256 * -(-registers * 32 // 256)))
+
+
+# As benchmarks/step.py has them.
+SHOWN_MODES = tuple(
+    Mode(*dtypes.split())
+    for dtypes in (
+        "fp32 fp32 fp32 none",
+        "fp32 bf16 fp32 fp32",
+        "fp32 bf16 fp32 remainder",
+        "bf16 bf16 bf16 remainder",
+        "bf16 bf16 bf16 none",
+        "bf16 e4m3 fp32 fp32",
+        "bf16 bf16 fp16 fp16",
+        "bf16 bf16 e4m3 fp32",
+    )
+)
+ALTERNATIVES = (
+    Tuning(),
+    Tuning(group=4),
+    Tuning(group=4, hardware_conversions=True),
+    Tuning(group=8, hardware_conversions=True),
+    Tuning(group=4, unroll=2, hardware_conversions=True),
+    Tuning(group=4, block=512, hardware_conversions=True),
+    Tuning(group=4, min_blocks=8, hardware_conversions=True),
+    Tuning(group=4, load="no_allocate", store="streaming", hardware_conversions=True),
+)
+
+
+def describe(tuning: Tuning) -> str:
+    """What differs from a Tuning without arguments."""
+    changed = [
+        f"{name}={value}"
+        for name, value in tuning._asdict().items()
+        if value != Tuning._field_defaults[name]
+    ]
+    return ", ".join(changed) or "none"
+
+
+def print_alternatives(archs: Iterable[str]) -> None:
+    print(
+        "adams_update, compiled with other constants (megatron_adams/kernels/tuning.py): registers"
+    )
+    print("of a thread, threads that a multiprocessor runs at once, bytes spilled, and all wide")
+    print("accesses in the code, loads and stores, by their bits.\n")
+    print("| arch | mode | constants | registers | threads | spilled | loads | stores |")
+    print("| --- | --- | --- | ---: | ---: | ---: | --- | --- |")
+    for arch in archs:
+        images = {tuning: compile_all(SHOWN_MODES, arch, tuning) for tuning in ALTERNATIVES}
+        for mode in SHOWN_MODES:
+            for tuning in ALTERNATIVES:
+                image = images[tuning][mode]
+                used = resources(image)["adams_update"]
+                threads = tuning.block * blocks_per_multiprocessor(used.registers, tuning.block)
+                cells = [arch, mode.name, describe(tuning), used.registers, threads]
+                cells += [used.stack + used.local]
+                for found in found_accesses(image, "adams_update"):
+                    wide = [f"{found[bits]} of {bits}" for bits in (128, 64) if found[bits]]
+                    cells.append(", ".join(wide) or "none")
+                print("|", " | ".join(map(str, cells)), "|")
 
 
 def main() -> None:
-    archs = sys.argv[1:] or ARCHS
+    arguments = sys.argv[1:]
+    if "--alternatives" in arguments:
+        arguments.remove("--alternatives")
+        print_alternatives(arguments or ("sm_90",))
+        return
+    archs = arguments or ARCHS
     used = {
         arch: {mode: resources(image) for mode, image in compile_all(ALL_MODES, arch).items()}
         for arch in archs

@@ -8,7 +8,7 @@ import batteries
 import pytest
 import torch
 from batteries import Subject
-from checks import SCALARS, make_batch, scalar_cases
+from checks import SCALARS, differences, expected, make_batch, scalar_cases
 from emulator import SOURCE
 from test_backends import REPRESENTATIVES
 
@@ -28,6 +28,40 @@ def test_a_step_launches_each_entry_point_once_and_keeps_its_table():
 @torch.no_grad()
 def test_a_replay_reads_the_scalars_on_the_device(mode):
     batteries.check_replay(SUBJECT, mode)
+
+
+@torch.no_grad()
+def test_gradients_that_moved_are_read_where_they_are_and_the_old_table_stays():
+    batch = make_batch(REPRESENTATIVES[0], (3, CHUNK + 5))
+    scalars, driver, table = scalar_cases()["decoupled"], SUBJECT.driver(), PointerTable()
+    cuda.run(batch, scalars, table, driver)
+    old_rows, copy_of_old = table.rows, table.rows.clone()
+    moved = replace(batch, grads=[2 * grad for grad in batch.grads])
+    grads = [grad.data_ptr() for grad in moved.grads]
+    for _ in range(2):
+        want = expected(moved, scalars)
+        cuda.repeat(table, scalars, driver, grads=grads)
+        assert not differences(moved, want)
+    assert torch.equal(old_rows, copy_of_old)
+    assert table.num_builds == 1
+    # What `run` is told of the tensors is what the table has of them.
+    cuda.run(moved, scalars, table, driver)
+    assert table.num_builds == 1
+    cuda.run(batch, scalars, table, driver)
+    assert table.num_builds == 2
+
+
+@torch.no_grad()
+def test_gradients_that_moved_are_refused_in_a_capture_and_others_are_not():
+    batch = make_batch(REPRESENTATIVES[0], (3, 40))
+    table, recording = PointerTable(), SUBJECT.driver(is_recording=True)
+    cuda.run(batch, SCALARS, table, SUBJECT.driver())
+    grads = [grad.data_ptr() for grad in batch.grads]
+    cuda.repeat(table, SCALARS, recording, grads=grads)
+    with pytest.raises(RuntimeError, match="Take one step with the same tensors before"):
+        cuda.repeat(table, SCALARS, recording, grads=[grads[0], grads[1] + 4])
+    assert table.grads == grads
+    assert len(recording.launches) == 1
 
 
 @torch.no_grad()
@@ -52,6 +86,7 @@ def test_arguments_are_the_kernels_parameters_in_their_order():
     assert values == {
         "table": table.rows.data_ptr(),
         "num_tensors": 1,
+        "chunk_size": table.chunk_size,
         "amax": table.amax.data_ptr(),
         "lr": 0.5,
         "lr_pointer": None,
@@ -81,10 +116,8 @@ def test_decay_is_the_enumerator_of_the_kernel(weight_decay, decoupled, decay):
     )
 
 
-def test_constants_of_the_sources_and_of_python_agree():
-    device, shared = ((SOURCE / name).read_text() for name in ("device.cu", "multi_tensor.h"))
-    assert f"constexpr int BLOCK = {cuda.BLOCK};" in device
-    assert f"constexpr int CHUNK = {CHUNK};" in shared
+def test_fields_of_the_table_are_those_of_the_sources():
+    shared = (SOURCE / "multi_tensor.h").read_text()
     fields = re.search(r"enum Field \{(.*?)\}", shared, re.DOTALL)[1]
     names = re.findall(r"^\s+(\w+)", fields, re.MULTILINE)
     assert tuple(name.lower() for name in names[2:-1]) == POINTERS
@@ -95,5 +128,5 @@ def test_a_tensor_on_the_cpu_is_read_at_once_where_the_batch_is_elsewhere():
     table = PointerTable()
     table.device = torch.device("meta")
     arguments = kernel_arguments(table, replace(SCALARS, lr=torch.tensor([0.5])))
-    assert [value.value for value in arguments.values[3:5]] == [0.5, None]
+    assert [value.value for value in arguments.values[4:6]] == [0.5, None]
     assert arguments.keepalive == []

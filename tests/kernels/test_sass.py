@@ -1,4 +1,6 @@
-"""The machine code that NVRTC makes: 128-bit accesses, nothing in local memory, few registers."""
+"""The machine code that NVRTC makes: wide accesses, nothing in local memory, few registers."""
+
+from collections import Counter
 
 import pytest
 import sass
@@ -7,6 +9,7 @@ from cuda.core import ProgramOptions
 
 from megatron_adams.kernels import compile as compiling
 from megatron_adams.kernels.modes import ALL_MODES, Mode
+from megatron_adams.kernels.tuning import tuning_of
 
 if sass.cuobjdump() is None:
     pytest.skip("no triton, whose wheel has cuobjdump", allow_module_level=True)
@@ -66,15 +69,21 @@ def test_kernels_that_count_and_scale_spill_nothing(guarded_cubins, arch):
 
 
 @pytest.mark.timeout(600)
-def test_counting_loads_128_bits_at_a_time_and_stores_no_tensor(guarded_cubins):
+def test_counting_loads_groups_and_stores_no_tensor(guarded_cubins):
     for mode in GUARDED["sm_90"][::2]:
-        found = sass.instructions(guarded_cubins["sm_90"][mode], "adams_rms")
-        names = [(name.split("."), count) for name, count in found.items()]
-        wide = sum(count for name, count in names if name[0] == "LDG" and "128" in name)
+        image = guarded_cubins["sm_90"][mode]
         # Those of an update; but master weights only where L2 decay is asked for.
-        assert wide >= sass.expected_accesses(mode, "adams_rms").loads, mode.name
-        assert not {name[0] for name, _ in names} & {"LD", "ST", "LDL", "STL", "STG"}, mode.name
-        assert any("64" in name for name, _ in names if name[0] in ("REDG", "RED", "ATOMG"))
+        assert sass.found_accesses(image, "adams_rms").loads >= _wide(
+            sass.expected_accesses(mode, "adams_rms").loads
+        ), mode.name
+        names = [name.split(".") for name in sass.instructions(image, "adams_rms")]
+        assert not {name[0] for name in names} & {"LD", "ST", "LDL", "STL", "STG"}, mode.name
+        assert any("64" in name for name in names if name[0] in ("REDG", "RED", "ATOMG"))
+
+
+def _wide(accesses):
+    """Those of more than 32 bits, which single elements have none of."""
+    return Counter({bits: count for bits, count in accesses.items() if bits > 32})
 
 
 def _has_byte(mode):
@@ -83,26 +92,36 @@ def _has_byte(mode):
 
 @pytest.mark.parametrize("arch", DISASSEMBLED)
 @pytest.mark.timeout(600)
-def test_the_vector_loop_moves_128_bits_at_a_time(cubins, arch):
+def test_a_group_is_moved_in_as_few_accesses_as_there_can_be(cubins, arch):
     for mode in DISASSEMBLED[arch]:
         for entry_point in mode.entry_points[:2] if arch == "sm_90" else ("adams_update",):
             if entry_point == "adams_finish":
                 continue
-            found = sass.instructions(cubins[arch][mode], entry_point)
-            names = [(name.split("."), count) for name, count in found.items()]
-            wide = {
-                kind: sum(count for name, count in names if name[0] == kind and "128" in name)
-                for kind in ("LDG", "STG")
-            }
+            image = cubins[arch][mode]
+            found = sass.found_accesses(image, entry_point)
             want = sass.expected_accesses(mode, entry_point)
-            # The compiler may write the loop of adams_measure, which is short, more than once.
+            # The table's pointers are loaded in 64 bits, too; and the compiler may write the loop
+            # of adams_measure, which is short, more than once.
+            assert found.loads >= _wide(want.loads), (mode.name, entry_point)
+            assert _wide(found.stores) == _wide(want.stores), (mode.name, entry_point)
             if entry_point == "adams_update":
-                assert (wide["LDG"], wide["STG"]) == want, (mode.name, entry_point)
-            else:
-                assert wide["LDG"] >= want.loads and wide["STG"] == 0, (mode.name, entry_point)
-            # Not of unknown memory (LD, ST), nor of a thread's own (LDL, STL). All others are the
-            # table's, the scalars' and those of single elements.
-            assert not {name[0] for name, _ in names} & {"LD", "ST", "LDL", "STL"}, mode.name
+                assert found.loads[128] == want.loads[128], mode.name
+            # Not of unknown memory (LD, ST), nor of a thread's own (LDL, STL).
+            names = {name.split(".")[0] for name in sass.instructions(image, entry_point)}
+            assert not names & {"LD", "ST", "LDL", "STL"}, mode.name
+
+
+@pytest.mark.timeout(600)
+def test_alternatives_spill_nothing_unless_they_are_told_and_move_their_groups():
+    for tuning in sass.ALTERNATIVES:
+        for mode, image in sass.compile_all(sass.SHOWN_MODES[::3], "sm_90", tuning).items():
+            used = sass.resources(image)["adams_update"]
+            if tuning.min_blocks is None:
+                assert (used.stack, used.local) == (0, 0), (mode.name, tuning)
+            found = sass.found_accesses(image, "adams_update")
+            want = sass.expected_accesses(mode, "adams_update", tuning)
+            assert _wide(found.stores) == _wide(want.stores), (mode.name, tuning)
+            assert found.loads[128] == want.loads[128], (mode.name, tuning)
 
 
 def test_multiplication_and_addition_are_not_contracted():
@@ -117,7 +136,8 @@ def test_multiplication_and_addition_are_not_contracted():
 
 def _ptx(mode, settings):
     # Not by Program: it asks the driver about PTX, and there may be none.
-    options = ProgramOptions(arch="sm_90", define_macro=list(mode.defines().items()), **settings)
+    defines = {**mode.defines(), **tuning_of(mode).defines()}
+    options = ProgramOptions(arch="sm_90", define_macro=list(defines.items()), **settings)
     arguments = options.as_bytes("nvrtc")
     text = compiling.source_text("device.cu").encode()
     error, program = nvrtc.nvrtcCreateProgram(text, b"device.cu", 0, None, None)

@@ -1,65 +1,152 @@
 // The GPU form. Compiled by NVRTC; by the tests also by g++, under a shim that defines blockIdx etc.
 //
-// A block takes one chunk. Its threads move 16 bytes of the narrowest tensor at a time, so that every
-// access of the vector loop is one or more of 128 bits; tensors that are not so aligned, and what is
-// left over at a chunk's end, go element by element.
+// A block takes one chunk. A thread moves a group of neighbours at a time, of each tensor in as few
+// accesses as there can be; tensors that are not aligned for that, and what is left over at a chunk's
+// end, go element by element. The macros that start with ADAMS_ and are not element.h's are those of
+// megatron_adams/kernels/tuning.py.
 
 #include "element.h"
 #include "multi_tensor.h"
 
 namespace adams {
 
-constexpr int BLOCK = 256;
-
-struct alignas(16) Words {
-    unsigned words[4];
-};
+constexpr int BLOCK = ADAMS_BLOCK;
 
 constexpr int smallest(int a, int b) { return a < b ? a : b; }
 constexpr int NARROWEST =
     smallest(smallest(sizeof(Grad::Storage), sizeof(Param::Storage)),
              smallest(sizeof(ExpAvg::Storage), has_main ? sizeof(Main::Storage) : 4));
-constexpr int VECTOR = 16 / NARROWEST;  // elements
+constexpr int GROUP = ADAMS_GROUP != 0 ? ADAMS_GROUP : 16 / NARROWEST;  // elements
+constexpr int HELD = GROUP * ADAMS_UNROLL;  // elements that a thread holds at once
 // Blocks that a multiprocessor must have registers for; 0: as it turns out. Left alone, or told more,
 // the compiler spills to save registers; with these, never (tests/kernels/sass.py lists all modes).
-constexpr int MIN_BLOCKS = VECTOR == 16 ? 2 : VECTOR == 8 ? 3 : 0;
+constexpr int MIN_BLOCKS = ADAMS_MIN_BLOCKS >= 0 ? ADAMS_MIN_BLOCKS : HELD == 16 ? 2 : HELD == 8 ? 3 : 0;
 
 template <class T>
 ADAMS_FUNCTION bool is_aligned(const T* pointer) {
     return reinterpret_cast<unsigned long long>(pointer) % 16 == 0;
 }
 
-template <class T>
-ADAMS_FUNCTION void load(T (&registers)[VECTOR], const T* memory) {
-#pragma unroll
-    for (int i = 0; i < int(VECTOR * sizeof(T) / 16); ++i) {
-        reinterpret_cast<Words*>(registers)[i] = reinterpret_cast<const Words*>(memory)[i];
-    }
-}
+// What one access moves.
+template <int BYTES>
+struct alignas(BYTES) Piece {
+    unsigned words[BYTES / 4];
+};
 
-template <class T>
-ADAMS_FUNCTION void store(T* memory, const T (&registers)[VECTOR]) {
-#pragma unroll
-    for (int i = 0; i < int(VECTOR * sizeof(T) / 16); ++i) {
-        const Words words = reinterpret_cast<const Words*>(registers)[i];
-        Words* target = reinterpret_cast<Words*>(memory) + i;
 #ifdef __CUDACC__
-        // An assignment becomes four of 32 bits where the words are put together from 16-bit numbers.
-        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(words.words[0]),
-                     "r"(words.words[1]), "r"(words.words[2]), "r"(words.words[3])
-                     : "memory");
+// Assignments would be split where the words are put together from smaller numbers.
+#define ADAMS_LOAD "ld.global" ADAMS_LOAD_HINT
+#define ADAMS_STORE "st.global" ADAMS_STORE_HINT
+ADAMS_FUNCTION void read_piece(Piece<16>& piece, const void* memory) {
+    asm volatile(ADAMS_LOAD ".v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(piece.words[0]), "=r"(piece.words[1]), "=r"(piece.words[2]),
+                   "=r"(piece.words[3])
+                 : "l"(memory));
+}
+ADAMS_FUNCTION void read_piece(Piece<8>& piece, const void* memory) {
+    asm volatile(ADAMS_LOAD ".v2.u32 {%0, %1}, [%2];"
+                 : "=r"(piece.words[0]), "=r"(piece.words[1])
+                 : "l"(memory));
+}
+ADAMS_FUNCTION void read_piece(Piece<4>& piece, const void* memory) {
+    asm volatile(ADAMS_LOAD ".u32 %0, [%1];" : "=r"(piece.words[0]) : "l"(memory));
+}
+ADAMS_FUNCTION void write_piece(void* memory, const Piece<16>& piece) {
+    asm volatile(ADAMS_STORE ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(memory), "r"(piece.words[0]),
+                 "r"(piece.words[1]), "r"(piece.words[2]), "r"(piece.words[3])
+                 : "memory");
+}
+ADAMS_FUNCTION void write_piece(void* memory, const Piece<8>& piece) {
+    asm volatile(ADAMS_STORE ".v2.u32 [%0], {%1, %2};" ::"l"(memory), "r"(piece.words[0]),
+                 "r"(piece.words[1])
+                 : "memory");
+}
+ADAMS_FUNCTION void write_piece(void* memory, const Piece<4>& piece) {
+    asm volatile(ADAMS_STORE ".u32 [%0], %1;" ::"l"(memory), "r"(piece.words[0]) : "memory");
+}
 #else
-        *target = words;
+template <int BYTES>
+ADAMS_FUNCTION void read_piece(Piece<BYTES>& piece, const void* memory) {
+    piece = *static_cast<const Piece<BYTES>*>(memory);
+}
+template <int BYTES>
+ADAMS_FUNCTION void write_piece(void* memory, const Piece<BYTES>& piece) {
+    *static_cast<Piece<BYTES>*>(memory) = piece;
+}
 #endif
+
+// A thread's groups of one tensor. The next one lies behind those of all other threads of the block,
+// so that the accesses of a warp leave no gaps.
+template <class T, int UNROLL>
+struct Groups {
+    static constexpr int BYTES = smallest(GROUP * sizeof(T), 16);
+    static constexpr int PIECES = GROUP * sizeof(T) / BYTES;  // of a group
+    using Access = Piece<BYTES>;
+
+    alignas(16) T elements[UNROLL * GROUP];
+
+    // Where a piece lies, in elements from the first.
+    ADAMS_FUNCTION int offset_of(int piece) {
+        return piece / PIECES * BLOCK * GROUP + piece % PIECES * (BYTES / int(sizeof(T)));
+    }
+};
+template <class T, int UNROLL>
+ADAMS_FUNCTION void read_groups(Groups<T, UNROLL>& groups, const T* memory) {
+    using G = Groups<T, UNROLL>;
+#pragma unroll
+    for (int i = 0; i < UNROLL * G::PIECES; ++i) {
+        read_piece(reinterpret_cast<typename G::Access*>(groups.elements)[i], memory + G::offset_of(i));
+    }
+}
+template <class T, int UNROLL>
+ADAMS_FUNCTION void write_groups(T* memory, const Groups<T, UNROLL>& groups) {
+    using G = Groups<T, UNROLL>;
+#pragma unroll
+    for (int i = 0; i < UNROLL * G::PIECES; ++i) {
+        write_piece(memory + G::offset_of(i),
+                    reinterpret_cast<const typename G::Access*>(groups.elements)[i]);
     }
 }
 
-// The squares of all lanes. A lane has less than 128 elements of a chunk, so its sum has 37 bits.
+// The squares of all lanes. A lane has at most 2^11 elements of a chunk, so its sum has 41 bits.
 ADAMS_FUNCTION Squares of_warp(const Squares& lane) {
     const unsigned all = 0xffffffffu;
     const long long low = __reduce_add_sync(all, unsigned(lane.sum & 0xffffff));
     const long long high = __reduce_add_sync(all, unsigned(lane.sum >> 24));
     return {(high << 24) + low, int(__reduce_add_sync(all, unsigned(lane.num_not_finite)))};
+}
+
+// The elements from `begin` on, UNROLL groups of a thread at a time; returns the first that is left.
+// Several groups at a time are for whole rounds of the block.
+template <Pass PASS, int UNROLL>
+ADAMS_FUNCTION int process_groups(int begin, const Chunk& chunk, const Scalars& scalars,
+                                  const TensorScales& scales, Amax& amax, Squares& squares) {
+    constexpr int ROUND = BLOCK * GROUP * UNROLL;
+    constexpr int WHOLE = UNROLL == 1 ? GROUP : ROUND;
+    const int end = begin + (chunk.count - begin) / WHOLE * WHOLE;
+    for (int i = begin + int(threadIdx.x) * GROUP; i < end; i += ROUND) {
+        Groups<Grad::Storage, UNROLL> grad;
+        Groups<Param::Storage, UNROLL> param;
+        Groups<ExpAvg::Storage, UNROLL> exp_avg;
+        Groups<Main::Storage, UNROLL> main;
+        read_groups(grad, chunk.grad + i);
+        read_groups(exp_avg, chunk.exp_avg + i);
+        if (PASS != COUNT || scalars.decay == L2) {
+            if constexpr (has_main) read_groups(main, chunk.main + i);
+            if constexpr (reads_param) read_groups(param, chunk.param + i);
+        }
+#pragma unroll
+        for (int k = 0; k < UNROLL * GROUP; ++k) {
+            update_element<PASS>(k, grad.elements, param.elements, exp_avg.elements, main.elements,
+                                 scalars, scales, amax, squares);
+        }
+        if constexpr (PASS == UPDATE) {
+            write_groups(chunk.exp_avg + i, exp_avg);
+            if constexpr (has_main) write_groups(chunk.main + i, main);
+            write_groups(chunk.param + i, param);
+        }
+    }
+    return end;
 }
 
 template <Pass PASS>
@@ -73,30 +160,13 @@ ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
     int done = 0;
     if (is_aligned(chunk.grad) && is_aligned(chunk.param) && is_aligned(chunk.exp_avg) &&
         (!has_main || is_aligned(chunk.main))) {
-        done = chunk.count / VECTOR * VECTOR;
-        for (int i = threadIdx.x * VECTOR; i < done; i += BLOCK * VECTOR) {
-            alignas(16) Grad::Storage grad[VECTOR];
-            alignas(16) Param::Storage param[VECTOR];
-            alignas(16) ExpAvg::Storage exp_avg[VECTOR];
-            alignas(16) Main::Storage main[VECTOR];
-            load(grad, chunk.grad + i);
-            load(exp_avg, chunk.exp_avg + i);
-            if (PASS != COUNT || scalars.decay == L2) {
-                if constexpr (has_main) load(main, chunk.main + i);
-                if constexpr (reads_param) load(param, chunk.param + i);
-            }
-#pragma unroll
-            for (int k = 0; k < VECTOR; ++k) {
-                update_element<PASS>(k, grad, param, exp_avg, main, scalars, scales, amax,
-                                     squares);
-            }
-            if constexpr (STORE) {
-                store(chunk.exp_avg + i, exp_avg);
-                if constexpr (has_main) store(chunk.main + i, main);
-                store(chunk.param + i, param);
-            }
+        if constexpr (ADAMS_UNROLL > 1) {
+            done = process_groups<PASS, ADAMS_UNROLL>(0, chunk, scalars, scales, amax, squares);
         }
+        done = process_groups<PASS, 1>(done, chunk, scalars, scales, amax, squares);
     }
+    // At most a few elements of a thread: unrolled, the loop would take registers from the one above.
+#pragma unroll 1
     for (int i = done + threadIdx.x; i < chunk.count; i += BLOCK) {
         update_element<PASS>(i, chunk.grad, chunk.param, chunk.exp_avg, chunk.main, scalars,
                              scales, amax, squares);
@@ -123,20 +193,20 @@ ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
 extern "C" __global__ void __launch_bounds__(adams::BLOCK, adams::MIN_BLOCKS)
     adams_update(ADAMS_PARAMETERS) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<adams::UPDATE>({table, num_tensors, amax}, ADAMS_SCALARS);
+    adams::process<adams::UPDATE>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS);
 }
 
 #if ADAMS_SCALED
 extern "C" __global__ void __launch_bounds__(adams::BLOCK, adams::MIN_BLOCKS)
     adams_measure(ADAMS_PARAMETERS) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<adams::MEASURE>({table, num_tensors, amax}, ADAMS_SCALARS);
+    adams::process<adams::MEASURE>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS);
 }
 
 extern "C" __global__ void __launch_bounds__(adams::BLOCK) adams_finish(ADAMS_PARAMETERS) {
     if (ADAMS_IS_SKIPPED) return;
     const int tensor = blockIdx.x * adams::BLOCK + threadIdx.x;
-    if (tensor < num_tensors) adams::finish_tensor({table, num_tensors, amax}, tensor);
+    if (tensor < num_tensors) adams::finish_tensor({table, num_tensors, chunk_size, amax}, tensor);
 }
 #endif
 
@@ -144,6 +214,6 @@ extern "C" __global__ void __launch_bounds__(adams::BLOCK) adams_finish(ADAMS_PA
 extern "C" __global__ void __launch_bounds__(adams::BLOCK, adams::MIN_BLOCKS)
     adams_rms(ADAMS_PARAMETERS) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<adams::COUNT>({table, num_tensors, amax}, ADAMS_SCALARS);
+    adams::process<adams::COUNT>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS);
 }
 #endif

@@ -10,6 +10,15 @@
 #define ADAMS_FUNCTION static inline __attribute__((always_inline))
 #endif
 
+// Which numbers a GPU converts by instructions of its own (tuning.py: hardware_conversions).
+#if defined(__CUDACC__) && ADAMS_HARDWARE_CONVERSIONS
+#define ADAMS_CONVERTS_16_BITS 1
+#define ADAMS_CONVERTS_8_BITS (__CUDA_ARCH__ >= 890)
+#else
+#define ADAMS_CONVERTS_16_BITS 0
+#define ADAMS_CONVERTS_8_BITS 0
+#endif
+
 namespace adams {
 
 #ifdef __CUDACC__
@@ -66,11 +75,54 @@ struct BF16 {
     static constexpr bool is_fp8 = false;
     ADAMS_FUNCTION float decode(Word word) { return float_of(int(word)); }
     ADAMS_FUNCTION Word encode(float x) {
+#if ADAMS_CONVERTS_16_BITS
+        unsigned short stored;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(stored) : "f"(x));
+        return word_of(stored);
+#else
         const Word bits = Word(bits_of(x));
         const Word rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
         return x != x ? 0x7fc00000u : rounded;
+#endif
     }
 };
+
+// The GPU's own conversions, one number at a time; they round and saturate as the arithmetic below.
+#if ADAMS_CONVERTS_16_BITS
+ADAMS_FUNCTION float to_float(unsigned short fp16) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(fp16));
+    return x;
+}
+ADAMS_FUNCTION unsigned short to_fp16(float x) {
+    unsigned short fp16;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(fp16) : "f"(x));
+    return fp16;
+}
+#endif
+#if ADAMS_CONVERTS_8_BITS
+// fp8 is converted in pairs; the second of each is not used.
+template <int MANTISSA>
+ADAMS_FUNCTION unsigned short fp8_to_fp16(unsigned char fp8) {
+    unsigned pair;
+    if constexpr (MANTISSA == 3) {
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((unsigned short)fp8));
+    } else {
+        asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(pair) : "h"((unsigned short)fp8));
+    }
+    return (unsigned short)pair;
+}
+template <int MANTISSA>
+ADAMS_FUNCTION unsigned char to_fp8(float x) {
+    unsigned short pair;
+    if constexpr (MANTISSA == 3) {
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+    } else {
+        asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+    }
+    return (unsigned char)pair;
+}
+#endif
 
 // A float of 1 + EXPONENT + MANTISSA bits, rounded to nearest even. What is too large becomes LIMIT
 // (infinity, or the largest finite number of a dtype that saturates), a NaN becomes NAN_BITS.
@@ -86,6 +138,12 @@ struct SmallFloat {
     static constexpr int rebias = 127 - bias;
 
     ADAMS_FUNCTION float decode(Word word) {
+#if ADAMS_CONVERTS_16_BITS
+        if constexpr (sizeof(Storage) == 2) return to_float((unsigned short)(word >> 16));
+#endif
+#if ADAMS_CONVERTS_8_BITS
+        if constexpr (is_fp8) return to_float(fp8_to_fp16<MANTISSA>((unsigned char)(word >> 24)));
+#endif
         const int magnitude_bits = int((word & 0x7fffffffu) >> position);
         const int sign = int(word & 0x80000000u);
         const float unit = float_of((128 - bias - MANTISSA) << 23);  // the smallest subnormal
@@ -97,6 +155,12 @@ struct SmallFloat {
     }
 
     ADAMS_FUNCTION Word encode(float x) {
+#if ADAMS_CONVERTS_16_BITS
+        if constexpr (sizeof(Storage) == 2) return word_of(to_fp16(x));
+#endif
+#if ADAMS_CONVERTS_8_BITS
+        if constexpr (is_fp8) return word_of(to_fp8<MANTISSA>(x));
+#endif
         const int size = magnitude(x);
         const Word sign = Word(bits_of(x)) & 0x80000000u;
         // Larger magnitudes than infinity's are cut off before the addition, which could overflow.

@@ -236,24 +236,24 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
 
 extern "C" void adams_update(ADAMS_PARAMETERS, int num_threads) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<adams::UPDATE>({table, num_tensors, amax}, ADAMS_SCALARS, num_threads);
+    adams::process<adams::UPDATE>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS, num_threads);
 }
 
 #if ADAMS_SCALED
 extern "C" void adams_measure(ADAMS_PARAMETERS, int num_threads) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<adams::MEASURE>({table, num_tensors, amax}, ADAMS_SCALARS, num_threads);
+    adams::process<adams::MEASURE>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS, num_threads);
 }
 
 extern "C" void adams_finish(ADAMS_PARAMETERS, int) {
     if (ADAMS_IS_SKIPPED) return;
-    for (int t = 0; t < num_tensors; ++t) adams::finish_tensor({table, num_tensors, amax}, t);
+    for (int t = 0; t < num_tensors; ++t) adams::finish_tensor({table, num_tensors, chunk_size, amax}, t);
 }
 #endif
 
 #if ADAMS_GUARDED
 extern "C" void adams_rms(ADAMS_PARAMETERS, int num_threads) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<adams::COUNT>({table, num_tensors, amax}, ADAMS_SCALARS, num_threads);
+    adams::process<adams::COUNT>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS, num_threads);
 }
 #endif

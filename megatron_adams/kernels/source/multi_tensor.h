@@ -22,14 +22,13 @@ enum Field {
     NUM_FIELDS
 };
 
-// Elements of a chunk. A block of a GPU, or an iteration of the host's loop, takes one.
-constexpr int CHUNK = 16384;
-
-// The arguments of every entry point. A scalar with a pointer is read through it, unless it is null:
+// The arguments of every entry point. A block of a GPU, or an iteration of the host's loop, takes one chunk
+// of at most chunk_size elements, a multiple of 16. A scalar with a pointer is read through it, unless it is null:
 // so that a CUDA graph replays with new values. amax: (2, num_tensors), zero between steps.
 #define ADAMS_PARAMETERS                                                                        \
-    const long long *table, int num_tensors, int *amax, float lr, const float *lr_pointer,      \
-        float grad_scale, const float *grad_scale_pointer, float correction,                    \
+    const long long *table, int num_tensors, int chunk_size, int *amax, float lr,               \
+        const float *lr_pointer, float grad_scale, const float *grad_scale_pointer,             \
+        float correction,                                                                       \
         const float *correction_pointer, const float *found_inf, float beta1,                   \
         float one_minus_beta1, float beta2, float one_minus_beta2, float eps,                   \
         float weight_decay, int decay
@@ -46,6 +45,7 @@ constexpr int CHUNK = 16384;
 struct Table {
     const long long* rows;
     int num_tensors;
+    int chunk_size;
     int* amax;
 
     ADAMS_FUNCTION long long get(const Table& table, Field field, int tensor) {
@@ -88,13 +88,13 @@ ADAMS_FUNCTION Chunk chunk_at(const Table& table, long long index) {
     }
     const int t = low;
     const long long begin = t == 0 ? 0 : Table::get(table, CHUNK_END, t - 1);
-    const long long offset = (index - begin) * CHUNK;
+    const long long offset = (index - begin) * table.chunk_size;
     const long long rest = Table::get(table, NUMEL, t) - offset;
 
     Chunk chunk;
     chunk.tensor = t;
     chunk.is_first = index == begin;
-    chunk.count = rest < CHUNK ? int(rest) : CHUNK;
+    chunk.count = rest < table.chunk_size ? int(rest) : table.chunk_size;
     chunk.rest = rest;
     chunk.grad = Table::pointer<const Grad::Storage>(table, GRAD, t, offset);
     chunk.param = Table::pointer<Param::Storage>(table, PARAM, t, offset);

@@ -1,0 +1,166 @@
+"""Compare AdamS and AdamW on one GPU in the time that is given; PLAN.md says how.
+
+    python gpu_study.py --data FOLDER --out FOLDER --seconds 150
+
+The folder of --data is prepare.py's. In --out are quality.csv, with a row a run, curves.jsonl and
+log.txt; runs that quality.csv holds are not repeated. The script ends by itself before --seconds
+are over, counted from its start, imports included."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import results
+import schedule
+
+# Left at the end for the interpreter, the device and whoever collects the files.
+RESERVE_S = 8.0
+# Runs of A that the time should hold: about as many as there are up to the end of the first seed of
+# axis B, whose runs are longer by a third.
+TARGET_RUNS = 20
+# Compiling takes some 20 s, which a shorter study does not win back.
+MIN_SECONDS_TO_COMPILE = 60.0
+# For what a run does beside its steps: start values, order of the batches, held-out loss.
+OVERHEAD_PER_RUN_S = 0.6
+
+
+def steps_for(seconds: float, seconds_per_step: float, min_steps: int, max_steps: int) -> int:
+    """Steps of each run of A, so that TARGET_RUNS fit, or where that is too short as many as do.
+
+    Args:
+        seconds: that are left for all runs.
+    """
+
+    def steps_of(num_runs: int) -> int:
+        return int((seconds / num_runs - OVERHEAD_PER_RUN_S) / seconds_per_step)
+
+    num_runs = TARGET_RUNS
+    while num_runs > 1 and steps_of(num_runs) < min_steps:
+        num_runs -= 1
+    return max(min_steps, min(max_steps, steps_of(num_runs) // 5 * 5))
+
+
+def study(args: argparse.Namespace, started: float) -> None:
+    """Do runs until the time is over or none is left.
+
+    Raises:
+        ValueError: the data, the results that are there, or an argument cannot be used.
+    """
+    # Here, and not above: the clock runs while torch is imported.
+    import torch
+    from lab import COMPILE_TIMEOUT_S, PRESETS, Lab, OutOfTime
+
+    deadline = started + args.seconds - RESERVE_S
+    args.out.mkdir(parents=True, exist_ok=True)
+    say = _reporter(args.out / "log.txt", started)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: must be a GPU that torch sees; give --device cpu")
+    preset = PRESETS["rehearsal" if args.rehearse else "25M"]
+    rows = results.read_rows(args.out / "quality.csv")
+    others = {row["model"] for row in rows} - {preset.name}
+    if others:
+        raise ValueError(f"{args.out}: must hold runs of {preset.name} alone, has {others}")
+    lab = Lab(preset, args.data, torch.device(args.device))
+    say(
+        f"{preset.name}: {lab.num_params:,} parameters, {len(lab.train_tokens):,} training tokens,"
+        f" torch {torch.__version__}; {len(rows)} runs are done"
+    )
+    seconds_per_step = lab.seconds_per_batch(4)
+    say(f"not compiled: {lab.batch_tokens / seconds_per_step:,.0f} tokens/s")
+    lab.compile_optimizer()
+    left = deadline - time.monotonic()
+    pays = args.device == "cuda" and left >= MIN_SECONDS_TO_COMPILE
+    if args.compile == "yes" or (args.compile == "auto" and pays):
+        lab.compile(min(COMPILE_TIMEOUT_S, left / 2))
+        say(f"compiled: {lab.compiled}")
+        if lab.compiled == "yes":
+            compiled = lab.seconds_per_batch(8)
+            say(f"compiled: {lab.batch_tokens / compiled:,.0f} tokens/s")
+            if compiled < seconds_per_step:
+                seconds_per_step = compiled
+            else:
+                lab.model.forget_compiled()
+                lab.compiled = "no: slower"
+    steps = _steps_of_rows(rows)
+    if steps is None:
+        left = deadline - time.monotonic()
+        steps = steps_for(left, seconds_per_step, preset.min_steps, preset.max_steps)
+    say(f"{steps} steps in each run of A, {lab.steps_of('B', steps)} in B")
+
+    overhead = OVERHEAD_PER_RUN_S
+    losses = results.losses_of(rows)
+    while (run := schedule.next_run(losses)) is not None:
+        num_steps = lab.steps_of(run.axis, steps)
+        batches = num_steps * lab.batches_per_step(run.axis)
+        needed = batches * seconds_per_step + overhead
+        if time.monotonic() + needed > deadline:
+            say(f"end: {run} would take {needed:.1f} s")
+            break
+        try:
+            row, curves = lab.train(run, num_steps, deadline, report=say)
+        except OutOfTime as exc:
+            say(f"end: {exc}")
+            break
+        results.append_curves(args.out / "curves.jsonl", run, curves)
+        results.append_row(args.out / "quality.csv", row)
+        rows.append(row)
+        losses[run] = float(row["held_out_loss"])
+        seconds_per_step = max(0.0, row["seconds"] - overhead) / batches
+        say(
+            f"{run}  held-out {row['held_out_loss']:.4f}  train {row['train_loss']:.4f}  "
+            f"{row['seconds']:.1f} s  {row['tokens_per_second']:,} tokens/s"
+        )
+    else:
+        say("end: every run of the plan is done")
+    if args.rehearse:
+        say("A rehearsal: what follows is no result.")
+    say(schedule.decide(losses))
+
+
+def _steps_of_rows(rows: list[dict[str, str]]) -> int | None:
+    """How many steps the runs of A had that are done already."""
+    return next((int(row["steps"]) for row in rows if row["axis"] == "A"), None)
+
+
+def _reporter(log: Path, started: float) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        line = f"{time.monotonic() - started:6.1f} s  {text}"
+        print(line, flush=True)
+        with log.open("a") as file:
+            file.write(line + "\n")
+
+    return say
+
+
+def main() -> int:
+    """Run the study from the command line; 2 for what the user has to change."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder of prepare.py")
+    parser.add_argument("--out", type=Path, required=True, help="results; a study there goes on")
+    parser.add_argument(
+        "--seconds", type=float, required=True, help="the script ends before they are over"
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="%(default)s")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="a tiny model: tries the study, measures nothing"
+    )
+    parser.add_argument(
+        "--compile",
+        choices=["auto", "yes", "no"],
+        default="auto",
+        help="compile the model with torch.compile; auto: on a GPU",
+    )
+    args = parser.parse_args()
+    try:
+        study(args, started)
+    except ValueError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

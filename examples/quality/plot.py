@@ -1,0 +1,220 @@
+"""Draw a study's results, and tabulate them: quality.png and summary.md beside its quality.csv.
+
+python plot.py FOLDER"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import results
+import schedule
+from matplotlib.axes import Axes
+from schedule import ADAMS, ADAMW, CANDIDATES, CHANGED_ADAMW, MARGIN, VARIANTS, Losses, Run
+
+ORDER = (ADAMW, ADAMS, *CANDIDATES, *CHANGED_ADAMW)
+# AdamW's variants share its color's hue by being dashed; Okabe and Ito's palette.
+_CANDIDATE_COLORS = ("#009E73", "#CC79A7", "#56B4E9")
+COLORS = {ADAMW.name: "#000000", ADAMS.name: "#D55E00"}
+COLORS |= {each.name: color for each, color in zip(CANDIDATES, _CANDIDATE_COLORS, strict=True)}
+COLORS |= {each.name: color for each, color in zip(CHANGED_ADAMW, _CANDIDATE_COLORS, strict=True)}
+
+
+def style(name: str) -> dict[str, Any]:
+    """How a variant is drawn: a change has a color, AdamW's is dashed."""
+    is_changed_adamw = VARIANTS[name] in CHANGED_ADAMW
+    return {"color": COLORS[name], "linestyle": "--" if is_changed_adamw else "-"}
+
+
+def draw_rates(axes: Axes, losses: Losses) -> None:
+    """Held-out loss of axis A over the peak rate: every seed a point, a line through seed 0.
+
+    Seed 0 alone was run at all rates. Bars go from the lowest to the highest seed at a rate.
+    """
+    lrs: set[float] = set()
+    for variant in ORDER:
+        by_lr: dict[float, list[float]] = {}
+        for run, loss in losses.items():
+            if (run.axis, run.variant) == ("A", variant.name) and math.isfinite(loss):
+                by_lr.setdefault(run.lr, []).append(loss)
+        if not by_lr:
+            continue
+        lrs |= set(by_lr)
+        rates = sorted(by_lr)
+        chosen = sorted(schedule.rates_of(losses, variant).items())
+        axes.plot(*zip(*chosen, strict=True), label=variant.name, **style(variant.name))
+        axes.vlines(
+            rates,
+            [min(by_lr[lr]) for lr in rates],
+            [max(by_lr[lr]) for lr in rates],
+            color=COLORS[variant.name],
+        )
+        points = [(lr, loss) for lr in rates for loss in by_lr[lr]]
+        axes.scatter(*zip(*points, strict=True), s=14, color=COLORS[variant.name], zorder=3)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(lrs), [f"{lr:g}" for lr in sorted(lrs)], minor=False)
+    axes.minorticks_off()
+    axes.set(
+        xlabel="peak learning rate",
+        ylabel="held-out loss (nats a token)",
+        title="A: lines are seed 0, points all seeds; diverged runs are left out",
+    )
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def draw_differences(axes: Axes, losses: Losses) -> None:
+    """Paired differences to AdamW: a point a seed, a line at the mean, a bar of the spread."""
+    ticks: list[str] = []
+    for variant in ORDER[1:]:
+        for axis in ("A", "B"):
+            comparison = schedule.paired(losses, variant, axis)
+            if comparison is None:
+                continue
+            x = len(ticks)
+            ticks.append(f"{variant.name}\n{axis}, n={len(comparison.differences)}")
+            color = COLORS[variant.name]
+            values = list(comparison.differences.values())
+            axes.scatter([x] * len(values), values, s=18, color=color, zorder=3)
+            axes.hlines(comparison.mean, x - 0.25, x + 0.25, color=color)
+            if math.isfinite(comparison.spread):
+                axes.errorbar(x, comparison.mean, comparison.spread, color=color, capsize=4)
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.axhline(MARGIN, color="0.6", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=7)
+    axes.set_xlim(-0.6, max(1, len(ticks)) - 0.4)
+    axes.set(
+        ylabel="held-out loss minus AdamW's (nats a token)",
+        title=f"Paired by seed, seeds that chose nothing; dotted: {MARGIN:+g}",
+    )
+
+
+def compared(losses: Losses) -> list[tuple[str, Run]]:
+    """The runs at seed 0 of each variant at its best rate, with A before B."""
+    runs = []
+    for axis in ("A", "B"):
+        for variant in ORDER:
+            lr = schedule.best_rate(losses, variant)
+            if lr is not None and (run := Run(axis, variant.name, lr, 0)) in losses:
+                runs.append((f"{variant.name} {lr:g}", run))
+    return runs
+
+
+def draw_curves(axes: Axes, losses: Losses, curves: dict[Run, dict[str, Any]]) -> None:
+    """Training loss of axis A at each variant's best rate."""
+    for label, run in compared(losses):
+        if run.axis == "A" and run in curves:
+            axes.plot(
+                curves[run]["steps"], curves[run]["loss"], label=label, **style(run.variant), lw=1
+            )
+    axes.set(xlabel="step", ylabel="training loss (nats a token)", title="A: best rates, seed 0")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def draw_cosines(axes: Axes, losses: Losses, curves: dict[Run, dict[str, Any]]) -> None:
+    """Cosine of a matrix's gradients over their distance in steps; B has rings."""
+    for label, run in compared(losses):
+        cosines = curves.get(run, {}).get("gradient_cosines")
+        if cosines:
+            axes.plot(
+                range(1, len(cosines) + 1),
+                cosines,
+                marker="o" if run.axis == "B" else "",
+                markerfacecolor="none",
+                label=f"{run.axis} {label}",
+                lw=1,
+                **style(run.variant),
+            )
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set(
+        xlabel="steps apart",
+        ylabel="cosine",
+        title="Gradients of one matrix in the middle of the run; rings: B",
+    )
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def draw(losses: Losses, curves: dict[Run, dict[str, Any]], title: str, picture: Path) -> None:
+    """Write the four panels."""
+    figure, panels = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    figure.suptitle(title)
+    draw_rates(panels[0, 0], losses)
+    draw_differences(panels[0, 1], losses)
+    draw_curves(panels[1, 0], losses, curves)
+    draw_cosines(panels[1, 1], losses, curves)
+    for axes in panels.flat:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+
+
+def summary(losses: Losses) -> str:
+    """The results as markdown: a row a variant, then what the rule of PLAN.md says."""
+    lines = [
+        f"{len(losses)} runs, {sum(map(math.isinf, losses.values()))} of them diverged. Losses are "
+        "held-out nats a token.",
+        "",
+        "| variant | rates tried | best rate | loss there, A, by seed | to AdamW in A | in B |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for variant in ORDER:
+        best = schedule.best_rate(losses, variant)
+        if best is None:
+            continue
+        edge = ", an edge" if schedule.is_at_edge(losses, variant) else ""
+        by_seed = {
+            run.seed: loss
+            for run, loss in losses.items()
+            if (run.axis, run.variant, run.lr) == ("A", variant.name, best)
+        }
+        cells = [
+            variant.name,
+            ", ".join(f"{lr:g}" for lr in sorted(schedule.rates_of(losses, variant))),
+            f"{best:g}{edge}",
+            ", ".join(f"{by_seed[seed]:.4f}" for seed in sorted(by_seed)),
+        ]
+        for axis in ("A", "B"):
+            comparison = schedule.paired(losses, variant, axis)
+            if variant is ADAMW or comparison is None:
+                cells.append("-")
+            else:
+                spread = "unknown" if math.isnan(comparison.spread) else f"{comparison.spread:.4f}"
+                num_pairs = len(comparison.differences)
+                cells.append(f"{comparison.mean:+.4f} (n={num_pairs}, sd {spread})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", schedule.decide(losses), ""])
+
+
+def main() -> int:
+    """Draw from the command line; 2 for what the user has to change."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("folder", type=Path, help="--out of gpu_study.py")
+    args = parser.parse_args()
+    try:
+        rows = results.read_rows(args.folder / "quality.csv")
+        if not rows:
+            raise ValueError(f"{args.folder}: must hold quality.csv with a run; run gpu_study.py")
+    except ValueError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    losses = results.losses_of(rows)
+    first = rows[0]
+    title = (
+        f"{int(first['num_params']):,} parameters, {first['steps']} steps of "
+        f"{int(first['tokens_per_step']):,} tokens in A; {first['device']}"
+    )
+    curves = results.read_curves(args.folder / "curves.jsonl")
+    draw(losses, curves, title, args.folder / "quality.png")
+    text = summary(losses)
+    (args.folder / "summary.md").write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

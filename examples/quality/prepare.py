@@ -1,0 +1,226 @@
+"""Turn Python sources into tokens for gpu_study.py: train.bin, heldout.bin and meta.json.
+
+    python prepare.py --out FOLDER [--megabytes 36] [--text FOLDER ...]
+
+Without --text, the sources are those of the running Python's standard library and of the packages
+that are installed beside it. Needs the package `tokenizers`; the study itself does not."""
+
+import argparse
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+END_OF_FILE = "<|endoffile|>"
+VOCAB_SIZE = 4096
+MIN_BYTES, MAX_BYTES = 512, 200_000  # of a file; larger ones are mostly tables
+MAX_BYTES_PER_LINE = 120  # on average; more is data, not code
+HELD_OUT_SHARE = 0.05
+# The tokenizer sees this much of the training text; more of it moves few merges.
+TOKENIZER_BYTES = 16_000_000
+# The code pages in "encodings" are nearly the same file 120 times.
+SKIPPED_FOLDERS = {"encodings", "__pycache__", "site-packages", "dist-packages"}
+# A held-out file is dropped where more of its lines than this stand in the training text.
+MAX_SHARE_OF_KNOWN_LINES = 0.5
+# Shorter lines ("return None", "else:") are in every file and say nothing about copies.
+MIN_LINE_CHARACTERS = 24
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file: its path below the folder that it was found in, and its text."""
+
+    name: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """Of the text without its white space, so that a reformatted copy has the same."""
+        return hashlib.sha256("".join(self.text.split()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Files for training and held-out files; no text is in both."""
+
+    train: list[Source]
+    held_out: list[Source]
+
+
+def default_folders() -> list[Path]:
+    """Where the running Python keeps its standard library and its packages."""
+    paths = sysconfig.get_paths()
+    return [Path(paths["stdlib"]), Path(paths["purelib"])]
+
+
+def read_sources(folders: Iterable[Path]) -> list[Source]:
+    """Read the Python files below some folders, in the order of their names, each text once.
+
+    Raises:
+        ValueError: a folder does not exist.
+    """
+    sources: dict[str, Source] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: must be a folder with Python files; give one that exists")
+        for path in sorted(folder.rglob("*.py")):
+            relative = path.relative_to(folder)
+            if SKIPPED_FOLDERS.intersection(relative.parts) or not path.is_file():
+                continue
+            data = path.read_bytes()
+            if not MIN_BYTES <= len(data) <= MAX_BYTES:
+                continue
+            try:
+                text = data.decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            if len(data) > MAX_BYTES_PER_LINE * (data.count(b"\n") + 1):
+                continue
+            source = Source(relative.as_posix(), text)
+            sources.setdefault(source.digest, source)
+    return list(sources.values())
+
+
+def _lines(source: Source) -> set[str]:
+    """The lines that are long enough to say where they come from."""
+    stripped = (line.strip() for line in source.text.splitlines())
+    return {line for line in stripped if len(line) >= MIN_LINE_CHARACTERS}
+
+
+def split_sources(sources: Sequence[Source], max_bytes: int) -> Split:
+    """Divide files into training and held-out ones, in an order that their texts decide.
+
+    A held-out file most of whose lines stand in the training text is dropped: it is a copy that
+    was edited.
+
+    Args:
+        sources: each text once.
+        max_bytes: files are taken up to this many bytes.
+    """
+    train, held_out, size = [], [], 0
+    for source in sorted(sources, key=lambda source: source.digest):
+        if size >= max_bytes:
+            break
+        size += len(source.text.encode())
+        # The digest's end: its beginning is sorted by.
+        is_held_out = int(source.digest[-8:], 16) < HELD_OUT_SHARE * 2**32
+        (held_out if is_held_out else train).append(source)
+    known: set[str] = set()
+    for source in train:
+        known |= _lines(source)
+    kept = []
+    for source in held_out:
+        lines = _lines(source)
+        if len(lines & known) <= MAX_SHARE_OF_KNOWN_LINES * len(lines):
+            kept.append(source)
+    return Split(train, kept)
+
+
+def train_tokenizer(sources: Sequence[Source]):
+    """Train a byte-level BPE with VOCAB_SIZE tokens; END_OF_FILE is token 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_FILE],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts, size = [], 0
+    for source in sources:
+        if size >= TOKENIZER_BYTES:
+            break
+        texts.append(source.text)
+        size += len(source.text)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer, sources: Sequence[Source], max_tokens: int) -> tuple[np.ndarray, int, int]:
+    """Return (tokens,) uint16 with an end of file after each file, their bytes, and the files used.
+
+    The last file is left out where it does not fit whole.
+    """
+    parts, num_tokens, num_bytes, num_files = [], 0, 0, 0
+    for start in range(0, len(sources), 256):
+        batch = sources[start : start + 256]
+        for source, encoding in zip(
+            batch, tokenizer.encode_batch_fast([source.text for source in batch]), strict=True
+        ):
+            if num_tokens + len(encoding.ids) + 1 > max_tokens:
+                return np.concatenate(parts), num_bytes, num_files
+            parts.append(np.array([*encoding.ids, 0], dtype=np.uint16))
+            num_tokens += len(parts[-1])
+            num_bytes += len(source.text.encode()) + 1
+            num_files += 1
+    return np.concatenate(parts), num_bytes, num_files
+
+
+def prepare(folders: Sequence[Path], out: Path, max_bytes: int) -> dict[str, object]:
+    """Write train.bin, heldout.bin (uint16) and meta.json, together at most `max_bytes`.
+
+    Returns:
+        What meta.json holds. `held_out_bytes_per_token` turns a loss in nats a token into nats a
+        byte: an end of file counts for one byte.
+
+    Raises:
+        ValueError: a folder does not exist, or there is too little text.
+    """
+    max_tokens = (max_bytes - 4096) // 2
+    # Four bytes a token are more than this tokenizer makes of Python.
+    split = split_sources(read_sources(folders), max_bytes=4 * max_tokens)
+    if not split.train or not split.held_out:
+        raise ValueError(
+            f"{len(split.train)} training and {len(split.held_out)} held-out files: must be at "
+            "least one of each; give folders with more Python files"
+        )
+    tokenizer = train_tokenizer(split.train)
+    held_out, held_out_bytes, held_out_files = encode(
+        tokenizer, split.held_out, int(max_tokens * HELD_OUT_SHARE)
+    )
+    train, train_bytes, train_files = encode(tokenizer, split.train, max_tokens - len(held_out))
+    out.mkdir(parents=True, exist_ok=True)
+    train.tofile(out / "train.bin")
+    held_out.tofile(out / "heldout.bin")
+    meta = {
+        "vocab_size": VOCAB_SIZE,
+        "train_tokens": len(train),
+        "train_files": train_files,
+        "train_bytes_per_token": round(train_bytes / len(train), 4),
+        "held_out_tokens": len(held_out),
+        "held_out_files": held_out_files,
+        "held_out_bytes_per_token": round(held_out_bytes / len(held_out), 4),
+        "sha256": hashlib.sha256(train.tobytes() + held_out.tobytes()).hexdigest(),
+    }
+    (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return meta
+
+
+def main() -> int:
+    """Prepare from the command line; 2 for what the user has to change."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True, help="the folder that is written")
+    parser.add_argument("--megabytes", type=float, default=36, help="at most (%(default)s)")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", help="folders with Python files (this Python's own)"
+    )
+    args = parser.parse_args()
+    try:
+        meta = prepare(args.text or default_folders(), args.out, int(args.megabytes * 1e6))
+    except ValueError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    print(json.dumps(meta, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The files that a study leaves: quality.csv, a row a run, and curves.jsonl. Imports no torch.
+
+A row is on the disk before the next run starts. A line that a kill cut in two is dropped by the
+reader."""
+
+import csv
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from schedule import Losses, Run
+
+_KINDS = ("matrices", "embedding", "head", "norms")
+COLUMNS = (
+    "model",  # a name of lab.PRESETS
+    "axis",
+    "variant",
+    "lr",
+    "seed",
+    "beta1",
+    "beta2",
+    "weight_decay",
+    "num_params",
+    "steps",
+    "tokens_per_step",
+    "tokens",
+    "held_out_loss",  # nats a token, after the last step; inf: diverged
+    "held_out_loss_per_byte",
+    "train_loss",  # nats a token, mean of the last ten steps
+    # RMS of the update before lr and weight decay, at half of the steps and at the last one.
+    *(f"rms_half_{kind}" for kind in _KINDS),
+    *(f"rms_end_{kind}" for kind in _KINDS),
+    # What AdamW's would be on the same gradients; of AdamS's runs.
+    *(f"adamw_rms_half_{kind}" for kind in _KINDS),
+    *(f"adamw_rms_end_{kind}" for kind in _KINDS),
+    "seconds",
+    "tokens_per_second",
+    "compiled",  # "yes", or why not
+    "device",
+    "torch",
+)
+
+
+def _cut_partial_line(path: Path) -> None:
+    """Remove what follows the last line break: a kill came between."""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read the rows of quality.csv; a line that was cut is removed from the file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return []
+    _cut_partial_line(path)
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        if reader.fieldnames is not None and tuple(reader.fieldnames) != COLUMNS:
+            raise ValueError(f"{path}: must have the columns of this version; give another --out")
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a run; its keys are COLUMNS."""
+    assert set(row) == set(COLUMNS), set(row) ^ set(COLUMNS)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if not path.exists() or path.stat().st_size == 0:
+        writer.writeheader()
+    writer.writerow(row)
+    _append(path, text.getvalue())
+
+
+def append_curves(path: Path, run: Run, curves: dict[str, Any]) -> None:
+    """Add a line of JSON with a run's place and its curves."""
+    if path.exists():
+        _cut_partial_line(path)
+    place = {"axis": run.axis, "variant": run.variant, "lr": run.lr, "seed": run.seed}
+    _append(path, json.dumps(place | curves) + "\n")
+
+
+def read_curves(path: Path) -> dict[Run, dict[str, Any]]:
+    """Read curves.jsonl, of each run the last line; a line that was cut is left out."""
+    curves = {}
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                entry = json.loads(line)
+                run = Run(entry["axis"], entry["variant"], entry["lr"], entry["seed"])
+                curves[run] = entry
+    return curves
+
+
+def run_of(row: dict[str, str]) -> Run:
+    """A row's place in the study."""
+    return Run(row["axis"], row["variant"], float(row["lr"]), int(row["seed"]))
+
+
+def losses_of(rows: list[dict[str, str]]) -> Losses:
+    """Held-out losses in nats a token; of a diverged run infinite."""
+    losses = {run_of(row): float(row["held_out_loss"]) for row in rows}
+    return {run: math.inf if math.isnan(loss) else loss for run, loss in losses.items()}

@@ -1,0 +1,217 @@
+"""Which run the study does next, and what its runs decide: the rules of PLAN.md. Imports no torch.
+
+The order is a function of the runs that are done alone, so a study that was stopped goes on where
+it was."""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+BETA1, EPS, WEIGHT_DECAY = 0.9, 1e-8, 0.1
+# Rates beside each other differ by this factor; so many are tried at most for a variant.
+RATE_FACTOR = 2.0
+MAX_RATES = 5
+# What a recommended variant may be above AdamW, in nats a token.
+MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer of the study.
+
+    Attributes:
+        family: "adamw" or "adams".
+        rates: the peak learning rates that are tried first, in this order.
+        cautious: in the hidden matrices, no element moves against its gradient.
+        nesterov: the numerator looks a step ahead.
+    """
+
+    name: str
+    family: str
+    rates: tuple[float, float]
+    beta2: float = 0.95
+    cautious: bool = False
+    nesterov: bool = False
+
+
+ADAMW = Variant("AdamW", "adamw", (4e-3, 2e-3))
+ADAMS = Variant("AdamS", "adams", (1e-3, 2e-3))
+CANDIDATES = (
+    Variant("AdamS cautious", "adams", (2e-3, 4e-3), cautious=True),
+    Variant("AdamS Nesterov", "adams", (1e-3, 2e-3), nesterov=True),
+    Variant("AdamS beta2 0.99", "adams", (1e-3, 2e-3), beta2=0.99),
+)
+# AdamW with each candidate's change, in the same order.
+CHANGED_ADAMW = (
+    Variant("AdamW cautious", "adamw", (4e-3, 2e-3), cautious=True),
+    Variant("AdamW Nesterov", "adamw", (4e-3, 2e-3), nesterov=True),
+    Variant("AdamW beta2 0.99", "adamw", (4e-3, 2e-3), beta2=0.99),
+)
+VARIANTS = {variant.name: variant for variant in (ADAMW, ADAMS, *CANDIDATES, *CHANGED_ADAMW)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's place in the study; the same seed has the same start and the same batches.
+
+    Attributes:
+        axis: "A", or "B": four times the tokens a step, at A's best rates.
+        lr: the peak learning rate.
+    """
+
+    axis: str
+    variant: str
+    lr: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.axis} {self.variant} lr {self.lr:g} seed {self.seed}"
+
+
+type Losses = dict[Run, float]
+"""Of each run that is done the held-out loss in nats a token; infinite where it diverged."""
+
+
+def rates_of(losses: Losses, variant: Variant) -> dict[float, float]:
+    """Peak learning rate -> held-out loss, of the runs that choose a rate: A, seed 0."""
+    return {
+        run.lr: loss
+        for run, loss in losses.items()
+        if (run.axis, run.variant, run.seed) == ("A", variant.name, 0)
+    }
+
+
+def best_rate(losses: Losses, variant: Variant) -> float | None:
+    """The best of the rates that were tried, or None before the first."""
+    rates = rates_of(losses, variant)
+    return min(rates, key=lambda lr: (rates[lr], lr)) if rates else None
+
+
+def is_at_edge(losses: Losses, variant: Variant) -> bool:
+    """Whether a better rate may lie outside of those that were tried."""
+    rates, best = rates_of(losses, variant), best_rate(losses, variant)
+    return best is None or best in (min(rates), max(rates))
+
+
+def next_rate(losses: Losses, variant: Variant) -> float | None:
+    """The rate to try next: the first two, then outward from the best until it has neighbors.
+
+    None: there are neighbors on both sides, or MAX_RATES were tried.
+    """
+    rates = rates_of(losses, variant)
+    for lr in variant.rates:
+        if lr not in rates:
+            return lr
+    if len(rates) >= MAX_RATES or not is_at_edge(losses, variant):
+        return None
+    best = best_rate(losses, variant)
+    assert best is not None
+    return best * RATE_FACTOR if best == max(rates) else best / RATE_FACTOR
+
+
+def leader(losses: Losses) -> Variant | None:
+    """The candidate with the lowest held-out loss at its best rate, once each has two rates."""
+    rates = {variant: rates_of(losses, variant) for variant in CANDIDATES}
+    if any(len(tried) < 2 for tried in rates.values()):
+        return None
+    return min(CANDIDATES, key=lambda variant: min(rates[variant].values()))
+
+
+def _wishes(losses: Losses) -> Iterator[Run | None]:
+    """The study in its order, as far as the runs that are done tell; some are done already."""
+
+    def search(variant: Variant) -> Iterator[Run]:
+        lr = next_rate(losses, variant)
+        if lr is not None:
+            yield Run("A", variant.name, lr, 0)
+
+    def repeat(axis: str, variants: Sequence[Variant], seed: int) -> Iterator[Run]:
+        for variant in variants:
+            lr = best_rate(losses, variant)
+            assert lr is not None
+            yield Run(axis, variant.name, lr, seed)
+
+    for variant in (ADAMW, ADAMS, *CANDIDATES):
+        yield Run("A", variant.name, variant.rates[0], 0)
+    yield from search(ADAMW)
+    yield from search(ADAMS)
+    for variant in CANDIDATES:
+        yield Run("A", variant.name, variant.rates[1], 0)
+    ahead = leader(losses)
+    if ahead is None:  # then one of those above is not done
+        return
+    yield from search(ahead)
+    compared = (ADAMW, ahead, ADAMS)
+    yield from repeat("A", compared, seed=1)
+    yield from repeat("B", compared, seed=0)
+    yield from repeat("A", compared, seed=2)
+    yield from repeat("B", compared, seed=1)
+    same_change = CHANGED_ADAMW[CANDIDATES.index(ahead)]
+    for variant in (same_change, *CANDIDATES, *CHANGED_ADAMW):
+        yield from search(variant)
+    for seed in (1, 2):
+        yield from repeat("A", (same_change,), seed)
+    for seed in (3, 4):
+        yield from repeat("A", compared, seed)
+        yield from repeat("B", compared, seed - 1)
+
+
+def next_run(losses: Losses) -> Run | None:
+    """The most telling run that is not done, or None: the study is complete."""
+    return next((run for run in _wishes(losses) if run not in losses), None)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences of a variant to AdamW by seed, each at the rate that is best in A at seed 0.
+
+    Only runs that did not choose rate or variant: in A seeds from 1, in B all.
+    """
+
+    axis: str
+    differences: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.differences.values())
+
+    @property
+    def spread(self) -> float:
+        """The deviation over seeds; NaN for one."""
+        values = self.differences.values()
+        return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def paired(losses: Losses, variant: Variant, axis: str) -> Paired | None:
+    """Compare a variant with AdamW by seeds that chose nothing; None: there are none."""
+    rate, adamw_rate = best_rate(losses, variant), best_rate(losses, ADAMW)
+    if rate is None or adamw_rate is None:
+        return None
+    differences = {}
+    for seed in sorted({run.seed for run in losses}):
+        if axis == "A" and seed == 0:
+            continue
+        ours = losses.get(Run(axis, variant.name, rate, seed))
+        theirs = losses.get(Run(axis, ADAMW.name, adamw_rate, seed))
+        if ours is not None and theirs is not None:
+            differences[seed] = ours - theirs
+    return Paired(axis, differences) if differences else None
+
+
+def decide(losses: Losses) -> str:
+    """Say in a sentence what the rule of PLAN.md makes of the runs that are done."""
+    ahead = leader(losses)
+    if ahead is None:
+        return "Not decided: the candidates have not been run at two rates each."
+    found = [paired(losses, ahead, axis) for axis in ("A", "B")]
+    known = [comparison for comparison in found if comparison is not None]
+    means = ", ".join(f"{each.axis} {each.mean:+.4f}" for each in known) or "not compared yet"
+    if len(known) < len(found):
+        return (
+            f"Not decided: {ahead.name} leads; to AdamW {means}, nats a token. It takes paired "
+            "runs in A with a seed from 1 on, and in B."
+        )
+    is_within = all(each.mean <= MARGIN for each in known)
+    verdict = "is recommended" if is_within else "is not recommended"
+    return f"{ahead.name} {verdict}: to AdamW {means}, nats a token; margin {MARGIN:+.2f}."

@@ -1,0 +1,187 @@
+"""The optimizers that the study compares, built for a model's parameters.
+
+AdamS without a change is the product's, AdamW without a change is torch's. The changed ones are
+written here from their formulas, a tensor operation after another."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from schedule import BETA1, EPS, WEIGHT_DECAY, Variant
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from megatron_adams import AdamS
+
+
+@torch.no_grad()
+def changed_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor] | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    cautious: bool,
+    nesterov: bool,
+) -> None:
+    """Apply one step of AdamS, or of AdamW, with changes, to params and state in place.
+
+        AdamS:     v_t = beta2 * m_{t-1}^2 + (1 - beta2) * g_t^2       m_t = beta1 * m_{t-1} + ...
+        AdamW:     s_t = beta2 * s_{t-1} + (1 - beta2) * g_t^2         v_t = s_t / (1 - beta2^t)
+        numerator: n_t = m_t, AdamW: m_t / (1 - beta1^t)
+        nesterov:  n_t = beta1 * m_t + (1 - beta1) * g_t, AdamW: that / (1 - beta1^(t+1))
+        u_t = n_t / (sqrt(v_t) + eps)
+        cautious:  u_t = 0 where u_t * g_t <= 0; the others are not enlarged
+        p_t = p_{t-1} - lr * (u_t + weight_decay * p_{t-1})
+
+    AdamW's divisors make the weights of the gradients in n_t and v_t add up to 1. AdamS has none,
+    as in the paper.
+
+    Sources: Liang et al. 2024, arXiv:2411.16085 (cautious; they also rescale); Dozat 2016
+    (nesterov).
+
+    Args:
+        params, grads, exp_avgs: as many tensors of the same shapes, fp32 or fp64.
+        exp_avg_sqs: likewise, AdamW; None: AdamS.
+        step: the number of this step, from 1; read for AdamW alone.
+    """
+    if exp_avg_sqs is None:
+        v = torch._foreach_mul(exp_avgs, exp_avgs)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+        correction = 1.0
+    else:
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+        v = torch._foreach_div(exp_avg_sqs, 1 - beta2**step)
+        correction = 1 - beta1 ** (step + 1 if nesterov else step)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_sqrt_(v)
+    torch._foreach_add_(v, eps)
+    numerators = torch._foreach_lerp(exp_avgs, grads, 1 - beta1) if nesterov else exp_avgs
+    updates = torch._foreach_div(numerators, v)
+    torch._foreach_div_(updates, correction)
+    if cautious:
+        for update, grad in zip(updates, grads, strict=True):
+            update.mul_(update * grad > 0)
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_add_(params, updates, alpha=-lr)
+
+
+class ChangedAdam(Optimizer):
+    """`changed_update_` as a torch optimizer.
+
+    Args:
+        params: groups; "cautious" in each says whether the mask is on there.
+        has_exp_avg_sq: AdamW (True) or AdamS.
+        nesterov: on in all groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        has_exp_avg_sq: bool,
+        nesterov: bool,
+    ) -> None:
+        self.has_exp_avg_sq, self.nesterov = has_exp_avg_sq, nesterov
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "cautious": False}
+        )
+        self.num_steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every param; each has a gradient."""
+        self.num_steps += 1
+        names = ["exp_avg", "exp_avg_sq"] if self.has_exp_avg_sq else ["exp_avg"]
+        for group in self.param_groups:
+            params = group["params"]
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = {name: torch.zeros_like(param) for name in names}
+            beta1, beta2 = group["betas"]
+            state = {name: [self.state[param][name] for param in params] for name in names}
+            changed_update_(
+                params,
+                [param.grad for param in params],
+                state["exp_avg"],
+                state.get("exp_avg_sq"),
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=self.num_steps,
+                cautious=group["cautious"],
+                nesterov=self.nesterov,
+            )
+
+
+def build(variant: Variant, params_by_kind: dict[str, list[Tensor]], lr: float) -> Optimizer:
+    """Build a variant's optimizer; norms have no weight decay, and a mask acts on matrices alone.
+
+    Args:
+        params_by_kind: a list of fp32 params for each of gpt.KINDS.
+    """
+    groups = [
+        {
+            "params": params,
+            "weight_decay": 0.0 if kind == "norms" else WEIGHT_DECAY,
+            "cautious": variant.cautious and kind == "matrices",
+        }
+        for kind, params in params_by_kind.items()
+    ]
+    betas = (BETA1, variant.beta2)
+    if variant.cautious or variant.nesterov:
+        return ChangedAdam(
+            groups,
+            lr=lr,
+            betas=betas,
+            eps=EPS,
+            has_exp_avg_sq=variant.family == "adamw",
+            nesterov=variant.nesterov,
+        )
+    if variant.family == "adamw":
+        is_cuda = groups[0]["params"][0].is_cuda
+        return AdamW(groups, lr=lr, betas=betas, eps=EPS, fused=is_cuda)
+    return AdamS(groups, lr=lr, betas=betas, eps=EPS)
+
+
+class Shadow:
+    """The exp_avg_sq that AdamW would have on the gradients of a run of AdamS.
+
+    Args:
+        params: those of the run.
+        beta2: AdamW's.
+    """
+
+    def __init__(self, params: Sequence[Tensor], beta2: float) -> None:
+        self.params, self.beta2, self.num_steps = params, beta2, 0
+        self.exp_avg_sqs = [torch.zeros_like(param) for param in params]
+
+    @torch.no_grad()
+    def count(self) -> None:
+        """Take in the gradients of a step."""
+        self.num_steps += 1
+        grads = [param.grad for param in self.params]
+        torch._foreach_mul_(self.exp_avg_sqs, self.beta2)
+        torch._foreach_addcmul_(self.exp_avg_sqs, grads, grads, 1 - self.beta2)
+
+    @torch.no_grad()
+    def updates(self, optimizer: Optimizer) -> list[Tensor]:
+        """What AdamW's update of the step just taken would be, from the run's own exp_avg."""
+        first, second = 1 - BETA1**self.num_steps, math.sqrt(1 - self.beta2**self.num_steps)
+        return [
+            optimizer.state[param]["exp_avg"] / first / (square.sqrt() / second + EPS)
+            for param, square in zip(self.params, self.exp_avg_sqs, strict=True)
+        ]

@@ -1,0 +1,61 @@
+"""How the CUDA kernel of a mode is cut up: what changes its speed and none of its results.
+
+`benchmarks/sweep.py` times the alternatives on a GPU. Imports nothing but modes.py.
+"""
+
+from typing import Literal, NamedTuple
+
+from megatron_adams.kernels.modes import Mode
+
+_LOAD_HINTS = {
+    "plain": "",
+    "streaming": ".cs",
+    "no_allocate": ".L1::no_allocate",
+    "prefetch_256B": ".L1::no_allocate.L2::256B",
+}
+_STORE_HINTS = {"plain": "", "streaming": ".cs"}
+
+
+class Tuning(NamedTuple):
+    """The constants that source/device.cu is compiled with.
+
+    Attributes:
+        group: elements that lie side by side and that one thread moves at once, of every tensor:
+            4, 8 or 16. 0 takes 16 bytes of the narrowest tensor, which leaves gaps between the
+            accesses of neighbouring threads to a wider one.
+        unroll: how many groups a thread reads before it computes the first.
+        block: threads of a block; a multiple of 32.
+        min_blocks: blocks that a multiprocessor must have registers for. None: chosen by the
+            number of elements that a thread holds, so that nothing is spilled.
+        load, store: the cache hint of the accesses to tensors.
+        hardware_conversions: bf16, fp16 and fp8 numbers are converted by the GPU's instructions,
+            and not by integer arithmetic. Only the payloads of NaNs differ. fp8 needs sm_89.
+    """
+
+    group: int = 0
+    unroll: int = 1
+    block: int = 256
+    min_blocks: int | None = None
+    load: Literal["plain", "streaming", "no_allocate", "prefetch_256B"] = "plain"
+    store: Literal["plain", "streaming"] = "plain"
+    hardware_conversions: bool = False
+
+    def defines(self) -> dict[str, str]:
+        """The macros of source/device.cu, beside those of the mode."""
+        return {
+            "ADAMS_GROUP": str(self.group),
+            "ADAMS_UNROLL": str(self.unroll),
+            "ADAMS_BLOCK": str(self.block),
+            "ADAMS_MIN_BLOCKS": str(-1 if self.min_blocks is None else self.min_blocks),
+            "ADAMS_LOAD_HINT": f'"{_LOAD_HINTS[self.load]}"',
+            "ADAMS_STORE_HINT": f'"{_STORE_HINTS[self.store]}"',
+            "ADAMS_HARDWARE_CONVERSIONS": str(int(self.hardware_conversions)),
+        }
+
+
+_DEFAULT = Tuning()
+
+
+def tuning_of(mode: Mode) -> Tuning:
+    """Return the constants that the kernel of a mode is compiled with."""
+    return _DEFAULT

@@ -1,0 +1,30 @@
+"""All tests of tests/gpu: side by side where pytest-xdist is, one after another elsewhere.
+
+A process that a CUDA error has made useless ends, and another goes on (tests/gpu/conftest.py).
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from stage import Stage
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def main() -> int:
+    stage = Stage("battery")
+    # The options and plugins of pyproject.toml are left aside: they may not be there.
+    options = ["-q", "-rfE", "--tb=short", "-c", os.devnull, "--rootdir", str(ROOT)]
+    options += ["-p", "no:cacheprovider", f"--results={stage.results}"]
+    # A thread's, because no signal reaches Python in a process that waits for a kernel that hangs.
+    options += ["--timeout=60", "--timeout-method=thread"]
+    if importlib.util.find_spec("xdist") is not None and not stage.is_rehearsal:
+        options += ["-n", "8", "--max-worker-restart=40"]
+    return int(pytest.main([*options, str(ROOT / "tests" / "gpu")]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
