@@ -30,9 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if _is_worker(config):
         # There are as many processes as the oracle's threads would be.
         torch.set_num_threads(1)
-    elif config.getoption("--results"):
-        records = Records(Path(config.getoption("--results")))
-        config.pluginmanager.register(_Recorder(records))
+    # There is no such option where pytest was not started with this folder.
+    elif results := config.getoption("--results", default=None):
+        config.pluginmanager.register(_Recorder(Records(Path(results))))
 
 
 class _Recorder:

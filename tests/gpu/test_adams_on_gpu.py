@@ -249,3 +249,33 @@ def test_the_default_device_does_not_show(storage, device, guard):
         with torch.device("cuda"):
             mine[1].step()
     assert_same(mine, reference)
+
+
+def step_with_grad_scaler(device):
+    """Steps that torch's GradScaler asks for, of which the third is skipped."""
+    params, optimizer = build(device, fused=True, bias_correction=True)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=1000)
+    scaler.scale(torch.ones((), device=device))  # it has a scale from here on
+    for step in range(4):
+        set_grads(params, step)
+        for param in params:
+            param.grad.mul_(1024)
+        if step == 2:
+            params[4].grad[65_536] = torch.inf
+        # From the second step on, there is state, and nothing is to be waited for.
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" and step else "default")
+        try:
+            scaler.step(optimizer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        scaler.update()
+    assert scaler.get_scale() == 512.0
+    return params, optimizer
+
+
+def test_grad_scaler_has_the_bits_of_the_cpu_and_waits_for_nothing():
+    on_gpu, on_cpu = step_with_grad_scaler("cuda"), step_with_grad_scaler("cpu")
+    for mine, theirs in zip(on_gpu[0], on_cpu[0], strict=True):
+        assert torch.equal(mine.detach().cpu(), theirs.detach())
+    for mine, theirs in zip(on_gpu[1].param_groups, on_cpu[1].param_groups, strict=True):
+        assert int(mine["step"]) == int(theirs["step"]) == 3

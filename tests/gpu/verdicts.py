@@ -266,4 +266,7 @@ def quality(records: list[dict[str, Any]], folder: Path) -> Verdict:
     words = f"{len(rows)} runs; lowest held-out losses: " + ", ".join(named)
     columns = ("axis", "variant", "lr", "seed", "steps", "held_out_loss", "train_loss", "seconds")
     lines = table(columns, ([row.get(name, "") for name in columns] for row in rows))
-    return Verdict(words, True, ["", *lines])
+    log = folder / "log.txt"
+    said = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
+    # The study's own words on what its runs decide, if it came so far.
+    return Verdict(words, True, ["", *lines, "", *said])

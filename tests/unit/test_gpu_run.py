@@ -55,10 +55,10 @@ Records(args.results).write(name, "begins", ok=True)
 HANGS = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 # As torchrun starts its workers: in a session of their own.
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"],
                          start_new_session=True)
 (here / "child").write_text(str(child.pid))
-time.sleep(600)
+time.sleep(60)
 """
 FAILS = "Records(args.results).write(name, 'second', ok=False, words='1 is not 2'); sys.exit(3)"
 
@@ -79,6 +79,15 @@ def start(folder, *stages):
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+def finish(process, timeout_s=60):
+    """Wait for a run; return what it printed."""
+    try:
+        return process.communicate(timeout=timeout_s)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
 
 
 def rows_of(text):
@@ -146,7 +155,7 @@ def test_a_stage_that_hangs_is_ended_with_its_children_and_the_next_one_runs(tmp
     write_programs(tmp_path, hangs=HANGS, works="")
     started = time.monotonic()
     process = start(tmp_path, "hangs:3", "works")
-    output, _ = process.communicate(timeout=60)
+    output = finish(process)
     assert time.monotonic() - started < 30
     rows = rows_of(output)
     assert rows["hangs"].startswith("**failed**: stopped at its limit of 3 s. 1 of 1 checks")
@@ -166,7 +175,7 @@ def test_sigterm_ends_the_stage_and_prints_the_table(tmp_path):
         assert time.monotonic() < until
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    output = finish(process, 30)
     rows = rows_of(output)
     assert rows["hangs"].startswith("**failed**: stopped by SIGTERM. 1 of 1 checks are right")
     assert rows["works"] == "not run: SIGTERM came before"
@@ -178,7 +187,7 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):
     large = "(args.out / 'large.bin').write_bytes(bytes(5 * 2**20))"
     write_programs(tmp_path, fails=FAILS, works=large, loud="while True: print('x' * 10**6)")
     process = start(tmp_path, "fails", "loud", "gone", "works")
-    output, _ = process.communicate(timeout=60)
+    output = finish(process)
     rows = rows_of(output)
     words = "exit code 3. 1 of 2 checks are right; wrong are second: 1 is not 2"
     assert rows["fails"] == f"**failed**: {words}"
@@ -194,7 +203,7 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):
 def test_after_a_smoke_that_fails_the_sanitizer_comes_first_and_megatron_not_at_all(tmp_path):
     write_programs(tmp_path, smoke=FAILS, battery="", megatron="", sanitizer="", ncu="")
     process = start(tmp_path, "smoke", "battery:110", "megatron", "ncu", "sanitizer")
-    output, _ = process.communicate(timeout=60)
+    output = finish(process)
     rows = rows_of(output)
     assert list(rows) == ["smoke", "megatron", "sanitizer", "battery", "ncu"]
     assert rows["megatron"] == "not run: smoke failed"

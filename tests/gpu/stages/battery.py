@@ -21,7 +21,9 @@ def main() -> int:
     options += ["-p", "no:cacheprovider", f"--results={stage.results}"]
     # A thread's, because no signal reaches Python in a process that waits for a kernel that hangs.
     options += ["--timeout=60", "--timeout-method=thread"]
-    if importlib.util.find_spec("xdist") is not None and not stage.is_rehearsal:
+    if stage.is_rehearsal:
+        options += ["-p", "tests.gpu.rehearsal"]
+    elif importlib.util.find_spec("xdist") is not None:
         options += ["-n", "8", "--max-worker-restart=40"]
     return int(pytest.main([*options, str(ROOT / "tests" / "gpu")]))
 
