@@ -109,12 +109,6 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
     return held
 
 
-def train_under_default_dtype(argv: str, dtype: str) -> dict[str, Any]:
-    """As `cases.train`, in a program that has set another default dtype for its own tensors."""
-    torch.set_default_dtype(getattr(torch, dtype))
-    return cases.train(argv)
-
-
 def _dp_rank(param: Any) -> int:
     if getattr(param, "allreduce", True):
         return int(parallel_state.get_data_parallel_rank())

@@ -195,16 +195,6 @@ def test_the_log_changes_no_bit_and_is_at_the_interval(cluster: Cluster) -> None
     assert [rank["num_late_kernels"] for rank in seldom.results] == [0] * len(seldom.results)
 
 
-@pytest.mark.parametrize(
-    "name", [SHARDED, f"{AWARE} --exp-avg-dtype fp16 --main-params-dtype fp16"]
-)
-def test_default_dtype_of_the_program_changes_no_bit(cluster: Cluster, name: str) -> None:
-    flags = f"{name} --bf16 --train-iters 3 --adams-max-update-rms 0.3"
-    case = "tests.distributed.rms_cases:train_under_default_dtype"
-    usual = cluster.run(case, 2, argv=flags, dtype="float32")
-    assert_same_model(usual, cluster.run(case, 2, argv=flags, dtype="bfloat16"))
-
-
 @pytest.mark.parametrize("guard", ["", MATCH])
 def test_a_step_that_is_skipped_has_no_rms(cluster: Cluster, guard: str) -> None:
     flags = "--fp16 --initial-loss-scale 1048576 --hysteresis 1 --loss-scale-window 2"
