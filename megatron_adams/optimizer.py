@@ -9,11 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import cached_property, wraps
 from itertools import chain
 from numbers import Integral, Real
+from types import NoneType
 from typing import Any, NamedTuple, Self, cast, overload
 
 import torch
@@ -147,25 +148,30 @@ class _Columns:
 
     Attributes:
         params: as the group has them.
-        grads: their values are in their memory, see `_in_memory`.
+        grads: those that are plain have their values in their memory, see `_in_memory`.
         grad_dtypes: of `grads`.
-        grad_pointers: where they are.
         written: what is written as the param: it, its bytes or the model's copy of it.
         exp_avgs: of `state[param]`.
         main_params: master weights; None where `written` is the master itself.
         scales: by the name of the state that is stored with them.
         fp8_scaling: None where `written` has none.
+        is_plain: none is of a class whose data is elsewhere than at its pointer.
     """
 
     params: list[Tensor]
     grads: list[Tensor]
     grad_dtypes: list[torch.dtype]
-    grad_pointers: list[int]
     written: list[Tensor]
     exp_avgs: list[Tensor]
     main_params: list[Tensor | None]
     scales: list[dict[str, Tensor]]
     fp8_scaling: list[Fp8Scaling | None]
+    is_plain: bool
+
+    @cached_property
+    def grad_pointers(self) -> list[int]:
+        """Where the gradients are."""
+        return [*map(Tensor.data_ptr, self.grads)]
 
     def row(self, index: int) -> list[Tensor]:
         """The full-size tensors of one param: what is written, gradient, exp_avg, master."""
@@ -183,7 +189,7 @@ class _Columns:
         state += [main_param for main_param in self.main_params if main_param is not None]
         tensors = [*self.grads, *state]
         # Function by function, as each step asks it of what may be thousands of tensors.
-        if not {*map(type, tensors)} <= _PLAIN or any(map(Tensor.is_neg, state)):
+        if not self.is_plain or any(map(Tensor.is_neg, state)):
             return None
         is_contiguous = all(map(Tensor.is_contiguous, tensors))
         one_element = [scale for scales in self.scales for scale in scales.values()]
@@ -928,7 +934,8 @@ class AdamS(Optimizer):
         exp_avgs = [state["exp_avg"] for state in states]
         main_params = [state.get("master_param") for state in states]
         written, fp8_scaling = params, []
-        if not {*map(type, params), *map(type, grads), *map(type, exp_avgs)} <= _PLAIN:
+        is_plain = _are_plain(params, grads, exp_avgs, main_params)
+        if not is_plain:
             _check_gradients(grads)
             grads, exp_avgs = [*map(_local, grads)], [*map(_local, exp_avgs)]
             main_params = [main if main is None else _local(main) for main in main_params]
@@ -944,16 +951,22 @@ class AdamS(Optimizer):
             written = [
                 param if copy is None else copy for param, copy in zip(written, copies, strict=True)
             ]
+        if not is_plain or self.model_params:
+            is_plain = _are_plain(written, grads, exp_avgs, main_params)
         scales = [self._scales.get(param, {}) for param in params] if self._scales else []
-        try:
-            grads, pointers = _in_memory(grads)
-        except RuntimeError:
-            # A sparse tensor has no pointer.
-            _check_gradients(grads)
-            raise
-        return _Columns(
-            params, grads, dtypes, pointers, written, exp_avgs, main_params, scales, fp8_scaling
+        columns = _Columns(
+            params, grads, dtypes, written, exp_avgs, main_params, scales, fp8_scaling, is_plain
         )
+        if is_plain:
+            try:
+                may_lack_memory = any(map(Tensor.is_neg, grads)) or 0 in columns.grad_pointers
+            except RuntimeError:
+                # A sparse tensor has no pointer.
+                _check_gradients(grads)
+                raise
+            if not may_lack_memory:
+                return columns
+        return replace(columns, grads=[*map(_in_memory, grads)])
 
     def _batches(
         self, columns: _Columns, what: _Pass
@@ -1245,19 +1258,23 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _in_memory(grads: list[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """The gradients and their addresses; a copy where the memory has not the gradient's value.
+def _are_plain(*columns: Iterable[Tensor | None]) -> bool:
+    """Whether the data of all tensors is at their pointers; None stands for no tensor."""
+    kinds: set[type] = set()
+    for column in columns:
+        kinds.update(map(type, column))
+    return kinds - {NoneType} <= _PLAIN
+
+
+def _in_memory(grad: Tensor) -> Tensor:
+    """The gradient; a copy where its memory has not its value.
 
     Torch negates lazily: the gradient of what went through `conj` can be a view of its negative,
     with a mark. A zero of forward-mode AD has no memory.
     """
-    if any(map(Tensor.is_neg, grads)):
-        grads = [grad.resolve_neg() for grad in grads]
-    pointers = [*map(Tensor.data_ptr, grads)]
-    if 0 in pointers:
-        grads = [grad.clone() if grad._is_zerotensor() else grad for grad in grads]
-        pointers = [*map(Tensor.data_ptr, grads)]
-    return grads, pointers
+    if type(grad) not in _PLAIN:
+        return grad
+    return grad.clone() if grad._is_zerotensor() else grad.resolve_neg()
 
 
 def _distributed(local: Tensor, like: Tensor) -> Tensor:

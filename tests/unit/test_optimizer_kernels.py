@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._pytree import tree_map
 
 import megatron_adams.optimizer
 from megatron_adams.kernels import launch, run
@@ -509,3 +510,46 @@ def test_step_that_failed_half_way_is_whole_when_it_is_taken_again(monkeypatch):
     before = bf16.detach().clone()
     optimizer.step()
     assert not torch.equal(bf16, before)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor whose data is in another one, as quantization libraries have them."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unwrapped(x):
+            return x.inner if isinstance(x, cls) else x
+
+        return func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs or {}))
+
+
+@pytest.mark.parametrize("which", ["grad", "exp_avg"])
+def test_tensors_without_a_pointer_take_torchs_operations_and_others_the_kernel(which, calls):
+    params = [torch.randn(6) for _ in range(4)]
+    grads = [torch.randn(6), torch.randn(6), negated(torch.randn(6)), torch._efficientzerotensor(6)]
+    expected = [param.clone() for param in params]
+    exp_avgs = [torch.zeros(6) for _ in params]
+    optimizer = build(params)
+    for param, grad in zip(params, grads, strict=True):
+        optimizer.initialize_state(param)
+        param.grad = grad
+    if which == "exp_avg":
+        optimizer.state[params[0]]["exp_avg"] = Wrapper(torch.zeros(6))
+    else:
+        params[0].grad = None
+        optimizer.use_decoupled_grad = True
+        for param, grad in zip(params, [Wrapper(grads[0]), *grads[1:]], strict=True):
+            param.decoupled_grad = grad
+    for step in (1, 2):
+        for param, grad, exp_avg in zip(expected, grads, exp_avgs, strict=True):
+            oracle_(param, grad + 0, exp_avg, step)
+        optimizer.step()
+    assert all(map(torch.equal, params, expected))
+    assert sorted(calls[:2]) == [("foreach", 1), ("host", 3)]
