@@ -12,8 +12,10 @@ from torch import Tensor
 
 from megatron_adams.kernels.modes import Mode
 
-# Elements of a chunk, which is what one block of a GPU takes: a multiple of 16.
+# Elements of a chunk, which is what one block of a GPU takes: a multiple of 16. On a GPU, tensors of all
+# sizes are updated faster in smaller ones (benchmarks/results has the sweep).
 CHUNK = 16384
+GPU_CHUNK = 4096
 
 # The rows behind NUMEL and CHUNK_END, in their order there.
 POINTERS = (
@@ -43,10 +45,10 @@ class PointerTable:
     It keeps no tensor alive.
 
     Args:
-        chunk_size: elements of a chunk, a multiple of 16.
+        chunk_size: elements of a chunk, a multiple of 16. None: GPU_CHUNK on a GPU, else CHUNK.
 
     Attributes:
-        chunk_size: as given.
+        chunk_size: of the tensors that the table describes.
         mode: the dtypes of the tensors.
         device: where they are, and `rows`.
         rows: (2 + len(POINTERS), num_tensors) int64 on the kernel's device.
@@ -58,9 +60,10 @@ class PointerTable:
     mode: Mode
     device: torch.device
 
-    def __init__(self, chunk_size: int = CHUNK) -> None:
-        assert chunk_size % 16 == 0
-        self.chunk_size = chunk_size
+    def __init__(self, chunk_size: int | None = None) -> None:
+        assert chunk_size is None or chunk_size % 16 == 0
+        self._given_chunk_size = chunk_size
+        self.chunk_size = chunk_size or CHUNK
         self.rows = torch.empty(0, dtype=torch.int64, device="cpu")
         self.amax = torch.empty(0, dtype=torch.int32, device="cpu")
         self.num_tensors = self.num_chunks = self.num_builds = 0
@@ -101,6 +104,7 @@ class PointerTable:
         if signature == self._signature:
             return
         _refuse_capture(is_capturing)
+        self.chunk_size = self._given_chunk_size or (GPU_CHUNK if device.type == "cuda" else CHUNK)
         chunk_ends = list(accumulate(-(-size // self.chunk_size) for size in sizes))
         nothing = [0] * len(sizes)
         table = torch.tensor(

@@ -68,7 +68,8 @@ def test_offloading_changes_no_bit(storage, fraction, overlap):
     assert copies and (fraction == 1) == (len(copies) == len(SIZES))
     for copy in copies.values():
         assert copy.device.type == "cpu"
-        assert copy.is_pinned() and copy.decoupled_grad.is_pinned()
+        # There is no memory of an empty tensor to be pinned.
+        assert copy.numel() == 0 or (copy.is_pinned() and copy.decoupled_grad.is_pinned())
     for mine, theirs in zip(hybrid.param_groups, on_gpu.param_groups, strict=True):
         assert mine["step"] == theirs["step"] == 4
         for my_param, their_param in zip(mine["params"], theirs["params"], strict=True):

@@ -72,7 +72,7 @@ def test_a_guarded_step_waits_for_nothing():
 
 
 def test_a_guarded_step_in_a_cuda_graph_measures_anew_at_each_replay():
-    params, optimizer = built("cuda", match_update_rms=0.2)
+    params, optimizer = built("cuda", match_update_rms=0.2, capturable=True)
     others, plain = built("cuda", match_update_rms=0.2)
     optimizer.step()
     plain.step()
