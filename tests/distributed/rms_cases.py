@@ -11,12 +11,6 @@ from megatron_adams.megatron.update_rms import UpdateStats
 from tests.distributed import cases
 
 
-def train_under(argv: str, dtype: str) -> dict[str, Any]:
-    """Train as `cases.train`, in a program whose default dtype is another."""
-    torch.set_default_dtype(getattr(torch, dtype))
-    return cases.train(argv)
-
-
 def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
     """Train as `cases.train`, with what the log is about.
 

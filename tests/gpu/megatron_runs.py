@@ -65,7 +65,7 @@ RUNS = {
 _GRAPH_RUN = "adams, CUDA graph"
 _AGAIN = "adams, again"
 
-_RUN_LIMIT_S = 120.0
+_RUN_LIMIT_S = 75.0
 _TERMINATION_S = 10.0
 _LAST_LINES = 12
 # Allocation, the kernel's compilation, and a CUDA graph's three steps before it and its capture.
