@@ -53,9 +53,9 @@ class Tuning(NamedTuple):
         }
 
 
-# The sweep on an H100 (benchmarks/results) has constants for single modes that are 1 to 3% faster on
-# one large tensor. They hold so much that small tensors and lists of tensors take up to 24% longer, so
-# that all modes have these.
+# The sweep on an H100 (benchmarks/results) has constants for single modes that are 1 to 3% faster
+# on one large tensor. With those a thread holds so much that small tensors and lists of tensors
+# take up to 24% longer. So all modes have these.
 _TUNING = Tuning(group=4, hardware_conversions=True)
 
 

@@ -15,7 +15,7 @@ from stage import Stage
 # initcheck has to see every kernel that writes; the others look at this project's alone.
 _OURS = ["--kernel-name", "kns=adams"]
 TOOLS = {"memcheck": _OURS, "initcheck": [], "synccheck": _OURS}
-# A call that the driver refuses is no finding: cuda.bindings asks for functions that it may not have.
+# A call that the driver refuses is no finding: cuda.bindings asks for functions that it may lack.
 _REPORTED = ["--report-api-errors", "no", "--print-limit", "50"]
 # Of what a tool has found, the line after the finding.
 _FINDING = re.compile(r"^=+ +at .*\badams_\w+", re.MULTILINE)
