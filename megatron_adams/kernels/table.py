@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_adams.kernels.modes import Mode
 
-# Elements of a chunk, which is what one block of a GPU takes: a multiple of 16. On a GPU, tensors of
-# all sizes are updated faster in smaller ones (benchmarks/results has the sweep).
+# Elements of a chunk, which is what one block of a GPU takes: a multiple of 16. On a GPU, tensors
+# of all sizes are updated faster in smaller ones (benchmarks/results has the sweep).
 CHUNK = 16384
 GPU_CHUNK = 4096
 
