@@ -9,7 +9,7 @@ RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 # TransformerEngine's Python code, which only some tests see: tests/distributed/with_te.
 WITH_TE := $(if $(VENV),$(VENV)/transformer-engine/.complete,)
 
-.PHONY: help setup train test lint sweep bench clean
+.PHONY: help setup train test lint sweep bench docs clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -48,5 +48,9 @@ lint: $(SETUP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+docs: $(SETUP)  ## build the documentation's site into build/docs; a broken link is an error
+	$(RUN) -m zensical build --strict --clean
+	@echo "Open build/docs/index.html"
+
 clean:  ## remove the environment, runs and caches
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv runs build .cache *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -281,8 +281,12 @@ class AdamS(Optimizer):
             given; each costs a pass that reads gradient and exp_avg (8 bytes a param in fp32; with
             L2 decay the master weights, too) before the step's own. Of a param that is sharded, the
             owner gives `reduce_update_sums` and `whole_numels`.
-        master_weights, master_weight_dtype, exp_avg_dtype, use_decoupled_grad,
-        store_param_remainders: FusedAdam's.
+        master_weights: whether the optimizer keeps master weights of 16-bit params, as FusedAdam.
+        master_weight_dtype: dtype of the master weights, as FusedAdam: fp32 or fp16.
+        exp_avg_dtype: dtype of exp_avg, as FusedAdam: fp32, bf16, fp16 or e4m3 (also as uint8).
+        use_decoupled_grad: whether gradients are in `param.decoupled_grad`, as FusedAdam.
+        store_param_remainders: whether fp32 master weights of bf16 params are kept as the 16 bits
+            that the params lack, as FusedAdam.
         amsgrad, differentiable, exp_avg_sq_dtype, set_grad_none: torch's and FusedAdam's; at their
             defaults only.
 
@@ -290,7 +294,8 @@ class AdamS(Optimizer):
         model_params: main param -> the model's bf16 or fp16 copy of it, of the same shape; `step`
             writes the copy in the same pass. Empty, unless the owner of both fills it, as
             Megatron's distributed optimizer does.
-        max_update_rms, match_update_rms: as given.
+        max_update_rms: as given.
+        match_update_rms: as given.
         wants_update_rms: set before a step, have it count what `update_rms` returns after it; no
             extra pass over memory, and no other bits.
         reduce_update_sums: what makes of this process's sums, (num_params, 2) int64 in the order
@@ -298,10 +303,15 @@ class AdamS(Optimizer):
             shards. It is called once in each guarded step, also where there are no params, and by
             `update_rms` after others. None: params are whole.
         whole_numels: param -> how many elements its whole has, where it is a shard.
-        master_weights, master_weight_dtype, store_param_remainders, exp_avg_dtype,
-        use_decoupled_grad: as given. The first and the last are read at each step, and may be
-            set as long as there is no state, as Megatron-FSDP does.
-        capturable, fused: as given.
+        master_weights: as given. It is read at each step, and may be set as long as there is no
+            state, as Megatron-FSDP does.
+        use_decoupled_grad: as given. It is read at each step, and may be set as long as there is
+            no state, as Megatron-FSDP does.
+        master_weight_dtype: as given.
+        store_param_remainders: as given.
+        exp_avg_dtype: as given.
+        capturable: as given.
+        fused: as given.
 
     Raises:
         ValueError: a hyperparameter outside its range, an argument that is not supported, or a

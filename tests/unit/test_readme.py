@@ -1,76 +1,71 @@
-"""The README names nothing that is not there, and leaves out no flag of the plugin's own."""
+"""The README is a door: short, narrow, with code to copy, and every link leads somewhere."""
 
-import argparse
 import re
 from pathlib import Path
 
-from megatron_adams.megatron.arguments import wrap_add_megatron_arguments
-from megatron_adams.megatron.config import ADAMS
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def named_tests() -> list[tuple[str, str]]:
-    """File and function of each test that is named; `::name` is of the file named before it."""
-    named, file = [], ""
-    for path, test in re.findall(r"`((?:tests/\w+/)?test_\w+\.py)?(?:::(test_\w+))?`", README):
-        file = path or file
-        if path or test:
-            named.append((file if "/" in file else f"tests/distributed/{file}", test))
-    return named
+def anchors(page: str) -> set[str]:
+    """The ids that GitHub and the site give to the headings of a Markdown page."""
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)", prose, re.MULTILINE)
+    return {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
 
 
-def test_every_test_that_is_named_exists() -> None:
-    named = named_tests()
-    assert len(named) > 40
-    for file, test in named:
-        text = (ROOT / file).read_text("utf-8")
-        assert not test or f"def {test}(" in text, f"{file}::{test}"
-
-
-def tree_of_files() -> list[str]:
-    """The paths of the section "The tree", by indentation."""
-    section = README.partition("## The tree")[2]
-    paths, folders = [], [""]
-    for line in section.splitlines():
-        entry = re.match(r"    ( *)(\S+(?:, \S+)*)(?:  |$)", line)
-        if entry is None:
+def dead_links(page: Path) -> list[str]:
+    """The links of a Markdown page, within the repository, that lead nowhere."""
+    text = page.read_text("utf-8")
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
             continue
-        depth = len(entry[1]) // 2
-        folders[depth + 1 :] = []
-        for name in entry[2].split(", "):
-            paths.append(folders[depth] + name)
-        folders.append(folders[depth] + name)
-    return paths
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        found = target.exists()
+        if not found or (anchor and anchor not in anchors(target.read_text("utf-8"))):
+            dead.append(link)
+    return dead
 
 
-def test_every_file_of_the_tree_exists() -> None:
-    paths = tree_of_files()
-    assert len(paths) > 30
-    assert not [path for path in paths if not (ROOT / path).exists()]
+def test_readme_is_short_and_narrow() -> None:
+    assert len(README.split()) <= 1000
+    assert max(len(line) for line in README.splitlines()) <= 120
 
 
-def test_every_module_is_in_the_tree() -> None:
-    paths = {(ROOT / path).resolve() for path in tree_of_files()}
-    modules = (ROOT / "megatron_adams").rglob("*.py")
-    missing = {m for m in modules if m.name != "__init__.py" and "__pycache__" not in m.parts}
-    assert not {str(m.relative_to(ROOT)) for m in missing - paths}
+def test_readme_says_what_ran_where_before_it_says_how_to_install() -> None:
+    assert 0 < README.index("> **Status.**") < README.index("## Install")
 
 
-def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    assert {"train", "test"} <= set(re.findall(r"`?make (\w+)", README)) <= targets
+def test_code_is_fenced_and_names_its_language() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "patches" / "README.md"]:
+        fences = re.findall(r"^```(.*)$", page.read_text("utf-8"), re.MULTILINE)
+        assert len(fences) % 2 == 0, page
+        assert all(opening in ("bash", "python", "text") for opening in fences[::2]), page
+        assert not any(fences[1::2]), page
+        # Code by indentation alone has no language.
+        blocks = re.findall(r"(?:^|\n)\n    (?![-*\d`])\S.*", page.read_text("utf-8"))
+        assert not [block for block in blocks if "options:" not in block], page
+    assert README.count("```") >= 12
 
 
-def test_own_flags_are_documented_and_no_other() -> None:
-    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser.add_argument("--optimizer", choices=["adam", "sgd"])
-        parser.add_argument("--adam-beta2", type=float, default=0.999, help="")
-        parser.add_argument("--exp-avg-sq-dtype", default="fp32")
-        return parser
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "patches/README.md", "docs"],
+)
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    pages = sorted(path.glob("*.md")) if path.is_dir() else [path]
+    assert pages
+    assert {str(page): dead_links(page) for page in pages} == {str(page): [] for page in pages}
 
-    parser = wrap_add_megatron_arguments(add_megatron_arguments)(argparse.ArgumentParser())
-    own = {flag for flag in parser._option_string_actions if flag.startswith(f"--{ADAMS}-")}
-    assert own
-    assert own == set(re.findall(rf"--{ADAMS}-[\w-]+", README))
+
+def test_a_dead_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One heading's name\n[a](#one-headings-name) [b](#two) [c](gone.md)\n")
+    assert dead_links(page) == ["#two", "gone.md"]

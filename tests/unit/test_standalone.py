@@ -1,5 +1,10 @@
 """AdamS outside Megatron: a plain PyTorch loop, a Hugging Face Trainer, an Accelerate script."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -148,3 +153,19 @@ def test_accelerate_script_saves_and_resumes(tmp_path):
     train(resumed, resumed_optimizer, range(6, 12))
     assert resumed_optimizer.param_groups[0]["step"] == 6
     assert_equal_models(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("script", "pattern"),
+    [("minimal.py", r"loss (\d\.\d+)"), ("trainer.py", r"'loss': '?(\d\.\d+)")],
+)
+def test_example_learns(tmp_path, script, pattern):
+    if script == "trainer.py":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+        pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    example = Path(__file__).parents[2] / "examples" / script
+    run = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    losses = [float(loss) for loss in re.findall(pattern, run.stdout)]
+    assert len(losses) == 4, run.stdout
+    assert losses[-1] < losses[0] / 20, losses
