@@ -1,4 +1,4 @@
-"""What step.py times: AdamS in every mode, its memory stream, and the optimizers of others.
+"""What step.py times: AdamS in every mode, its memory stream, a copy, and the optimizers of others.
 
 A contestant's `step` updates tensors that all contestants of a mode share, so that all of them
 meet the same pages; each has its own state, but for the stream, which leaves every number as it is.
@@ -6,16 +6,30 @@ meet the same pages; each has its own state, but for the stream, which leaves ev
 
 import ctypes
 import importlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import multi_tensor_adam
 import torch
+from launcher import Kernel
 from torch import Tensor
+from workloads import Workload
 
 from megatron_adams import AdamS
-from megatron_adams.kernels import Fp8Scaling, Mode, PointerTable, compile, multi_tensor_adams
+from megatron_adams.kernels import (
+    Batch,
+    Fp8Scaling,
+    Mode,
+    PointerTable,
+    Scalars,
+    compile,
+    multi_tensor_adams,
+)
+from megatron_adams.kernels.tuning import Tuning
 from megatron_adams.precision import encode_scaled, split_master, to_fp8
 
 DTYPES = {
@@ -31,21 +45,29 @@ MIXED = Mode("fp32", "bf16", "fp32", "fp32")
 """Megatron's default bf16 training."""
 REMAINDER = Mode("fp32", "bf16", "fp32", "remainder")
 BF16_REMAINDER = Mode("bf16", "bf16", "bf16", "remainder")
+FP8_PARAMS = Mode("bf16", "e4m3", "fp32", "fp32")
+FP16_STATE = Mode("bf16", "bf16", "fp16", "fp16")
 MODES = (
     FP32,
     MIXED,
     REMAINDER,
     BF16_REMAINDER,
     BF16,
-    Mode("bf16", "e4m3", "fp32", "fp32"),
-    Mode("bf16", "bf16", "fp16", "fp16"),
+    FP8_PARAMS,
+    FP16_STATE,
     Mode("bf16", "bf16", "e4m3", "fp32"),
 )
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-5, (0.9, 0.95), 1e-8, 0.1
 HYPERPARAMETERS: dict[str, Any] = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
 
-Step = Callable[[], None]
+ADAMS, TUNED, STREAM, COPY = "AdamS", "AdamS, tuned", "stream", "copy"
+FUSED, FOREACH = "torch AdamW, fused", "torch AdamW, foreach"
+APEX_SHAPE = "Adam in Apex's launch shape"
+# What a copy reads, and writes: more than any cache holds.
+COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
+
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -54,14 +76,15 @@ class Contestant:
 
     Attributes:
         name: in tables and plots.
-        bytes_per_param: what it has to read and write; foreach implementations, and updates that
-            are followed by a copy, move more than their algorithm needs, and that counts here only
+        step: what is timed.
+        num_bytes: what it has to read and write; foreach implementations, and updates that are
+            followed by a copy, move more than their algorithm needs, and that counts here only
             where it is a pass of its own.
     """
 
     name: str
     step: Step
-    bytes_per_param: float
+    num_bytes: float
 
 
 def bytes_per_param(mode: Mode) -> int:
@@ -75,14 +98,18 @@ def bytes_per_param(mode: Mode) -> int:
 
 def traffic(mode: Mode) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes a parameter that one pass of a mode's kernel reads and writes, by `Batch.columns`."""
-    widths = {
+    widths = _widths(mode)
+    is_read = {**widths, "params": widths["params"] if reads_param(mode) else 0}
+    return is_read, {**widths, "grads": 0}
+
+
+def _widths(mode: Mode) -> dict[str, int]:
+    return {
         "grads": DTYPES[mode.grad].itemsize,
         "params": DTYPES[mode.param].itemsize,
         "exp_avgs": DTYPES[mode.exp_avg].itemsize,
         "main_params": {"none": 0, "remainder": 2, "fp16": 2, "fp32": 4}[mode.main],
     }
-    is_read = {**widths, "params": widths["params"] if reads_param(mode) else 0}
-    return is_read, {**widths, "grads": 0}
 
 
 def reads_param(mode: Mode) -> bool:
@@ -91,24 +118,53 @@ def reads_param(mode: Mode) -> bool:
 
 
 class Tensors(NamedTuple):
-    """The tensors of a mode, one of each kind; (numel,) each."""
+    """The tensors of a mode, in lists of one kind each; what has one index is (numel,) each."""
 
     mode: Mode
-    grad: Tensor
-    param: Tensor
-    exp_avg: Tensor
-    main: Tensor | None
-    exp_avg_scale: Tensor | None
-    main_scale: Tensor | None
-    fp8: Fp8Scaling | None
+    grads: list[Tensor]
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    mains: list[Tensor] | None
+    exp_avg_scales: list[Tensor] | None
+    main_scales: list[Tensor] | None
+    fp8: list[Fp8Scaling] | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.grads[0].device
+
+    @property
+    def numel(self) -> int:
+        return sum(grad.numel() for grad in self.grads)
+
+    def batch(self) -> Batch:
+        return Batch(
+            self.params,
+            self.grads,
+            self.exp_avgs,
+            self.mains,
+            self.exp_avg_scales,
+            self.main_scales,
+            self.fp8,
+        )
 
 
-def make_tensors(mode: Mode, numel: int, device: torch.device) -> Tensors:
+def make_tensors(mode: Mode, numels: Sequence[int], device: torch.device) -> Tensors:
     """Random gradients and weights, and an exp_avg like one of training; every page written."""
     generator = torch.Generator(device).manual_seed(0)
+    columns = zip(*(_make_one(mode, numel, generator) for numel in numels), strict=True)
+    return Tensors(mode, *(None if column[0] is None else list(column) for column in columns))
+
+
+def _make_one(mode: Mode, numel: int, generator: torch.Generator) -> tuple[Any, ...]:
+    """One of each list of `Tensors`."""
+    device = generator.device
 
     def random(scale: float) -> Tensor:
-        return torch.randn(numel, generator=generator, device=device).mul_(scale)
+        shape = (numel,)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).mul_(
+            scale
+        )
 
     main = exp_avg_scale = main_scale = fp8 = None
     exp_avg = random(1e-3)
@@ -119,7 +175,7 @@ def make_tensors(mode: Mode, numel: int, device: torch.device) -> Tensors:
         param, main = split_master(master)
     elif mode.param[0] == "e":
         param = to_fp8(master, DTYPES[mode.param])
-        one = torch.ones(3, device=device)
+        one = torch.ones(3, device=device, dtype=torch.float32)
         fp8 = Fp8Scaling(one[:1], one[1:2], one[2:])
     else:
         param = master.to(DTYPES[mode.param])
@@ -127,112 +183,173 @@ def make_tensors(mode: Mode, numel: int, device: torch.device) -> Tensors:
         main = master
     elif mode.main == "fp16":
         main, main_scale = encode_scaled(master, torch.float16)
-    return Tensors(
-        mode,
-        random(1e-2).to(DTYPES[mode.grad]),
-        param,
-        exp_avg.to(DTYPES[mode.exp_avg]),
-        main,
-        exp_avg_scale,
-        main_scale,
-        fp8,
-    )
+    grad = random(1e-2).to(DTYPES[mode.grad])
+    exp_avg = exp_avg.to(DTYPES[mode.exp_avg])
+    return grad, param, exp_avg, main, exp_avg_scale, main_scale, fp8
 
 
 def adams(tensors: Tensors) -> Contestant:
     """AdamS: the optimizer where it has the mode, otherwise the function that its step calls."""
     mode = tensors.mode
-    backend = "cuda" if tensors.grad.is_cuda else "host"
+    backend = "cuda" if tensors.device.type == "cuda" else "host"
+    num_bytes = bytes_per_param(mode) * tensors.numel
     if mode in (FP32, MIXED):
-        master = tensors.param if tensors.main is None else tensors.main
-        optimizer, parameter = _over(
-            master,
-            tensors.grad,
+        optimizer, parameters = _over(
+            tensors.mains or tensors.params,
+            tensors.grads,
             lambda params: AdamS(params, eps=EPS, kernel=backend, **HYPERPARAMETERS),
         )
-        if tensors.main is not None:
-            optimizer.model_params[parameter] = tensors.param
-        optimizer.state[parameter]["exp_avg"] = tensors.exp_avg
-        return Contestant("AdamS", optimizer.step, bytes_per_param(mode))
-
-    def one(tensor: Any) -> list[Any] | None:
-        return None if tensor is None else [tensor]
+        for index, parameter in enumerate(parameters):
+            if tensors.mains is not None:
+                optimizer.model_params[parameter] = tensors.params[index]
+            optimizer.state[parameter]["exp_avg"] = tensors.exp_avgs[index]
+        return Contestant(ADAMS, optimizer.step, num_bytes)
 
     table = PointerTable()
 
     @torch.no_grad()
     def step() -> None:
         multi_tensor_adams(
-            [tensors.param],
-            [tensors.grad],
-            [tensors.exp_avg],
-            one(tensors.main),
+            tensors.params,
+            tensors.grads,
+            tensors.exp_avgs,
+            tensors.mains,
             lr=LR,
             beta1=BETAS[0],
             beta2=BETAS[1],
             eps=EPS,
             weight_decay=WEIGHT_DECAY,
             step=1,
-            exp_avg_scales=one(tensors.exp_avg_scale),
-            main_scales=one(tensors.main_scale),
-            fp8_scaling=one(tensors.fp8),
+            exp_avg_scales=tensors.exp_avg_scales,
+            main_scales=tensors.main_scales,
+            fp8_scaling=tensors.fp8,
             backend=backend,
             table=table,
         )
 
-    return Contestant("AdamS", step, bytes_per_param(mode))
+    return Contestant(ADAMS, step, num_bytes)
+
+
+SCALARS = Scalars(
+    lr=LR,
+    grad_scale=1.0,
+    correction=1.0,
+    found_inf=None,
+    beta1=BETAS[0],
+    beta2=BETAS[1],
+    eps=EPS,
+    weight_decay=WEIGHT_DECAY,
+    decoupled_weight_decay=True,
+)
+
+
+def adams_kernel(
+    name: str, tensors: Tensors, tuning: Tuning | None = None, chunk: int | None = None
+) -> Contestant:
+    """The launches of a step alone, with other constants than the product's.
+
+    Args:
+        tuning, chunk: None: the product's.
+    """
+    from megatron_adams.kernels import cuda
+    from megatron_adams.kernels.batch import update_table
+
+    driver = make_driver(tensors.device, tensors.mode, tuning)
+    table = PointerTable() if chunk is None else PointerTable(chunk)
+    update_table(tensors.batch(), table)
+
+    @torch.no_grad()
+    def step() -> None:
+        # tensors is used: the table keeps none of them alive.
+        assert table.num_tensors == len(tensors.params)
+        cuda.launch(table, SCALARS, driver)
+
+    return Contestant(name, step, bytes_per_param(tensors.mode) * tensors.numel)
+
+
+def make_driver(device: torch.device, mode: Mode, tuning: Tuning | None) -> Any:
+    """What launches the CUDA kernel: a GPU or, for a CPU, the tests' emulator.
+
+    The emulator shows that a script runs to its end; its times say nothing.
+    """
+    if device.type == "cuda":
+        from megatron_adams.kernels.cuda import CudaDriver
+
+        return CudaDriver(tuning)
+    tests = str(Path(__file__).resolve().parents[1] / "tests/kernels")
+    if tests not in sys.path:
+        sys.path.append(tests)
+    import emulator
+
+    library = emulator.load_emulator(mode, tuning=tuning)
+    return emulator.EmulatedDriver(load=lambda _: library, constants=tuning)
+
+
+def copy(device: torch.device, num_bytes: int) -> Contestant:
+    """A copy from memory to memory of the device: the ceiling that bandwidths are compared with.
+
+    Args:
+        num_bytes: what is read, and written.
+    """
+    shape = (num_bytes // 4,)
+    source = torch.ones(shape, dtype=torch.float32, device=device)
+    target = torch.zeros(shape, dtype=torch.float32, device=device)
+    return Contestant(COPY, partial(target.copy_, source), 2 * num_bytes)
 
 
 def stream(tensors: Tensors) -> Contestant:
-    """The same tensors read and written in the same passes, with next to no arithmetic."""
+    """One tensor read and written in the passes of AdamS, with next to no arithmetic."""
     mode = tensors.mode
-    source = (Path(__file__).parent / "stream.cpp").read_text("utf-8")
-    defines = stream_defines(mode)
-    numel = tensors.grad.numel()
-    seen = torch.zeros(1, dtype=torch.int32, device=tensors.grad.device)
-    columns = (tensors.grad, tensors.param, tensors.exp_avg, tensors.main)
-    addresses = [0 if column is None else column.data_ptr() for column in columns]
+    (grad,), (param,), (exp_avg,) = tensors.grads, tensors.params, tensors.exp_avgs
+    (main,) = tensors.mains or (None,)
+    numel = grad.numel()
+    seen = torch.zeros(1, dtype=torch.int32, device=grad.device)
+    addresses = [0 if t is None else t.data_ptr() for t in (grad, param, exp_avg, main)]
     entry_points = ["stream_measure"] * mode.is_scaled + ["stream_update"]
+    arguments = [
+        ctypes.c_longlong(numel),
+        *map(ctypes.c_void_p, addresses),
+        ctypes.c_uint(0),
+        ctypes.c_void_p(seen.data_ptr()),
+    ]
 
-    if tensors.grad.is_cuda:
-        from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
-
+    if grad.is_cuda:
         from megatron_adams.kernels.cuda import arch_of
 
-        Device(tensors.grad.device.index or 0).set_current()
-        module = ObjectCode.from_cubin(
-            compile.compile_cuda(source, defines, arch_of(tensors.grad.device))
-        )
-        kernels = [module.get_kernel(name) for name in entry_points]
-        config = LaunchConfig(grid=-(-numel // 16384), block=256)
-        values = [ctypes.c_longlong(numel), *addresses, ctypes.c_uint(0), seen.data_ptr()]
+        image = _stream_cubin(mode, arch_of(grad.device))
+        kernels = [Kernel(image, name) for name in entry_points]
 
         def step() -> None:
-            current = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+            # seen is used: it must live as long as this function.
+            assert seen.numel() == 1
             for kernel in kernels:
-                launch(current, config, kernel, *values)
+                kernel.launch(-(-numel // 16384), 256, arguments)
 
     else:
         compiler = compile.host_compiler()
         if compiler is None:
             raise RuntimeError("no C++ compiler for the stream: install g++ or clang++")
-        image = compile.compile_host(source, defines, compiler, compile.host_arch())
+        image = compile.compile_host(
+            stream_source(), stream_defines(mode), compiler, compile.host_arch()
+        )
         library = compile.load_library(image, "stream")
-        arguments = [
-            ctypes.c_longlong(numel),
-            *map(ctypes.c_void_p, addresses),
-            ctypes.c_uint(0),
-            ctypes.c_void_p(seen.data_ptr()),
-            ctypes.c_int(torch.get_num_threads()),
-        ]
+        arguments.append(ctypes.c_int(torch.get_num_threads()))
 
         def step() -> None:
-            # seen is used: it must live as long as this function.
             assert seen.numel() == 1
             for name in entry_points:
                 library[name](*arguments)
 
-    return Contestant("stream", step, bytes_per_param(mode))
+    return Contestant(STREAM, step, bytes_per_param(mode) * numel)
+
+
+def stream_source() -> str:
+    return (Path(__file__).parent / "stream.cpp").read_text("utf-8")
+
+
+@cache
+def _stream_cubin(mode: Mode, arch: str) -> bytes:
+    return compile.compile_cuda(stream_source(), stream_defines(mode), arch)
 
 
 def stream_defines(mode: Mode) -> dict[str, str]:
@@ -255,11 +372,12 @@ class Peer:
 
     Attributes:
         name: in tables and plots.
-        device: "cpu", "cuda" or both.
+        devices: "cpu", "cuda" or both.
         package: what has to be importable.
         modes: for which `build` works.
         build: makes it for tensors.
         num_states: tensors of state that an update reads and writes.
+        num_temporaries: tensors as large as a master weight that it makes during a step.
     """
 
     name: str
@@ -268,38 +386,48 @@ class Peer:
     modes: tuple[Mode, ...]
     build: Callable[[Tensors], Step]
     num_states: int
+    num_temporaries: int = 0
 
     def contestant(self, tensors: Tensors) -> Contestant:
         mode = tensors.mode
         read, written = traffic(mode)
         more_states = 2 * (self.num_states - 1) * DTYPES[mode.exp_avg].itemsize
         # A copy reads the masters once more.
-        copy = 4 if mode == MIXED and self.build is not transformer_engine_adam else 0
-        moved = sum(read.values()) + sum(written.values()) + more_states + copy
-        return Contestant(self.name, self.build(tensors), moved)
+        copied = 4 if mode == MIXED and self.build is not transformer_engine_adam else 0
+        moved = sum(read.values()) + sum(written.values()) + more_states + copied
+        return Contestant(self.name, self.build(tensors), moved * tensors.numel)
+
+    def bytes_held(self, mode: Mode) -> int:
+        """Bytes a parameter that it takes beside the tensors that all contestants share."""
+        return (self.num_states + self.num_temporaries) * DTYPES[mode.exp_avg].itemsize
 
 
 def _over(
-    tensor: Tensor, grad: Tensor, make: Callable[[list[Tensor]], Any]
-) -> tuple[Any, torch.nn.Parameter]:
-    parameter = torch.nn.Parameter(tensor)
-    parameter.grad = grad
-    return make([parameter]), parameter
+    tensors: list[Tensor], grads: list[Tensor], make: Callable[[list[Any]], Any]
+) -> tuple[Any, list[torch.nn.Parameter]]:
+    parameters = [torch.nn.Parameter(tensor) for tensor in tensors]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    return make(parameters), parameters
 
 
-def with_copy(make: Callable[[list[Tensor]], Any]) -> Callable[[Tensors], Step]:
+def with_copy(make: Callable[[list[Any]], Any]) -> Callable[[Tensors], Step]:
     """Of a torch optimizer; where the masters are tensors of their own, it is followed by the copy
     into the model's params, as in Megatron."""
 
     def build(tensors: Tensors) -> Step:
-        if tensors.main is None:
-            return _over(tensors.param, tensors.grad, make)[0].step
-        optimizer, _ = _over(tensors.main, tensors.grad, make)
-        main, param = tensors.main, tensors.param
+        if tensors.mains is None:
+            return _over(tensors.params, tensors.grads, make)[0].step
+        mains, params = tensors.mains, tensors.params
+        optimizer, _ = _over(mains, tensors.grads, make)
 
+        @torch.no_grad()
         def step() -> None:
             optimizer.step()
-            param.copy_(main)
+            if len(params) == 1:
+                params[0].copy_(mains[0])
+            else:
+                torch._foreach_copy_(params, mains)
 
         return step
 
@@ -320,17 +448,34 @@ def deepspeed(module: str, name: str) -> Callable[[Tensors], Step]:
     return with_copy(make)
 
 
+def apex_shape_adam(tensors: Tensors) -> Step:
+    _check_apex_shape(tensors.device)
+
+    def make(params: list[Any]) -> multi_tensor_adam.MultiTensorAdam:
+        plain = [param.detach() for param in params]
+        return multi_tensor_adam.MultiTensorAdam(plain, tensors.grads, eps=EPS, **HYPERPARAMETERS)
+
+    return with_copy(make)(tensors)
+
+
+# Before it is timed, in every process.
+_check_apex_shape = cache(multi_tensor_adam.check)
+
+
 def transformer_engine_adam(tensors: Tensors) -> Step:
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     mode = tensors.mode
-    parameter = torch.nn.Parameter(tensors.param)
+    parameters = [torch.nn.Parameter(param) for param in tensors.params]
+    for parameter, grad in zip(parameters, tensors.grads, strict=True):
+        if mode == FP32:
+            parameter.grad = grad
+        else:
+            parameter.decoupled_grad = grad
     if mode == FP32:
-        parameter.grad = tensors.grad
-        return FusedAdam([parameter], **HYPERPARAMETERS).step
-    parameter.decoupled_grad = tensors.grad
+        return FusedAdam(parameters, **HYPERPARAMETERS).step
     return FusedAdam(
-        [parameter],
+        parameters,
         **HYPERPARAMETERS,
         master_weights=True,
         use_decoupled_grad=True,
@@ -344,7 +489,7 @@ def apex_adam(tensors: Tensors) -> Step:
     from apex.optimizers import FusedAdam
 
     optimizer, _ = _over(
-        tensors.param, tensors.grad, lambda params: FusedAdam(params, **HYPERPARAMETERS)
+        tensors.params, tensors.grads, lambda params: FusedAdam(params, **HYPERPARAMETERS)
     )
     return optimizer.step
 
@@ -352,8 +497,9 @@ def apex_adam(tensors: Tensors) -> Step:
 BOTH, CPU, CUDA = ("cpu", "cuda"), ("cpu",), ("cuda",)
 _PLAIN = (FP32, MIXED, BF16)
 PEERS = (
-    Peer("torch AdamW, fused", BOTH, "torch", _PLAIN, torch_adamw(fused=True), 2),
-    Peer("torch AdamW, foreach", BOTH, "torch", _PLAIN, torch_adamw(foreach=True), 2),
+    Peer(FUSED, BOTH, "torch", _PLAIN, torch_adamw(fused=True), 2),
+    Peer(FOREACH, BOTH, "torch", _PLAIN, torch_adamw(foreach=True), 2, num_temporaries=2),
+    Peer(APEX_SHAPE, CUDA, "cuda.bindings", (FP32, MIXED), apex_shape_adam, 2),
     Peer(
         "DeepSpeedCPUAdam",
         CPU,
@@ -390,12 +536,18 @@ PEERS = (
 )
 
 
-def peers_of(tensors: Tensors, missing: dict[str, str]) -> Iterator[Contestant]:
-    """Those that have the mode and run here; why another does not is put into `missing`."""
+def peers_of(
+    tensors: Tensors, missing: dict[str, str], without: frozenset[str] = frozenset()
+) -> Iterator[Contestant]:
+    """Those that have the mode and run here; why another does not is put into `missing`.
+
+    Args:
+        without: names of peers that are not asked for.
+    """
     mode = tensors.mode
-    device = tensors.grad.device.type
+    device = tensors.device.type
     for peer in PEERS:
-        if mode not in peer.modes:
+        if mode not in peer.modes or peer.name in without:
             continue
         if device not in peer.devices:
             missing[peer.name] = f"does not run on {device}"
@@ -413,3 +565,18 @@ def peers_of(tensors: Tensors, missing: dict[str, str]) -> Iterator[Contestant]:
             missing[f"{peer.name} in {mode.name}"] = f"failed ({type(exc).__name__}: {reason})"
             continue
         yield contestant
+
+
+def bytes_needed(workload: Workload, mode: Mode, device: str, without: frozenset[str]) -> int:
+    """About what a group of contestants takes of memory."""
+    per_param = sum(_widths(mode).values())
+    # Making them takes fp32 numbers for a while.
+    per_param += max(
+        8,
+        sum(
+            peer.bytes_held(mode)
+            for peer in PEERS
+            if mode in peer.modes and device in peer.devices and peer.name not in without
+        ),
+    )
+    return per_param * workload.numel

@@ -1,34 +1,49 @@
-"""Tables and a plot of what step.py measured."""
+"""Tables and a picture of what step.py and sweep.py measured.
 
+    python benchmarks/report.py gpu FOLDER [--out DIR]
+
+writes gpu-DEVICE.md and gpu-DEVICE.png from the step.json in a folder and, where they are there,
+from the confirm.json, sweep.csv and best.json beside it.
+"""
+
+import argparse
 import csv
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from workloads import size_name
+
 REFERENCE = "AdamS, fp32"
-"""AdamS on fp32 tensors takes part in every mode: what the mode's time is compared with."""
+"""AdamS on fp32 tensors: what the time of a mode is compared with."""
+_ADAMS, _STREAM, _COPY = "AdamS", "stream", "copy"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant at one size in one mode.
+    """One contestant on one workload in one mode.
 
     Attributes:
-        numel: parameters.
+        workload: the name of its tensors.
+        numel: parameters, of all tensors together.
         mode: `Mode.name`.
         name: the contestant's.
-        bytes_per_param: see `contestants.Contestant`.
+        num_bytes: see `contestants.Contestant`.
         times_s: of one step, in seconds, a round each.
+        wall_s: of one of many steps back to back, Python included.
     """
 
+    workload: str
     numel: int
     mode: str
     name: str
-    bytes_per_param: float
+    num_bytes: float
     times_s: list[float]
+    wall_s: float
 
     @property
     def median_s(self) -> float:
@@ -37,34 +52,63 @@ class Row:
     @property
     def spread(self) -> float:
         """The distance of the quartiles, as a part of the median."""
-        if len(self.times_s) < 2:
-            return 0.0
-        low, _, high = quantiles(self.times_s, n=4, method="inclusive")
-        return (high - low) / self.median_s
+        return spread(self.times_s)
 
     @property
     def gb_per_s(self) -> float:
-        return self.bytes_per_param * self.numel / self.median_s / 1e9
+        return self.num_bytes / self.median_s / 1e9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What an optimizer takes beside parameters and gradients, in bytes.
+
+    Attributes:
+        held: between steps.
+        peak: at most, during a step.
+    """
+
+    workload: str
+    numel: int
+    name: str
+    held: int
+    peak: int
 
 
 @dataclass(frozen=True)
 class Results:
-    """Attributes: what the numbers depend on; why a peer was not measured, by name; the rows."""
+    """Attributes: what the numbers depend on; why something was not measured, by name; the rows."""
 
     facts: dict[str, str]
     missing: dict[str, str]
     rows: list[Row]
+    memory: list[Memory]
 
     def groups(self) -> Iterator[dict[str, Row]]:
         """What was measured side by side, by the contestant's name."""
-        keys = dict.fromkeys((row.numel, row.mode) for row in self.rows)
-        for numel, mode in keys:
-            yield {row.name: row for row in self.rows if (row.numel, row.mode) == (numel, mode)}
+        groups: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.workload, row.mode), {})[row.name] = row
+        yield from groups.values()
+
+
+def spread(times: Sequence[float]) -> float:
+    """The distance of the quartiles, as a part of the median."""
+    if len(times) < 2:
+        return 0.0
+    low, _, high = quantiles(times, n=4, method="inclusive")
+    return (high - low) / median(times)
 
 
 def ratio(top: Row, bottom: Row) -> float:
     """The median over the rounds of time over time: both met the same neighbours on the machine."""
     return median(a / b for a, b in zip(top.times_s, bottom.times_s, strict=True))
+
+
+def part_of_copy(row: Row, group: dict[str, Row]) -> float:
+    """Bandwidth over that of the copy which was measured beside it."""
+    copy = group[_COPY]
+    return row.num_bytes / copy.num_bytes / ratio(row, copy)
 
 
 COLUMNS = (
@@ -75,6 +119,8 @@ COLUMNS = (
     "ms",
     "quartiles",
     "GB/s",
+    "% of copy",
+    "back to back, ms",
     "time / AdamS",
     "time / stream",
     "time / fp32 AdamS",
@@ -85,131 +131,289 @@ COLUMNS = (
 def table(results: Results) -> Iterator[tuple[str, ...]]:
     """Rows of text, as COLUMNS."""
     for group in results.groups():
-        fp32 = group.get(REFERENCE)
+        fp32, stream = group.get(REFERENCE), group.get(_STREAM)
         for row in group.values():
-            of_mode = row.name == "AdamS" and fp32 is not None
+            of_mode = row.name == _ADAMS and fp32 is not None
+            is_copy = row.name == _COPY
             yield (
-                f"{row.numel / 1e6:g}M",
+                row.workload,
                 row.mode,
                 row.name,
-                f"{row.bytes_per_param:g}",
+                "" if is_copy else f"{row.num_bytes / row.numel:g}",
                 f"{row.median_s * 1e3:.3f}",
                 f"{row.spread:.1%}",
                 f"{row.gb_per_s:.1f}",
-                f"{ratio(row, group['AdamS']):.3f}",
-                f"{ratio(row, group['stream']):.3f}",
+                f"{part_of_copy(row, group):.1%}",
+                f"{row.wall_s * 1e3:.3f}",
+                "" if is_copy else f"{ratio(row, group[_ADAMS]):.3f}",
+                "" if is_copy or stream is None else f"{ratio(row, stream):.3f}",
                 f"{ratio(row, fp32):.3f}" if of_mode else "",
-                f"{row.bytes_per_param / fp32.bytes_per_param:.3f}" if of_mode else "",
+                f"{row.num_bytes / fp32.num_bytes:.3f}" if of_mode else "",
             )
 
 
 def markdown(results: Results) -> str:
     lines = [f"- {name}: {value}" for name, value in results.facts.items()]
     lines += [f"- {name}: not measured, {why}" for name, why in results.missing.items()]
-    lines += ["", _line(COLUMNS), _line(["---"] * 3 + ["---:"] * (len(COLUMNS) - 3))]
-    return "\n".join([*lines, *map(_line, table(results))]) + "\n"
+    rows = list(table(results))
+    # Columns that say nothing of these results are left out.
+    kept = [i for i in range(len(COLUMNS)) if i < 3 or any(cells[i] for cells in rows)]
+    columns, *rows = ([cells[i] for i in kept] for cells in (COLUMNS, *rows))
+    text = "\n".join(lines) + "\n\n" + text_table(columns, rows, num_words=3)
+    if results.memory:
+        text += "\n" + _memory_table(results)
+    return text
 
 
-def _line(cells: Iterator[str] | tuple[str, ...] | list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _memory_table(results: Results) -> str:
+    """In bytes a parameter, and in all."""
+    rows = (
+        (
+            row.workload,
+            row.name,
+            f"{row.held / row.numel:.2f}",
+            f"{row.peak / row.numel:.2f}",
+            f"{row.peak / 1e6:.1f}",
+        )
+        for row in results.memory
+    )
+    columns = (
+        *("parameters", "optimizer", "state, bytes/param"),
+        *("peak of a step, bytes/param", "peak, MB"),
+    )
+    return (
+        "GPU memory beside fp32 parameters and gradients, as torch's allocator counts it:\n\n"
+        + text_table(columns, rows, num_words=2)
+    )
 
 
-def write(results: Results, folder: Path) -> None:
-    """Write step.json, step.csv, step.md and, where matplotlib is installed, step.png."""
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, num_words: int) -> str:
+    """A table in Markdown, whose columns but the first are numbers."""
+    rules = ["---"] * num_words + ["---:"] * (len(columns) - num_words)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rules, *rows))
+
+
+def write_json(results: Results, folder: Path, stem: str = "step") -> None:
+    """Write what there is so far; a kill leaves the file of before, or this one."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.json").write_text(json.dumps(asdict(results), indent=1) + "\n")
-    with (folder / "step.csv").open("w", newline="") as file:
+    partly = folder / f".{stem}.json"
+    partly.write_text(json.dumps(asdict(results), indent=1) + "\n")
+    partly.replace(folder / f"{stem}.json")
+
+
+def write(results: Results, folder: Path, stem: str = "step") -> None:
+    """Write step.json, step.csv, step.md and, where matplotlib is installed, step.png."""
+    write_json(results, folder, stem)
+    with (folder / f"{stem}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(table(results))
-    (folder / "step.md").write_text(markdown(results))
-    plot(results, folder / "step.png")
+    (folder / f"{stem}.md").write_text(markdown(results))
+    plot(results, folder / f"{stem}.png")
 
 
 def read(path: Path) -> Results:
     """Read what `write` left in step.json."""
     data = json.loads(path.read_text())
-    return Results(data["facts"], data["missing"], [Row(**row) for row in data["rows"]])
+    rows = [Row(**row) for row in data["rows"]]
+    return Results(data["facts"], data["missing"], rows, [Memory(**m) for m in data["memory"]])
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw time over the stream's for each mode, and the time of an element over the size."""
+    """Draw every contestant's bandwidth as a part of the copy's."""
+    groups = _shown(results)
+    if not groups:
+        print(f"nothing was measured: no {path.name}")
+        return
     try:
         import matplotlib
     except ImportError:
-        print("matplotlib is not installed: no step.png (pip install 'megatron-adams[recipes]')")
+        print(f"matplotlib is not installed: no {path.name} (pip install matplotlib)")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = list(results.groups())
-    sizes = sorted({row.numel for row in results.rows})
-    shown_size = 50_000_000 if 50_000_000 in sizes else sizes[-1]
-    figure, (bars, lines) = plt.subplots(
-        1, 2, figsize=(13, 7), layout="constrained", width_ratios=(3, 2)
+    columns = _in_columns(groups)
+    num_lines = max(sum(map(_num_lines, column)) for column in columns)
+    figure, axes = plt.subplots(
+        1,
+        len(columns),
+        figsize=(8.5 * len(columns), 1.4 + 0.22 * num_lines),
+        layout="constrained",
+        squeeze=False,
     )
-    names = dict.fromkeys(row.name for row in results.rows)
-    colors = {name: f"C{index}" for index, name in enumerate(n for n in names if n != "stream")}
-    _draw_bars(bars, [g for g in groups if next(iter(g.values())).numel == shown_size], colors)
-    bars.set_title(f"{shown_size / 1e6:g}M parameters, by mode")
-    first_mode = results.rows[0].mode
-    _draw_lines(lines, [row for row in results.rows if row.mode == first_mode], colors)
-    lines.set_title(f"mode {first_mode}")
-    figure.suptitle(f"One optimizer step on {results.facts['device']}")
-    figure.savefig(path, dpi=120)
+    names = dict.fromkeys(row.name for row in results.rows if row.name != _COPY)
+    colors = {name: f"C{index}" for index, name in enumerate(n for n in names if n != _STREAM)}
+    colors[_STREAM] = "0.6"
+    largest = max(100 * part_of_copy(row, g) for g in groups for row in g.values())
+    for column, one in zip(columns, axes[0], strict=True):
+        _draw_bars(one, column, colors)
+        one.set_ylim(num_lines, -0.8)
+        one.set_xlim(0, 1.3 * largest)
+    figure.suptitle(
+        f"One optimizer step on {results.facts['device']}: bytes that the algorithm moves / time, "
+        "as % of a copy"
+    )
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def _shown(results: Results) -> list[dict[str, Row]]:
+    """Of each mode the largest tensor, then all lists, then the other sizes of the first modes."""
+    groups = list(results.groups())
+    first = [next(iter(group.values())) for group in groups]
+    largest: dict[str, int] = {}
+    for index, row in enumerate(first):
+        known = largest.get(row.mode)
+        if not _is_list(row) and (known is None or first[known].numel < row.numel):
+            largest[row.mode] = index
+    lists = [index for index, row in enumerate(first) if _is_list(row)]
+    modes = [*dict.fromkeys(row.mode for row in first)][:2]
+    others = sorted(
+        {i for i, row in enumerate(first) if row.mode in modes} - {*largest.values(), *lists},
+        key=lambda index: (-first[index].numel, index),
+    )
+    return [groups[index] for index in (*largest.values(), *lists, *others)]
+
+
+def _is_list(row: Row) -> bool:
+    return row.workload != size_name(row.numel)
+
+
+def _num_lines(group: dict[str, Row]) -> float:
+    # A heading, and a bar for each but the copy.
+    return len(group) + 0.5
+
+
+def _in_columns(groups: list[dict[str, Row]]) -> list[list[dict[str, Row]]]:
+    """One column of few groups, or two that are about as long as each other."""
+    total = sum(map(_num_lines, groups))
+    if total < 20:
+        return [groups]
+    left: list[dict[str, Row]] = []
+    while sum(map(_num_lines, left)) + _num_lines(groups[len(left)]) / 2 < total / 2:
+        left.append(groups[len(left)])
+    return [left, groups[len(left) :]]
+
+
 def _draw_bars(axes: Any, groups: list[dict[str, Row]], colors: dict[str, str]) -> None:
-    y, ticks, labels = 0.0, [], []
+    ticks, labels, y = [], [], 0.0
+    axes.axvline(100, color="0.8", linewidth=1, zorder=0)
+    words = {"va": "center", "bbox": {"color": "white", "pad": 1}}
     for group in groups:
-        stream = group["stream"]
-        axes.text(1.0, y, stream.mode, va="center", fontweight="bold", fontsize=9)
-        y += 1
-        for row in group.values():
-            if row.name in ("stream", REFERENCE):
-                continue
-            relative = ratio(row, stream)
-            # From 1 on, the stream itself; a measurement below it is a bar to the left.
-            axes.barh(y, relative - 1, left=1, height=0.8, color=colors[row.name])
-            axes.text(max(relative, 1.0) * 1.02, y, f"{relative:.2f}", va="center", fontsize=8)
-            ticks.append(y)
-            labels.append(f"{row.name}, {row.bytes_per_param:g} bytes/param")
-            y += 1
-        y += 0.4
-    axes.set_xscale("log")
-    axes.set_xlim(0.9, 1.25 * max(ratio(row, g["stream"]) for g in groups for row in g.values()))
-    marks = [mark for mark in (1, 1.5, 2, 3, 5, 10, 20) if mark < axes.get_xlim()[1]]
-    axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
-    axes.minorticks_off()
-    axes.axvline(1, color="black", linewidth=1)
+        copy = group[_COPY]
+        axes.text(0.5, y, f"{copy.workload}, {copy.mode}", fontweight="bold", fontsize=9, **words)
+        bars = [row for row in group.values() if row.name != _COPY]
+        for line, row in enumerate(bars, 1):
+            percent = 100 * part_of_copy(row, group)
+            axes.barh(y + line, percent, height=0.8, color=colors[row.name])
+            result = f"{percent:.0f}%, {_duration(row.median_s)}"
+            axes.text(percent + 1, y + line, result, fontsize=8, **words)
+            ticks.append(y + line)
+            labels.append(f"{row.name}, {row.num_bytes / row.numel:g} bytes/param")
+        y += _num_lines(group)
     axes.set_yticks(ticks, labels, fontsize=8)
-    axes.set_ylim(y - 0.4, -0.8)
-    axes.set_xlabel("time / time of a stream with AdamS's reads and writes in the mode")
+    axes.set_xlabel("% of the copy's bandwidth; then the time of a step")
 
 
-def _draw_lines(axes: Any, rows: list[Row], colors: dict[str, str]) -> None:
-    for name in dict.fromkeys(row.name for row in rows):
-        own = sorted((row for row in rows if row.name == name), key=lambda row: row.numel)
-        axes.plot(
-            [row.numel / 1e6 for row in own],
-            [row.median_s / row.numel * 1e9 for row in own],
-            marker="o",
-            label=name,
-            color=colors.get(name, "black"),
-            linestyle="--" if name == "stream" else "-",
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    sizes = sorted({row.numel / 1e6 for row in rows})
-    axes.set_xticks(sizes, [f"{size:g}M" for size in sizes])
-    axes.minorticks_off()
-    low, high = (pick(r.median_s / r.numel * 1e9 for r in rows) for pick in (min, max))
-    marks = [
-        m for m in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low / 2 < m < high * 2
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+def write_gpu(folder: Path, out: Path) -> Path:
+    """Write the page and the picture of a GPU from what lies in a folder; return the page."""
+    results = read(folder / "step.json")
+    confirmed = folder / "confirm.json"
+    stem = "gpu-" + re.sub("[^a-z0-9]+", "-", results.facts["device"].lower()).strip("-")
+    stem = stem.replace("gpu-nvidia-", "gpu-")
+    lines = [
+        f"# One optimizer step on {results.facts['device']}",
+        "",
+        "Written by `python benchmarks/report.py gpu` from the results of `benchmarks/step.py` and",
+        "`benchmarks/sweep.py`; [the README](../README.md) says how to read the tables.",
+        "",
+        f"![bandwidths as parts of a copy's]({stem}.png)",
+        "",
     ]
-    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
-    axes.set_xlabel("parameters")
-    axes.set_ylabel("ns / parameter")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    text = "\n".join(lines) + "\n" + markdown(results)
+    if confirmed.exists():
+        text += "\n## The constants that the sweep chose, beside those of the product\n\n"
+        text += _confirmation(read(confirmed))
+        if (folder / "best.json").exists():
+            text += "\n" + _best_constants(folder / "best.json")
+    if (folder / "sweep.csv").exists():
+        text += "\n## The sweep: the best of each mode\n\n" + sweep_table(
+            list(csv.DictReader((folder / "sweep.csv").open()))
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / f"{stem}.md"
+    page.write_text(text)
+    plot(results, out / f"{stem}.png")
+    return page
+
+
+def _confirmation(results: Results) -> str:
+    columns = (
+        *("parameters", "mode", "AdamS, ms", "tuned, ms", "quartiles"),
+        *("% of copy", "tuned, % of copy", "tuned / AdamS"),
+    )
+    rows = []
+    for group in results.groups():
+        adams, tuned = group[_ADAMS], group["AdamS, tuned"]
+        rows.append(
+            (
+                adams.workload,
+                adams.mode,
+                f"{adams.median_s * 1e3:.3f}",
+                f"{tuned.median_s * 1e3:.3f}",
+                f"{adams.spread:.1%}",
+                f"{part_of_copy(adams, group):.1%}",
+                f"{part_of_copy(tuned, group):.1%}",
+                f"{ratio(tuned, adams):.3f}",
+            )
+        )
+    return text_table(columns, rows, num_words=2)
+
+
+def _best_constants(path: Path) -> str:
+    best: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    lines = [
+        f"- {key}: {', '.join(f'{k} {v}' for k, v in knobs.items()) or 'as they are'}\n"
+        for key, knobs in best.items()
+    ]
+    return "".join(lines)
+
+
+SWEEP_COLUMNS = (
+    *("mode", "parameters", "knobs", "registers", "spilled bytes"),
+    *("ms", "quartiles", "% of copy", "ratio to default", "bits"),
+)
+
+
+def sweep_table(rows: list[dict[str, str]], num_rows: int = 5) -> str:
+    """The best few variants of each mode and size, and the default, of the rows of sweep.csv."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["mode"], row["parameters"]), []).append(row)
+    shown = []
+    for group in groups.values():
+        timed = sorted((r for r in group if r["ms"]), key=lambda r: float(r["ratio to default"]))
+        shown += timed[:num_rows]
+        shown += [row for row in timed[num_rows:] if row["knobs"] == "default"]
+        shown += [row for row in group if row["bits"] not in ("equal", "")]
+    return text_table(SWEEP_COLUMNS, ([r[c] for c in SWEEP_COLUMNS] for r in shown), num_words=3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("gpu",))
+    parser.add_argument("folder", type=Path, help="with step.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="default: %(default)s"
+    )
+    args = parser.parse_args()
+    print(f"written: {write_gpu(args.folder, args.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -201,7 +202,8 @@ def _convert(source: Path, destination: Path) -> int:
     saved = done.bytes_before - done.bytes_after
     print(
         f"{done.folder}: {done.bytes_after:,} bytes of {done.bytes_before:,}, {saved:,} saved "
-        f"({saved / done.bytes_before:.0%}); resume with --optimizer adams --load {destination}"
+        f"({saved / done.bytes_before:.0%}); resume with --optimizer adams --load "
+        f"{shlex.quote(str(destination))}"
     )
     return 0
 

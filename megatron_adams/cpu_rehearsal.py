@@ -116,8 +116,8 @@ class _DeviceGenerator:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.own = torch.Generator()
-        self.data = torch.Generator()
+        self.own = torch.Generator(device="cpu")
+        self.data = torch.Generator(device="cpu")
 
     def manual_seed(self, seed: int) -> _DeviceGenerator:
         for generator in (torch.default_generator, self.own, self.data):

@@ -45,7 +45,10 @@ class UpdateGuards:
             device: torch.zeros(len(params), 2, dtype=torch.int64, device=device)
             for device in everywhere
         }
-        self._factors = {device: torch.ones(len(params), device=device) for device in everywhere}
+        self._factors = {
+            device: torch.ones(len(params), dtype=torch.float32, device=device)
+            for device in everywhere
+        }
         self.sums_of = {
             param: self._sums[device][i]
             for i, (param, device) in enumerate(zip(params, devices, strict=True))

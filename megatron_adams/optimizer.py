@@ -9,10 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from functools import cached_property, wraps
 from itertools import chain
-from numbers import Real
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any, NamedTuple, Self, cast, overload
 
 import torch
@@ -31,20 +33,27 @@ from megatron_adams.kernels import (
     is_dense,
     launch,
     mode_of,
+    own_backend,
     run,
     select_backend,
 )
 from megatron_adams.precision import read_stored, write_stored_
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HYPERPARAMETERS = (
+    *("lr", "betas", "eps", "weight_decay"),
+    *("bias_correction", "adam_w_mode", "maximize"),
+)
+# In the order of an error's words.
+_DTYPES = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, torch.float64)).keys()
+# Classes whose data is at data_ptr().
+_PLAIN = {Tensor, torch.nn.Parameter}
 # Below it, squares that underflow in fp32 are no longer covered by eps, and the update has no
 # bound.
 _MIN_EPS = 2.0**-63
 
 
 class _Unsupported(NamedTuple):
-    """A FusedAdam argument that AdamS takes at its default value only."""
+    """An argument of torch's or TransformerEngine's Adam that AdamS takes at its default only."""
 
     default: Any
     rule: str
@@ -54,6 +63,9 @@ class _Unsupported(NamedTuple):
 _UNSUPPORTED = {
     "amsgrad": _Unsupported(
         False, "AdamS keeps no second moment whose maximum it could take", "leave it out"
+    ),
+    "differentiable": _Unsupported(
+        False, "the step writes its tensors in place, without autograd", "leave it out"
     ),
     "exp_avg_sq_dtype": _Unsupported(torch.float32, "AdamS has no exp_avg_sq", "leave it out"),
     "set_grad_none": _Unsupported(
@@ -81,10 +93,29 @@ _STORAGE = (
 _GUARDS = ("max_update_rms", "match_update_rms", "wants_update_rms")
 
 
+def _not_compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compiler.disable`: Dynamo cannot trace the driver's calls.
+
+    At the first call, as it imports Dynamo, which takes far longer than this package. Dynamo is
+    imported by then: torch's Optimizer does so where one is built.
+    """
+    disabled: Callable[P, R] | None = None
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if disabled is None:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled(*args, **kwargs)
+
+    return call
+
+
 @dataclass
 class _Lists:
-    """Tensors of one group that a batch is made of."""
+    """Tensors of one group that a batch is made of, and which of the group they are."""
 
+    rows: list[int] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
@@ -110,10 +141,77 @@ class _Pass(Enum):
 
 
 @dataclass
-class _Begun:
-    """A step under way: of each group where its tensors are and its scalars, and the guards."""
+class _Columns:
+    """The tensors of a group's step, but for what guards.py keeps: one of each a param.
 
-    signatures: Sequence[list[object] | None]
+    The params without a gradient are left out. A rank's part stands for a DTensor.
+
+    Attributes:
+        params: as the group has them.
+        grads: those that are plain have their values in their memory, see `_in_memory`.
+        grad_dtypes: of `grads`.
+        written: what is written as the param: it, its bytes or the model's copy of it.
+        exp_avgs: of `state[param]`.
+        main_params: master weights; None where `written` is the master itself.
+        scales: by the name of the state that is stored with them.
+        fp8_scaling: None where `written` has none.
+        is_plain: none is of a class whose data is elsewhere than at its pointer.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    grad_dtypes: list[torch.dtype]
+    written: list[Tensor]
+    exp_avgs: list[Tensor]
+    main_params: list[Tensor | None]
+    scales: list[dict[str, Tensor]]
+    fp8_scaling: list[Fp8Scaling | None]
+    is_plain: bool
+
+    @cached_property
+    def grad_pointers(self) -> list[int]:
+        """Where the gradients are."""
+        return [*map(Tensor.data_ptr, self.grads)]
+
+    def row(self, index: int) -> list[Tensor]:
+        """The full-size tensors of one param: what is written, gradient, exp_avg, master."""
+        main_param = self.main_params[index]
+        row = [self.written[index], self.grads[index], self.exp_avgs[index]]
+        return row if main_param is None else [*row, main_param]
+
+    @cached_property
+    def signature(self) -> list[object] | None:
+        """All else that a launch depends on: while it stays the same, so do its tables.
+
+        None: there are tensors that no table can list.
+        """
+        state = [*self.written, *self.exp_avgs]
+        state += [main_param for main_param in self.main_params if main_param is not None]
+        tensors = [*self.grads, *state]
+        # Function by function, as each step asks it of what may be thousands of tensors.
+        if not self.is_plain or any(map(Tensor.is_neg, state)):
+            return None
+        is_contiguous = all(map(Tensor.is_contiguous, tensors))
+        one_element = [scale for scales in self.scales for scale in scales.values()]
+        for scaling in self.fp8_scaling:
+            one_element += scaling or ()
+        return [
+            [*map(Tensor.data_ptr, state)],
+            self.grad_dtypes,
+            [tensor.dtype for tensor in state],
+            # Of tensors without holes that are not permuted, a table has the number of elements.
+            [*map(Tensor.numel, tensors)],
+            None if is_contiguous else [(tensor.shape, tensor.stride()) for tensor in tensors],
+            [main_param is None for main_param in self.main_params],
+            [*map(Tensor.data_ptr, one_element)],
+        ]
+
+
+@dataclass
+class _Begun:
+    """A step under way: of each group its tensors and scalars, and the guards."""
+
+    columns: Sequence[_Columns]
     scalars: Sequence[Scalars]
     guards: UpdateGuards | None
 
@@ -123,12 +221,14 @@ class _Plan:
     """What a group's last step launched, to be launched again while no tensor has moved.
 
     Attributes:
-        signature: where its tensors were; None: it has no tables for all of them.
+        signature: of its tensors; None: it has no tables for all of them.
         tables: by backend and kind of tensors.
+        rows: likewise, which of the group's tensors a table lists.
     """
 
     signature: list[object] | None = None
     tables: dict[tuple[str, Any], PointerTable] = field(default_factory=dict)
+    rows: dict[tuple[str, Any], list[int]] = field(default_factory=dict)
 
 
 class AdamS(Optimizer):
@@ -160,14 +260,19 @@ class AdamS(Optimizer):
         lr: learning rate, a float or a tensor with one element.
         betas: beta1 in [0, 1), beta2 in (0, 1). An update is at most `update_bound(...)` times
             lr: 1.026 at (0.9, 0.95), 3.29 at (0.9, 0.999), so AdamW's 0.999 is no good default
-            here.
+            here. Tensors with one element are read once, as in torch.
         eps: keeps a coordinate that has no gradients from moving by lr for ever, so it cannot be 0.
         weight_decay: decoupled (AdamW's) or, with `adam_w_mode=False`, L2.
         bias_correction: True is the authors' released form (first step 4.47 lr), False the
             paper's (0.447 lr). They agree after about 50 steps.
         adam_w_mode: decoupled weight decay.
+        maximize: the objective is maximized: the step is the one of the negated gradients.
+        foreach, fused: torch's arguments. `foreach=True` is `kernel="foreach"`. `fused=True` is the
+            kernel of the params' device, "cuda" or "host", by its name: where it cannot be had
+            that is an error; GradScaler then leaves unscaling and skipping to `step`, see there.
+            None and False leave the choice to `kernel`; all implementations give the same bits.
         kernel: which implementation of `megatron_adams.kernels` runs: "auto", the one of the
-            params' device; or "cuda", "host", "foreach".
+            params' device, or foreach where it cannot be compiled; or "cuda", "host", "foreach".
         capturable: `step` can be captured into a CUDA graph, see above; each group's params lie on
             one device, and none is quantized.
         max_update_rms: cap. Where the RMS of a param's update, before lr and weight decay, is
@@ -182,7 +287,8 @@ class AdamS(Optimizer):
         use_decoupled_grad: whether gradients are in `param.decoupled_grad`, as FusedAdam.
         store_param_remainders: whether fp32 master weights of bf16 params are kept as the 16 bits
             that the params lack, as FusedAdam.
-        amsgrad, exp_avg_sq_dtype, set_grad_none: FusedAdam's; at their defaults only.
+        amsgrad, differentiable, exp_avg_sq_dtype, set_grad_none: torch's and FusedAdam's; at their
+            defaults only.
 
     Attributes:
         model_params: main param -> the model's bf16 or fp16 copy of it, of the same shape; `step`
@@ -205,6 +311,7 @@ class AdamS(Optimizer):
         store_param_remainders: as given.
         exp_avg_dtype: as given.
         capturable: as given.
+        fused: as given.
 
     Raises:
         ValueError: a hyperparameter outside its range, an argument that is not supported, or a
@@ -219,17 +326,21 @@ class AdamS(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
         bias_correction: bool = False,
         adam_w_mode: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         kernel: str = "auto",
         max_update_rms: float | None = None,
         match_update_rms: float | None = None,
         amsgrad: bool = False,
         capturable: bool = False,
+        differentiable: bool = False,
         master_weights: bool = False,
         master_weight_dtype: torch.dtype = torch.float32,
         exp_avg_dtype: torch.dtype = torch.float32,
@@ -241,6 +352,7 @@ class AdamS(Optimizer):
         _refuse_unsupported(
             {
                 "amsgrad": amsgrad,
+                "differentiable": differentiable,
                 "exp_avg_sq_dtype": exp_avg_sq_dtype,
                 "set_grad_none": set_grad_none,
             }
@@ -263,11 +375,13 @@ class AdamS(Optimizer):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
             "adam_w_mode": adam_w_mode,
+            "maximize": maximize,
         }
         _check_hyperparameters(defaults)
-        if kernel not in ("auto", *BACKENDS):
-            raise ValueError(f"kernel={kernel!r}: must be one of {('auto', *BACKENDS)}")
-        self.kernel = kernel
+        _take_plain_numbers(defaults)
+        _check_kernel(kernel, foreach=foreach, fused=fused)
+        self.kernel = "foreach" if foreach else kernel
+        self.fused = bool(fused)
         self.capturable = capturable
         check_guards(max_update_rms, match_update_rms)
         self.max_update_rms = max_update_rms
@@ -285,7 +399,8 @@ class AdamS(Optimizer):
         self._is_state_left_out = False
         # By the index of the group and what is launched.
         self._plans: dict[tuple[int, _Pass], _Plan] = {}
-        self._used_by_graphs: list[object] = []
+        # By their ids, so that each is there once.
+        self._used_by_graphs: dict[int, object] = {}
         super().__init__(params, defaults)
 
     @classmethod
@@ -310,7 +425,7 @@ class AdamS(Optimizer):
             for name in HYPERPARAMETERS:
                 group.setdefault(name, optimizer.defaults[name])
             group.setdefault("step", 0)
-            _check_group(group, capturable=optimizer.capturable)
+            optimizer._check_group(group)
             if optimizer.capturable:
                 optimizer._move_numbers_to_device(group)
         params = [id(param) for group in optimizer.param_groups for param in group["params"]]
@@ -330,12 +445,33 @@ class AdamS(Optimizer):
         super().add_param_group(param_group)
         param_group.setdefault("step", 0)
         try:
-            _check_group(param_group, capturable=self.capturable)
+            self._check_group(param_group)
             if self.capturable:
                 self._move_numbers_to_device(param_group)
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse what AdamS does not do; numbers become Python's."""
+        _refuse_unsupported(group)
+        own = sorted(set(_STORAGE) & group.keys())
+        mine = {
+            "capturable": self.capturable,
+            "foreach": self.kernel == "foreach",
+            "fused": self.fused,
+        }
+        own += [name for name, value in mine.items() if group.get(name) not in (None, value)]
+        if own:
+            raise ValueError(
+                f"{own[0]} in a param group: is one for all groups; give it to AdamS itself"
+            )
+        _check_hyperparameters(group)
+        _take_plain_numbers(group)
+        for param in group["params"]:
+            _check_tensor("parameter", param)
+        if self.capturable:
+            _check_capturable(group["params"])
 
     def _move_numbers_to_device(self, group: dict[str, Any]) -> None:
         """Make a group's lr and step what a CUDA graph finds again: tensors on its device.
@@ -349,7 +485,7 @@ class AdamS(Optimizer):
         else:
             # A dp rank that owns no parameter counts on the device as the others do.
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            device = torch.empty(0, device=device).device
+            device = torch.empty(0, dtype=torch.int64, device=device).device
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device != device:
             raise ValueError(
@@ -363,12 +499,12 @@ class AdamS(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's has the state and the groups alone.
-        names = ("kernel", "capturable", "model_params", "whole_numels", "_scales")
+        names = ("kernel", "fused", "capturable", "model_params", "whole_numels", "_scales")
         own = {name: getattr(self, name) for name in (*names, *_STORAGE, *_GUARDS)}
         fresh = {
             "_is_state_left_out": False,
             "_plans": {},
-            "_used_by_graphs": [],
+            "_used_by_graphs": {},
             "_guards": None,
             "_is_counted": False,
             "_begun": None,
@@ -377,20 +513,55 @@ class AdamS(Optimizer):
         }
         return {**super().__getstate__(), **own, **fresh}
 
-    def compile_kernels(self, grad_dtype: torch.dtype | None = None) -> None:
+    def compile_kernels(
+        self, grad_dtype: torch.dtype | None = None, *, counts_updates: bool = False
+    ) -> None:
         """Compile, before the first step, what it needs.
 
         Args:
             grad_dtype: what the gradients will be; None: as their params.
+            counts_updates: some steps will have `wants_update_rms`: also the kernel that counts.
         Raises:
             CompileError: the backend asked for by name has no compiler, or it fails.
             ValueError: that backend is another device's.
         """
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             mode = self._mode(param, grad_dtype or param.dtype)
-            if mode is not None:
-                mode = mode._replace(is_guarded=self.is_guarded)
-                select_backend(param.device, mode, self.kernel)
+            if mode is None:
+                continue
+            for is_guarded in {self.scales_updates, self.scales_updates or counts_updates}:
+                guarded_mode = mode._replace(is_guarded=is_guarded)
+                select_backend(param.device, guarded_mode, self._kernel_on(param.device))
+
+    def _kernel_on(self, device: torch.device) -> str:
+        """What `select_backend` is asked for.
+
+        Raises:
+            ValueError: fused, and there is no kernel for the device.
+        """
+        if not self.fused or self.kernel != "auto":
+            return self.kernel
+        own = own_backend(device)
+        if own is None:
+            raise ValueError(
+                f"fused=True for parameters on {device}: must be on a CUDA device or the CPU, for "
+                "which there are kernels; leave it out"
+            )
+        return own
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves it to `step` to unscale, and to skip.
+
+        As in torch, with `fused` alone: others refuse to clip gradients that are still scaled
+        (Lightning). Not with bias correction, which counts steps: GradScaler waits, and calls no
+        step that is skipped. It knows of no decoupled gradients.
+        """
+        return (
+            self.fused
+            and not self.use_decoupled_grad
+            and not any(group["bias_correction"] for group in self.param_groups)
+        )
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
         """The dtypes in which the state of a param is stored, by the names in `state[param]`.
@@ -493,6 +664,7 @@ class AdamS(Optimizer):
         found_inf: Tensor | None = None,
     ) -> float: ...
 
+    @_not_compiled
     @torch.no_grad()
     def step(
         self,
@@ -507,9 +679,12 @@ class AdamS(Optimizer):
             closure: evaluates the model anew, with gradients enabled, and returns the loss.
             grad_scale: what the gradients are multiplied by, in fp32: the inverse of a loss scale,
                 a clip coefficient, or their product. A number or a one-element tensor.
-            found_inf: one fp32 element on the params' device; where it is not 0 no tensor is
-                written. Nobody waits for it, so group["step"] counts this step too. The foreach
-                backend does wait for it: not in a CUDA graph.
+            found_inf: one fp32 element; where it is not 0 no tensor is written. Nobody waits for
+                it, unless the params are on the CPU and it is not, so group["step"] counts this
+                step too. The foreach backend does wait for it: not in a CUDA graph.
+
+        With `fused`, torch.amp.GradScaler sets the attributes `grad_scale`, by which gradients are
+        divided here, and `found_inf` for the time of the call: nobody waits for the GPU then.
 
         Returns:
             The closure's loss, or None.
@@ -527,9 +702,10 @@ class AdamS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        grad_scale, found_inf = self._with_grad_scaler(grad_scale, found_inf)
         begun, self._begun = self._begun or self._begin(grad_scale, found_inf), None
         guards = begun.guards
-        if guards is not None and self.is_guarded:
+        if guards is not None and self.scales_updates:
             guards.set_factors(
                 self.reduce_update_sums,
                 max_rms=self.max_update_rms,
@@ -540,16 +716,25 @@ class AdamS(Optimizer):
             self._launch(_Pass.UPDATE_AND_COUNT, begun)
         else:
             self._launch(_Pass.UPDATE, begun)
-        if _is_capturing():
-            # A later step outside the graph may make new ones; the graph goes on with these.
-            self._used_by_graphs.append(guards)
-            self._used_by_graphs += [
-                (table.rows, table.amax)
-                for plan in self._plans.values()
-                for table in plan.tables.values()
-            ]
         return loss
 
+    def _with_grad_scaler(
+        self, grad_scale: float | Tensor, found_inf: Tensor | None
+    ) -> tuple[float | Tensor, Tensor | None]:
+        """The scalars of a step with what torch.amp.GradScaler has set, if it calls the step."""
+        its_scale = getattr(self, "grad_scale", None)
+        if isinstance(its_scale, Tensor):
+            # As its unscale_ has it: rounded once, whatever the scale is.
+            inverse = its_scale.double().reciprocal().float()
+            is_one = not isinstance(grad_scale, Tensor) and grad_scale == 1.0
+            grad_scale = inverse if is_one else inverse * grad_scale
+        its_found_inf = getattr(self, "found_inf", None)
+        # Of an optimizer without gradients it is the int 0.
+        if isinstance(its_found_inf, Tensor):
+            found_inf = its_found_inf if found_inf is None else its_found_inf + found_inf
+        return grad_scale, found_inf
+
+    @_not_compiled
     @torch.no_grad()
     def begin_step(
         self, *, grad_scale: float | Tensor = 1.0, found_inf: Tensor | None = None
@@ -568,11 +753,11 @@ class AdamS(Optimizer):
 
     def _begin(self, grad_scale: float | Tensor, found_inf: Tensor | None) -> _Begun:
         # All gradients are looked at before the first parameter is written.
-        signatures = [self._signature(group) for group in self.param_groups]
+        columns = [self._columns(group) for group in self.param_groups]
         guards = self._guards_of_step()
         scalars = [self._advance(group, grad_scale, found_inf) for group in self.param_groups]
-        begun = _Begun(signatures, scalars, guards)
-        if self.is_guarded:
+        begun = _Begun(columns, scalars, guards)
+        if self.scales_updates:
             self._launch(_Pass.COUNT, begun)
         return begun
 
@@ -589,7 +774,7 @@ class AdamS(Optimizer):
             ValueError: the last step did not count.
         """
         guards = self._counted()
-        return guards.rms if self.is_guarded else guards.whole_rms(self.reduce_update_sums)
+        return guards.rms if self.scales_updates else guards.whole_rms(self.reduce_update_sums)
 
     def update_sums(self) -> Tensor:
         """What the last step has counted of the params that are here, as they are here.
@@ -608,9 +793,10 @@ class AdamS(Optimizer):
             ValueError: as `update_rms`.
         """
         guards = self._counted()
-        if self.is_guarded:
+        if self.scales_updates:
             return guards.factors
-        return torch.ones(len(guards.params), device=guards.sums().device)
+        device = guards.sums().device
+        return torch.ones(len(guards.params), dtype=torch.float32, device=device)
 
     @property
     def is_counted(self) -> bool:
@@ -622,7 +808,7 @@ class AdamS(Optimizer):
         self._is_counted = False
 
     @property
-    def is_guarded(self) -> bool:
+    def scales_updates(self) -> bool:
         """Whether there is a cap or a target."""
         return self.max_update_rms is not None or self.match_update_rms is not None
 
@@ -637,7 +823,7 @@ class AdamS(Optimizer):
     def _guards_of_step(self) -> UpdateGuards | None:
         """The guards, with nothing counted, or None where a step neither counts nor scales."""
         self._is_counted = False
-        if not self.is_guarded and not self.wants_update_rms:
+        if not self.scales_updates and not self.wants_update_rms:
             return None
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         known = self._guards
@@ -664,6 +850,8 @@ class AdamS(Optimizer):
         # would differ between ranks on resume.
         group["step"] += 1
         beta1, beta2 = group["betas"]
+        if group["maximize"]:
+            grad_scale = -grad_scale
         return Scalars(
             lr=group["lr"],
             grad_scale=grad_scale,
@@ -679,21 +867,34 @@ class AdamS(Optimizer):
     def _launch(self, what: _Pass, begun: _Begun) -> None:
         """Launch a pass over the tensors of all groups."""
         only_count = what is _Pass.COUNT
-        scalars = begun.scalars
-        for index, group in enumerate(self.param_groups):
-            signature = begun.signatures[index]
+        used: list[object] = [begun.guards]
+        for index, columns in enumerate(begun.columns):
+            scalars = begun.scalars[index]
             plan = self._plans.setdefault((index, what), _Plan())
+            signature = columns.signature
             if signature is not None and signature == plan.signature:
-                for (backend, _), table in plan.tables.items():
-                    launch(table, scalars[index], backend, only_count=only_count)
+                pointers = columns.grad_pointers
+                for key, table in plan.tables.items():
+                    rows = plan.rows[key]
+                    grads = pointers if len(rows) == len(pointers) else [pointers[i] for i in rows]
+                    launch(table, scalars, key[0], grads=grads, only_count=only_count)
+                    used += (table.rows, table.amax)
                 continue
-            plan.signature, tables, plan.tables = signature, plan.tables, {}
-            for key, batch in self._batches(group, what):
+            # None until all is launched: a step that fails half way has no tables for the rest.
+            plan.signature, plan.rows = None, {}
+            tables, plan.tables = plan.tables, {}
+            is_foreach = False
+            for key, rows, batch in self._batches(columns, what):
                 backend, _ = key
                 table = plan.tables[key] = tables.get(key) or PointerTable()
-                run(batch, scalars[index], backend, table, only_count=only_count)
-                if backend == "foreach":
-                    plan.signature = None
+                plan.rows[key] = rows
+                run(batch, scalars, backend, table, only_count=only_count)
+                used += (table.rows, table.amax)
+                is_foreach = is_foreach or backend == "foreach"
+            plan.signature = None if is_foreach else signature
+        if _is_capturing():
+            # A later step outside the graph may make new ones; the graph goes on with these.
+            self._used_by_graphs.update((id(each), each) for each in used)
 
     def _check_capture(self) -> None:
         """Refuse a capture that would repeat one step's numbers for ever."""
@@ -718,119 +919,129 @@ class AdamS(Optimizer):
                     "model was moved"
                 )
 
-    def _signature(self, group: Mapping[str, Any]) -> list[object] | None:
-        """Return where a group's tensors are: while it stays the same, so do the tables of them.
-
-        None: there are subclasses of Tensor whose data is elsewhere, other than DTensors.
+    def _columns(self, group: Mapping[str, Any]) -> _Columns:
+        """Collect the tensors of a group's step; state that is missing is allocated.
 
         Raises:
             ValueError: a gradient is sparse or complex.
         """
-        signature: list[object] = []
-        is_plain = True
-        for param in group["params"]:
-            grad = self._grad(param)
-            if grad is None:
-                continue
-            _check_tensor("gradient", grad)
-            self.initialize_state(param)
-            exp_avg, main_param = self._stored(param)
-            grad, exp_avg = _local(grad), _local(exp_avg)
-            main_param = None if main_param is None else _local(main_param)
-            if not type(grad) is type(exp_avg) is Tensor:
-                is_plain = False
-                continue
-            memory, fp8_scaling = _memory(_local(param))
-            scales = [*self._scales.get(param, {}).values(), *(fp8_scaling or ())]
-            model_param = self.model_params.get(param) if self.model_params else None
-            signature.append(
-                (
-                    param.shape,
-                    memory.data_ptr(),
-                    grad.data_ptr(),
-                    grad.dtype,
-                    grad.is_contiguous(),
-                    exp_avg.data_ptr(),
-                    0 if main_param is None else main_param.data_ptr(),
-                    [scale.data_ptr() for scale in scales],
-                    0 if model_param is None else model_param.data_ptr(),
-                )
-            )
-        return signature if is_plain else None
+        # A list of each kind at a time: a step does nothing else for a tensor that has not moved.
+        params: list[Tensor] = group["params"]
+        found = (
+            [self._grad(p) for p in params] if self.use_decoupled_grad else [p.grad for p in params]
+        )
+        grads = [grad for grad in found if grad is not None]
+        if len(grads) != len(params):
+            params = [p for p, grad in zip(params, found, strict=True) if grad is not None]
+        dtypes = [grad.dtype for grad in grads]
+        if not {*dtypes} <= _DTYPES:
+            _check_gradients(grads)
+        states = [self.state[param] for param in params]
+        has_masters = self.master_weights
+        for param, state in zip(params, states, strict=True):
+            if "exp_avg" not in state or (has_masters and "master_param" not in state):
+                self.initialize_state(param)
+        exp_avgs = [state["exp_avg"] for state in states]
+        main_params = [state.get("master_param") for state in states]
+        written, fp8_scaling = params, []
+        is_plain = _are_plain(params, grads, exp_avgs, main_params)
+        if not is_plain:
+            _check_gradients(grads)
+            grads, exp_avgs = [*map(_local, grads)], [*map(_local, exp_avgs)]
+            main_params = [main if main is None else _local(main) for main in main_params]
+            memory = [_memory(_local(param)) for param in params]
+            written, fp8_scaling = [m for m, _ in memory], [scaling for _, scaling in memory]
+        if self.model_params:
+            # The param is the master weight of the model's copy.
+            copies = [self.model_params.get(param) for param in params]
+            main_params = [
+                main if copy is None else param
+                for param, copy, main in zip(written, copies, main_params, strict=True)
+            ]
+            written = [
+                param if copy is None else copy for param, copy in zip(written, copies, strict=True)
+            ]
+        if not is_plain or self.model_params:
+            is_plain = _are_plain(written, grads, exp_avgs, main_params)
+        scales = [self._scales.get(param, {}) for param in params] if self._scales else []
+        columns = _Columns(
+            params, grads, dtypes, written, exp_avgs, main_params, scales, fp8_scaling, is_plain
+        )
+        if is_plain:
+            try:
+                may_lack_memory = any(map(Tensor.is_neg, grads)) or 0 in columns.grad_pointers
+            except RuntimeError:
+                # A sparse tensor has no pointer.
+                _check_gradients(grads)
+                raise
+            if not may_lack_memory:
+                return columns
+        return replace(columns, grads=[*map(_in_memory, grads)])
 
     def _batches(
-        self, group: Mapping[str, Any], what: _Pass
-    ) -> Iterator[tuple[tuple[str, Any], Batch]]:
+        self, columns: _Columns, what: _Pass
+    ) -> Iterator[tuple[tuple[str, Any], list[int], Batch]]:
         """Sort a group's tensors into what one launch takes, with its backend and a key."""
         batches: dict[tuple[str, Any], _Lists] = {}
-        for param in group["params"]:
-            grad = self._grad(param)
-            if grad is None:
-                continue
-            exp_avg, main_param = self._stored(param)
-            model_param, fp8_scaling = _memory(param)
-            if param in self.model_params:
-                model_param, main_param = self.model_params[param], param
-            tensors = [model_param, grad, exp_avg]
-            if main_param is not None:
-                tensors.append(main_param)
-            tensors = [_local(tensor) for tensor in tensors]
-            mode = self._mode(param, grad.dtype)
+        for index, param in enumerate(columns.params):
+            tensors = columns.row(index)
+            written, grad, exp_avg, *main_params = tensors
+            main_dtype = main_params[0].dtype if main_params else None
+            mode = mode_of(grad.dtype, written.dtype, exp_avg.dtype, main_dtype)
             if mode is not None:
                 mode = mode._replace(is_guarded=what is not _Pass.UPDATE)
-            device = tensors[0].device
+            device = written.device
             key: tuple[str, Any]
             if mode is None or not all(
-                type(tensor) in (Tensor, torch.nn.Parameter)
-                and tensor.stride() == tensors[0].stride()
+                type(tensor) in _PLAIN
+                and tensor.stride() == written.stride()
                 and is_dense(tensor)
+                and not tensor.is_neg()
                 for tensor in tensors
             ):
-                # fp64, tensors with holes or of unlike layouts, subclasses of Tensor. Named by the
-                # dtypes, as one call takes one of each.
+                # fp64, tensors with holes or of unlike layouts, subclasses of Tensor, values that
+                # are not what is in memory. Named by the dtypes, as one call takes one of each.
                 key = "foreach", (device, *(tensor.dtype for tensor in tensors))
             else:
-                key = select_backend(device, mode, self.kernel), (device, mode)
+                backend = select_backend(device, mode, self._kernel_on(device))
+                key = backend, (device, mode)
             lists = batches.setdefault(key, _Lists())
-            columns = (lists.params, lists.grads, lists.exp_avgs, lists.main_params)
-            for column, tensor in zip(columns, tensors, strict=False):
+            lists.rows.append(index)
+            for column, tensor in zip(
+                (lists.params, lists.grads, lists.exp_avgs, lists.main_params),
+                tensors,
+                strict=False,
+            ):
                 column.append(tensor)
-            scales = self._scales.get(param, {})
+            scales = columns.scales[index] if columns.scales else {}
             if "exp_avg" in scales:
                 lists.exp_avg_scales.append(scales["exp_avg"])
             if "master_param" in scales:
                 lists.main_scales.append(scales["master_param"])
-            if fp8_scaling is not None:
-                lists.fp8_scaling.append(fp8_scaling)
+            if columns.fp8_scaling and (scaling := columns.fp8_scaling[index]) is not None:
+                lists.fp8_scaling.append(scaling)
             if self._guards is not None and what.counts:
                 lists.update_sums.append(self._guards.sums_of[param])
             if self._guards is not None and what is _Pass.UPDATE_SCALED:
                 lists.update_factors.append(self._guards.factor_of[param])
         for key, lists in batches.items():
-            yield (
-                key,
-                Batch(
-                    lists.params,
-                    lists.grads,
-                    lists.exp_avgs,
-                    lists.main_params or None,
-                    lists.exp_avg_scales or None,
-                    lists.main_scales or None,
-                    lists.fp8_scaling or None,
-                    lists.update_sums or None,
-                    lists.update_factors or None,
-                ),
+            batch = Batch(
+                lists.params,
+                lists.grads,
+                lists.exp_avgs,
+                lists.main_params or None,
+                lists.exp_avg_scales or None,
+                lists.main_scales or None,
+                lists.fp8_scaling or None,
+                lists.update_sums or None,
+                lists.update_factors or None,
             )
+            yield key, lists.rows, batch
 
     def _grad(self, param: Tensor) -> Tensor | None:
         if self.use_decoupled_grad:
             return getattr(param, "decoupled_grad", None)
         return param.grad
-
-    def _stored(self, param: Tensor) -> tuple[Tensor, Tensor | None]:
-        """exp_avg and, where it is kept here, the master weights of a param."""
-        state = self.state[param]
-        return state["exp_avg"], state.get("master_param")
 
     def _mode(self, param: Tensor, grad_dtype: torch.dtype) -> Mode | None:
         dtypes = self.state_dtypes(param)
@@ -862,9 +1073,11 @@ class AdamS(Optimizer):
             ids = chain.from_iterable(group["params"] for group in outgoing["param_groups"])
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             param_of = dict(zip(ids, params, strict=True))
-            if self.capturable:
-                for group in outgoing["param_groups"]:
+            for group in outgoing["param_groups"]:
+                if self.capturable:
                     group.update(lr=float(group["lr"]), step=int(group["step"]))
+                # A scheduler may have set one.
+                _take_plain_numbers(group)
             saved = {} if self._is_state_left_out else outgoing["state"]
             outgoing["state"] = {
                 index: {name: self.get_unscaled_state(param_of[index], name) for name in state}
@@ -909,7 +1122,8 @@ class AdamS(Optimizer):
                 dtypes = self.state_dtypes(param)
                 plain = {k for k in state if dtypes[k] not in (torch.int16, *_SCALED_DTYPES)}
                 for name in plain:
-                    self.state[param][name] = state[name].to(param.device, dtypes[name])
+                    full = state[name].to(param.device, dtypes[name]).resolve_neg()
+                    self.state[param][name] = full
                 self.initialize_state(param)
                 for name in state.keys() - plain:
                     self.set_scaled_state(param, name, state[name])
@@ -975,6 +1189,7 @@ class AdamS(Optimizer):
                 group["step"] = max(state_steps, default=0)
             group["step"] = int(group["step"])
             _check_hyperparameters(group)
+            _take_plain_numbers(group)
             # TransformerEngine's FusedAdam saves a tensor with capturable=True.
             if isinstance(group["lr"], Tensor) and (
                 self.capturable or not isinstance(current["lr"], Tensor)
@@ -1053,6 +1268,25 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _are_plain(*columns: Iterable[Tensor | None]) -> bool:
+    """Whether the data of all tensors is at their pointers; None stands for no tensor."""
+    kinds: set[type] = set()
+    for column in columns:
+        kinds.update(map(type, column))
+    return kinds - {NoneType} <= _PLAIN
+
+
+def _in_memory(grad: Tensor) -> Tensor:
+    """The gradient; a copy where its memory has not its value.
+
+    Torch negates lazily: the gradient of what went through `conj` can be a view of its negative,
+    with a mark. A zero of forward-mode AD has no memory.
+    """
+    if type(grad) not in _PLAIN:
+        return grad
+    return grad.clone() if grad._is_zerotensor() else grad.resolve_neg()
+
+
 def _distributed(local: Tensor, like: Tensor) -> Tensor:
     """A DTensor of this rank's part, if `like` is one, of the same shape and placement."""
     part = _local(like)
@@ -1119,21 +1353,24 @@ def _written_by_another(evidence: str) -> ValueError:
     )
 
 
-def _check_group(group: Mapping[str, Any], *, capturable: bool) -> None:
-    _refuse_unsupported(group)
-    own = sorted(set(_STORAGE) & group.keys())
-    # torch's Adam has it in each group.
-    if group.get("capturable", capturable) != capturable:
-        own.append("capturable")
-    if own:
+def _check_kernel(kernel: str, *, foreach: bool | None, fused: bool | None) -> None:
+    """Refuse a choice of the implementation that says two things.
+
+    Raises:
+        ValueError: an unknown kernel, or arguments that contradict each other.
+    """
+    if kernel not in ("auto", *BACKENDS):
+        raise ValueError(f"kernel={kernel!r}: must be one of {('auto', *BACKENDS)}")
+    if fused and foreach:
         raise ValueError(
-            f"{own[0]} in a param group: is one for all groups; give it to AdamS itself"
+            "fused=True, foreach=True: must be one of the two, as in torch; leave one out"
         )
-    _check_hyperparameters(group)
-    for param in group["params"]:
-        _check_tensor("parameter", param)
-    if capturable:
-        _check_capturable(group["params"])
+    if fused and kernel == "foreach":
+        raise ValueError(
+            "fused=True with kernel='foreach': must be 'auto', 'cuda' or 'host'; leave one out"
+        )
+    if foreach and kernel not in ("auto", "foreach"):
+        raise ValueError(f"foreach=True with kernel={kernel!r}: must be 'foreach'; leave one out")
 
 
 def _check_capturable(params: Iterable[Tensor]) -> None:
@@ -1159,7 +1396,10 @@ def _check_hyperparameters(group: Mapping[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas={betas}: must be two numbers, (beta1, beta2)")
-    beta1, beta2 = betas
+    for index, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"betas[{index}]={beta}: a tensor must have one element")
+    beta1, beta2 = map(_plain_number, betas)
     _check_number("lr", lr, lambda x: 0 <= x < math.inf, "finite and >= 0")
     _check_number("beta1", beta1, lambda x: 0 <= x < 1, "in [0, 1)")
     _check_number(
@@ -1177,9 +1417,41 @@ def _check_hyperparameters(group: Mapping[str, Any]) -> None:
 
 
 def _check_number(name: str, value: object, rule: Callable[[float], bool], words: str) -> None:
+    if not isinstance(value, Real):
+        raise ValueError(
+            f"{name}={value!r}: must be a number, and is a {type(value).__name__}; give a float"
+        )
     # A rule says what is right, not what is wrong: NaN satisfies none.
-    if not isinstance(value, Real) or not rule(float(value)):
+    if not rule(float(value)):
         raise ValueError(f"{name}={value}: must be {words}")
+
+
+def _take_plain_numbers(group: dict[str, Any]) -> None:
+    """Make Python's numbers of others (NumPy's), which torch.load would refuse in a checkpoint.
+
+    Betas become a tuple of numbers; as in torch, their tensors are read once. lr and step may be
+    tensors.
+    """
+    for name, value in group.items():
+        if name != "params" and not isinstance(value, Tensor):
+            group[name] = _plain_number(value)
+    if "betas" in group:
+        group["betas"] = tuple(map(_plain_number, group["betas"]))
+
+
+def _plain_number(value: Any) -> Any:
+    """The int or float of a number of another type or of a tensor; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.item()
+    kind: type = type(value)
+    if not isinstance(value, Real) or kind in (bool, int, float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _check_gradients(grads: Iterable[Tensor]) -> None:
+    for grad in grads:
+        _check_tensor("gradient", grad)
 
 
 def _check_tensor(what: str, tensor: Tensor) -> None:

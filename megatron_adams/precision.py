@@ -68,7 +68,8 @@ def encode_scaled(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         (stored, scale): of state's shape in `dtype`; () fp32. state is near stored * scale.
     """
     amax = state.abs().max() if state.numel() else state.new_zeros(())
-    limit = int(torch.tensor(_LARGEST_SCALED[dtype]).view(torch.int32).item())
+    largest = torch.tensor(_LARGEST_SCALED[dtype], dtype=torch.float32, device="cpu")
+    limit = int(largest.view(torch.int32).item())
     # Of a NaN only that it is not finite counts; the numbers beside it are lost, as beside an inf.
     bits = (amax.view(torch.int32) & 0x7FFFFFFF).clamp(max=0x7F800000)
     is_above = (bits & 0x7FFFFF) > (limit & 0x7FFFFF)

@@ -169,7 +169,8 @@ class _Library:
 @contextmanager
 def installed() -> Iterator[None]:
     """Put the stand-in in the place of torch.cuda's CUDA graphs."""
-    load, update_table, is_initialized = host.load, host.update_table, torch.cuda.is_initialized
+    load, is_initialized = host.load, torch.cuda.is_initialized
+    update_table, update_gradients = host.update_table, host.update_gradients
 
     def refusing(name: str, original: Any) -> Any:
         def method(*args: Any, **kwargs: Any) -> Any:
@@ -195,6 +196,11 @@ def installed() -> Iterator[None]:
             host,
             "update_table",
             lambda batch, table: update_table(batch, table, is_capturing=bool(_capturing)),
+        ),
+        (
+            host,
+            "update_gradients",
+            lambda table, grads: update_gradients(table, grads, is_capturing=bool(_capturing)),
         ),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]

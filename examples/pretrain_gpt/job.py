@@ -188,6 +188,9 @@ def _running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
         "OMP_NUM_THREADS": str(max(1, cores // CPU_RANKS)),
         # Required by Megatron for communication overlap on GPUs before Blackwell.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        # Megatron has Inductor compile some fusions at start, which takes a C compiler and longer
+        # than this model gains by them; --disable-jit-fuser comes too late to prevent it (0.19).
+        "TORCHDYNAMO_DISABLE": "1",
         "PYTHONUNBUFFERED": "1",
         **os.environ,
         # The package of this repository, wherever the command is given.

@@ -41,6 +41,7 @@ __all__ = [
     "launch",
     "mode_of",
     "multi_tensor_adams",
+    "own_backend",
     "run",
     "select_backend",
 ]
@@ -99,7 +100,8 @@ def multi_tensor_adams(
         bias_correction: as `adams_update_`; or a one-element fp32 tensor that holds
             1 / (1 - beta1^step), for CUDA graphs, which cannot count.
         grad_scale: the gradients are multiplied by it: loss scale's inverse, clip coefficient.
-        found_inf: one fp32 element; where it is not 0, nothing is written.
+        found_inf: one fp32 element; where it is not 0, nothing is written. On another device, it
+            is copied.
         exp_avg_scales, main_scales: a one-element fp32 tensor per tensor, read and written.
         fp8_scaling: one per param, with fp8 params.
         update_sums: (2,) int64 per tensor; what `count_squares` says of its update is added to it.
@@ -153,7 +155,7 @@ def run(
             else.
     """
     batch.check()
-    scalars.check(batch.device)
+    scalars.check()
     if backend == "foreach":
         foreach.run(batch, scalars, only_count=only_count)
         return
@@ -168,25 +170,32 @@ def run(
 
 
 def launch(
-    table: PointerTable, scalars: Scalars, backend: str, *, only_count: bool = False
+    table: PointerTable,
+    scalars: Scalars,
+    backend: str,
+    *,
+    grads: list[int],
+    only_count: bool = False,
 ) -> None:
-    """Repeat the last `run` with this table, with other scalars.
+    """Repeat the last `run` with this table, with other scalars and gradients.
 
     Args:
-        table: its tensors must still be where they were.
+        table: its tensors, but for the gradients, must still be where they were.
         scalars: of this step.
         backend: of that run, "cuda" or "host".
+        grads: where the gradients are; their dtypes, shapes and strides are those of that run.
         only_count: of that run.
     Raises:
         ValueError: as `run`, of the scalars.
+        RuntimeError: a gradient has moved, and a CUDA graph is being captured.
     """
-    scalars.check(table.device)
+    scalars.check()
     if backend == "cuda":
         from megatron_adams.kernels import cuda
 
-        cuda.launch(table, scalars, cuda.CudaDriver(), only_count=only_count)
+        cuda.repeat(table, scalars, cuda.CudaDriver(), grads=grads, only_count=only_count)
     else:
-        host.launch(table, scalars, only_count=only_count)
+        host.repeat(table, scalars, grads=grads, only_count=only_count)
 
 
 @functools.cache
@@ -233,6 +242,11 @@ def _load(backend: str, mode: Mode, device: torch.device) -> None:
             "torch's CUDA builds bring it; or pip install cuda-core[cu13], [cu12] for CUDA 12"
         ) from exc
     cuda.load(mode, device)
+
+
+def own_backend(device: torch.device) -> str | None:
+    """The backend whose kernel reads the memory of a device; None: there is none."""
+    return _OWN_BACKENDS.get(device.type)
 
 
 def _check_device(backend: str, device: torch.device) -> None:

@@ -173,8 +173,15 @@ class Batch:
         """Refuse what a kernel, which walks through memory, cannot read.
 
         Raises:
-            ValueError: strides that differ among tensors of one index, or leave holes.
+            ValueError: strides that differ among tensors of one index, or leave holes; a tensor
+                whose memory has not its value.
         """
+        for name, column in _table_columns(self):
+            if any(map(Tensor.is_neg, column or ())):
+                raise ValueError(
+                    f"{name}: one is the negative of what its memory has (is_neg()): must be what "
+                    "is in memory; call .resolve_neg()"
+                )
         for name, column in self.columns():
             for param, tensor in zip(self.params, column or (), strict=False):
                 if tensor.stride() != param.stride() or not is_dense(tensor):
@@ -225,26 +232,19 @@ class Scalars:
     weight_decay: float
     decoupled_weight_decay: bool
 
-    def check(self, device: torch.device) -> None:
+    def check(self) -> None:
         """Refuse tensors that are no scalars.
 
-        Args:
-            device: of the batch.
         Raises:
-            ValueError: more or fewer than one element; found_inf is not fp32 on `device`.
+            ValueError: more or fewer than one element; found_inf is not fp32.
         """
         for name in ("lr", "grad_scale", "correction", "found_inf"):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} has {value.numel()} elements: must have one")
         found_inf = self.found_inf
-        if found_inf is not None and (
-            found_inf.dtype != torch.float32 or found_inf.device != device
-        ):
-            raise ValueError(
-                f"found_inf is {found_inf.dtype} on {found_inf.device}: must be torch.float32 on "
-                f"{device}"
-            )
+        if found_inf is not None and found_inf.dtype != torch.float32:
+            raise ValueError(f"found_inf is {found_inf.dtype}: must be torch.float32")
 
     @property
     def decay(self) -> int:
@@ -281,6 +281,11 @@ def update_table(batch: Batch, table: PointerTable, *, is_capturing: bool = Fals
     table.update(columns, mode=batch.mode, device=batch.device, is_capturing=is_capturing)
 
 
+def update_gradients(table: PointerTable, grads: list[int], *, is_capturing: bool = False) -> None:
+    """Make `table` describe the same tensors with the gradients at other addresses."""
+    table.move_gradients(grads, is_capturing=is_capturing)
+
+
 type Argument = ctypes._SimpleCData[Any]
 
 
@@ -303,14 +308,17 @@ def kernel_arguments(table: PointerTable, scalars: Scalars) -> Arguments:
     def scalar(value: float | Tensor) -> tuple[ctypes.c_float, ctypes.c_void_p]:
         if not isinstance(value, Tensor):
             return ctypes.c_float(value), ctypes.c_void_p(0)
-        if value.device != table.device:
-            # Reading a CPU tensor does not wait for a device.
+        if value.device != table.device and "cpu" in (value.device.type, table.device.type):
+            # Reading a CPU tensor does not wait for a device; and the CPU has to wait.
             return ctypes.c_float(value.item()), ctypes.c_void_p(0)
-        value = value.to(torch.float32)
+        value = value.to(table.device, torch.float32, non_blocking=True).resolve_neg()
         keepalive.append(value)
         return ctypes.c_float(0.0), ctypes.c_void_p(value.data_ptr())
 
     found_inf = scalars.found_inf
+    if found_inf is not None:
+        found_inf = found_inf.to(table.device, non_blocking=table.device.type != "cpu")
+        keepalive.append(found_inf)
     values: list[Argument] = [
         ctypes.c_void_p(table.rows.data_ptr()),
         ctypes.c_int(table.num_tensors),

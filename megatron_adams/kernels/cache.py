@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import pwd
 import secrets
 import stat
 import time
@@ -42,11 +43,23 @@ def default_folder() -> Path | None:
         return Path(folder)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # the XDG specification: a relative path is ignored
-        try:
-            base = Path.home() / ".cache"
-        except RuntimeError:
+        home = _home()
+        if home is None:
             return None
+        base = home / ".cache"
     return base / "megatron-adams"
+
+
+def _home() -> Path | None:
+    """This user's home folder: not Path.home(), which is / where HOME is empty."""
+    home = Path(os.environ.get("HOME", ""))
+    if home.is_absolute():
+        return home
+    try:
+        home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return None
+    return home if home.is_absolute() else None
 
 
 class KernelCache:
@@ -105,8 +118,9 @@ class KernelCache:
         return None
 
     def _warn(self, exc: OSError) -> None:
+        name = "" if self.folder is None else f" {self.folder}"
         _warn_once(
-            f"kernel cache {self.folder}: {exc.strerror}. Every process compiles what it cannot "
+            f"kernel cache{name}: {exc.strerror}. Every process compiles what it cannot "
             f"find there for itself. Set {ENVIRONMENT_VARIABLE} to a folder that you own, that "
             "nobody else can write, and that has room"
         )

@@ -17,9 +17,10 @@ from megatron_adams.kernels.batch import (
     Batch,
     Scalars,
     kernel_arguments,
+    update_gradients,
     update_table,
 )
-from megatron_adams.kernels.compile import cubin
+from megatron_adams.kernels.compile import CompileError, cubin
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.table import PointerTable
 from megatron_adams.kernels.tuning import Tuning, tuning_of
@@ -48,13 +49,17 @@ class Driver(Protocol):
         ...
 
 
+class DriverError(RuntimeError):
+    """The driver has refused a call."""
+
+
 class CudaDriver:
     """The GPU.
 
     Args:
         tuning: of all modes. None: each mode's own.
     Raises:
-        RuntimeError: the driver refuses; with its own words.
+        DriverError: the driver refuses; with its own words.
     """
 
     def __init__(self, tuning: Tuning | None = None) -> None:
@@ -83,7 +88,8 @@ class CudaDriver:
             kernel = _kernel(mode, tuning, entry_point, index)
             stream = torch.cuda.current_stream().cuda_stream
             parameters = (
-                tuple(argument.value or 0 for argument in arguments),
+                # A null pointer's value is None.
+                tuple(0 if arg.value is None else arg.value for arg in arguments),
                 tuple(type(argument) for argument in arguments),
             )
             grid, block = (num_blocks, 1, 1), (tuning.block, 1, 1)
@@ -95,7 +101,7 @@ def _call(function: str, *arguments: object) -> Any:
     error, *result = getattr(bindings, function)(*arguments)
     if error != bindings.CUresult.CUDA_SUCCESS:
         _, words = bindings.cuGetErrorString(error)
-        raise RuntimeError(f"{function}: {error.name}, {words.decode()}")
+        raise DriverError(f"{function}: {error.name}, {words.decode()}")
     return result[0] if result else None
 
 
@@ -106,12 +112,24 @@ def arch_of(device: torch.device | int) -> str:
 
 
 def load(mode: Mode, device: torch.device) -> None:
-    """Compile the kernel of a mode for a device, if it is not in the cache.
+    """Compile the kernel of a mode for a device, if it is not in the cache, and load it.
 
     Raises:
-        CompileError: NVRTC is missing, or it fails.
+        CompileError: NVRTC is missing, or it fails, or the driver does not load what it made.
     """
-    cubin(mode, arch_of(device))
+    tuning = tuning_of(mode)
+    names = mode.entry_points + (mode.count_entry_points if mode.is_guarded else ())
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        try:
+            _call("cuCtxSetCurrent", _context(index))
+            for entry_point in names:
+                _kernel(mode, tuning, entry_point, index)
+        except DriverError as exc:
+            raise CompileError(
+                f"the driver does not load the kernel {mode.name} for {device}: {exc}; update the "
+                "driver, or install a torch for the CUDA version that it supports"
+            ) from exc
 
 
 @cache
@@ -143,12 +161,31 @@ def run(
     launch(table, scalars, driver, only_count=only_count)
 
 
+def repeat(
+    table: PointerTable,
+    scalars: Scalars,
+    driver: Driver,
+    *,
+    grads: list[int],
+    only_count: bool = False,
+) -> None:
+    """As `run` what `table` describes, with the gradients at other addresses."""
+    if table.grads != grads:
+        update_gradients(table, grads, is_capturing=driver.is_capturing(table.device))
+    launch(table, scalars, driver, only_count=only_count)
+
+
 def launch(
     table: PointerTable, scalars: Scalars, driver: Driver, *, only_count: bool = False
 ) -> None:
     """As `run` what `table` describes, by one launch, or, to update scaled state, by three."""
     if table.num_chunks == 0:
         return
+    if table.device.type == "cuda":
+        stream = torch.cuda.current_stream(table.device)
+        # A graph has its own owner of the table.
+        if not table.is_of(stream) and not driver.is_capturing(table.device):
+            table.record_stream(stream)
     arguments = kernel_arguments(table, scalars)
     mode = table.mode
     entry_points = mode.count_entry_points if only_count else mode.entry_points

@@ -5,7 +5,13 @@ from functools import cache
 
 import torch
 
-from megatron_adams.kernels.batch import Batch, Scalars, kernel_arguments, update_table
+from megatron_adams.kernels.batch import (
+    Batch,
+    Scalars,
+    kernel_arguments,
+    update_gradients,
+    update_table,
+)
 from megatron_adams.kernels.compile import host_library
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.table import PointerTable
@@ -24,6 +30,14 @@ def load(mode: Mode) -> ctypes.CDLL:
 def run(batch: Batch, scalars: Scalars, table: PointerTable, *, only_count: bool = False) -> None:
     """Update `batch`, or only count the squares of its updates; `table` describes it then."""
     update_table(batch, table)
+    launch(table, scalars, only_count=only_count)
+
+
+def repeat(
+    table: PointerTable, scalars: Scalars, *, grads: list[int], only_count: bool = False
+) -> None:
+    """As `run` what `table` describes, with the gradients at other addresses."""
+    update_gradients(table, grads)
     launch(table, scalars, only_count=only_count)
 
 

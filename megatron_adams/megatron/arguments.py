@@ -9,11 +9,12 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_adams.megatron import cuda_graph
+from megatron_adams.megatron.callers import asks_for_adams
 from megatron_adams.megatron.config import (
     ADAMS,
     DEFAULT_BETA2,
@@ -32,11 +33,41 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
 class _Unset(float):
-    """A default of --adam-beta2 that can be told from the same number given by the user."""
+    """A default of --adam-beta2 that can be told from the same number given by the user.
+
+    A copy is one, too; pickled it is the number, which can be loaded without this package.
+    """
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return float, (float(self),)
 
 
 class _UnsetText(str):
     """Likewise of --exp-avg-sq-dtype."""
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
+# What adams's own arguments are where a namespace was not made by Megatron's parser.
+_OWN_DEFAULTS = {
+    "adams_bias_correction": False,
+    "adams_from_adam": False,
+    "adams_kernel": KERNELS[0],
+    "adams_match_rms": None,
+    "adams_max_update_rms": None,
+    "adams_no_param_remainders": False,
+}
+
+
+def _own(args: Any) -> dict[str, Any]:
+    return {name: getattr(args, name, default) for name, default in _OWN_DEFAULTS.items()}
 
 
 def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,16 +136,18 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-        beta2_given = not isinstance(args.adam_beta2, _Unset)
-        # Saved with the checkpoint: a plain float, loadable without this package.
-        args.adam_beta2 = float(args.adam_beta2)
-        exp_avg_sq_dtype = args.exp_avg_sq_dtype
+        beta2 = getattr(args, "adam_beta2", None)
+        exp_avg_sq_dtype = getattr(args, "exp_avg_sq_dtype", None)
+        # Saved with the checkpoint: as they are without the plugin.
+        if isinstance(beta2, _Unset):
+            args.adam_beta2 = float(beta2)
         if isinstance(exp_avg_sq_dtype, _UnsetText):
             args.exp_avg_sq_dtype = str(exp_avg_sq_dtype)
-        if args.optimizer != ADAMS:
+        if not asks_for_adams(args):
             _refuse_own_flags(args)
             return original(args, *rest, **kwargs)
-        if not beta2_given:
+        vars(args).update(_own(args))
+        if isinstance(beta2, _Unset):
             args.adam_beta2 = DEFAULT_BETA2
         if isinstance(exp_avg_sq_dtype, str) and not isinstance(exp_avg_sq_dtype, _UnsetText):
             # Text: from the command line. Only other values than fp32 are refused as a dtype.
@@ -127,11 +160,12 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_own_flags(args: argparse.Namespace) -> None:
+    own = _own(args)
     given = {
-        "--adams-bias-correction": args.adams_bias_correction,
-        "--adams-from-adam": args.adams_from_adam,
-        "--adams-no-param-remainders": args.adams_no_param_remainders,
-        f"--adams-kernel {args.adams_kernel}": args.adams_kernel != KERNELS[0],
+        "--adams-bias-correction": own["adams_bias_correction"],
+        "--adams-from-adam": own["adams_from_adam"],
+        "--adams-no-param-remainders": own["adams_no_param_remainders"],
+        f"--adams-kernel {own['adams_kernel']}": own["adams_kernel"] != KERNELS[0],
         **{f"{flag} {value}": True for flag, value in guards_of(args).items()},
     }
     for flag, is_given in given.items():
@@ -146,7 +180,7 @@ def wrap_validate_yaml(original: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse adams in a YAML configuration, which never passes `validate_args`."""
 
     def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        if getattr(args, "optimizer", None) == ADAMS:
+        if asks_for_adams(args):
             raise ValueError(
                 f"--yaml-cfg with optimizer: {ADAMS}: not supported; give Megatron's flags on the "
                 f"command line instead"
@@ -172,10 +206,10 @@ def _printed_as_adams(args: argparse.Namespace) -> Iterator[None]:
 def wrap_print_args(original: Callable[..., Any]) -> Callable[..., Any]:
     """Print the optimizer's own name in Megatron's argument dump."""
 
-    def print_args(title: str, args: argparse.Namespace) -> None:
+    def print_args(title: str, args: argparse.Namespace) -> Any:
         if any(args is namespace for namespace in _being_validated):
             args = argparse.Namespace(**{**vars(args), "optimizer": ADAMS})
-        original(title, args)
+        return original(title, args)
 
     return print_args
 
@@ -266,21 +300,19 @@ def wrap_get_megatron_optimizer_config(original: Callable[..., Any]) -> Callable
     """Carry adams's own arguments into the optimizer configuration."""
 
     def get_megatron_optimizer_config(args: Any) -> tuple[OptimizerConfig, Any]:
-        if args.optimizer != ADAMS:
+        if not asks_for_adams(args):
             return original(args)
         # Megatron's OptimizerConfig takes precisions for adam alone, with TransformerEngine.
         plain = copy.copy(args)
         vars(plain).update(NO_PRECISION)
         config, overrides = original(plain)
+        own = _own(args)
         config = AdamSOptimizerConfig.from_config(
             config,
-            adams_bias_correction=args.adams_bias_correction,
-            adams_from_adam=args.adams_from_adam,
-            adams_kernel=args.adams_kernel,
-            adams_max_update_rms=args.adams_max_update_rms,
-            adams_match_rms=args.adams_match_rms,
-            store_param_remainders=not args.adams_no_param_remainders,
-            **{name: getattr(args, name) for name in NO_PRECISION},
+            override_opt_param_scheduler=getattr(args, "override_opt_param_scheduler", False),
+            store_param_remainders=not own.pop("adams_no_param_remainders"),
+            **own,
+            **{name: getattr(args, name, value) for name, value in NO_PRECISION.items()},
         )
         return config, overrides
 
@@ -292,7 +324,7 @@ def wrap_compute_weight_and_optimizer_memory(original: Callable[..., Any]) -> Ca
 
     def compute_weight_and_optimizer_memory(args: Any, verbose: bool = False) -> float:
         adam_bytes: float = original(args, verbose=verbose)
-        if args.optimizer != ADAMS:
+        if not asks_for_adams(args):
             return adam_bytes
         # Megatron's estimate is 18 bytes a parameter without sharding, 6 + 12 / dp with it, for
         # a 16-bit param and an fp32 gradient (theoretical_memory_usage.py, 0.19).
@@ -301,13 +333,18 @@ def wrap_compute_weight_and_optimizer_memory(original: Callable[..., Any]) -> Ca
         part = 1.0
         if args.use_distributed_optimizer:
             part = (adam_bytes / num_params - 6) / 12
-        exp_avg, main_param = _BYTES[dtype_name(args.exp_avg_dtype)], 4
+        precision: dict[str, Any] = {
+            name: getattr(args, name, value) for name, value in NO_PRECISION.items()
+        }
+        exp_avg, main_param = _BYTES[dtype_name(precision["exp_avg_dtype"])], 4
         # With other fp8 recipes than delayed scaling, fp32 main params stay with Megatron.
-        if args.use_precision_aware_optimizer and args.fp8_recipe in (None, "delayed"):
-            keeps_fp32 = args.adams_no_param_remainders or not args.bf16
-            is_fp32 = dtype_name(args.main_params_dtype) == "fp32"
+        is_precision_aware = precision["use_precision_aware_optimizer"]
+        if is_precision_aware and getattr(args, "fp8_recipe", None) in (None, "delayed"):
+            is_bf16 = getattr(args, "bf16", False)
+            keeps_fp32 = _own(args)["adams_no_param_remainders"] or not is_bf16
+            is_fp32 = dtype_name(precision["main_params_dtype"]) == "fp32"
             main_param = 4 if keeps_fp32 and is_fp32 else 2
-        grad = _BYTES[dtype_name(args.main_grads_dtype)]
+        grad = _BYTES[dtype_name(precision["main_grads_dtype"])]
         return num_params * (2 + grad + (exp_avg + main_param) * part)
 
     return compute_weight_and_optimizer_memory

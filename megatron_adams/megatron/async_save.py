@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-from megatron_adams.megatron.config import ADAMS
+from megatron_adams.megatron.callers import asks_for_adams, global_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +26,19 @@ _CLOSE_TIMEOUT_S = 5.0
 def wrap_init_persistent_async_worker(original: Callable[..., Any]) -> Callable[..., Any]:
     """Watch the worker that is started, from now on."""
 
-    def init_persistent_async_worker(rank: int, *args: Any, **kwargs: Any) -> None:
-        from megatron.training import get_args
+    def init_persistent_async_worker(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import async_utils
 
-        original(rank, *args, **kwargs)
-        settings = get_args()
+        outcome = original(*args, **kwargs)
+        settings = global_arguments(async_utils.get_args)
         # The worker of the other strategy, nvrx, is nvidia-resiliency-ext's own.
-        if settings.optimizer == ADAMS and settings.async_strategy == "mcore":
+        is_megatrons = getattr(settings, "async_strategy", None) == "mcore"
+        if asks_for_adams(settings) and is_megatrons:
             worker = PersistentAsyncCaller._persistent_process
             threading.Thread(
                 target=_watch, args=(worker,), name="checkpoint worker watch", daemon=True
             ).start()
+        return outcome
 
     return init_persistent_async_worker
 

@@ -8,6 +8,7 @@ what adams saved.
 
 import logging
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_adams.checkpoint import (
     saved_arguments,
     unfit_for_adams,
 )
+from megatron_adams.megatron.callers import bound, global_arguments, is_adams
 from megatron_adams.megatron.config import ADAMS
 from megatron_adams.megatron.fsdp import FSDP_FORMAT, AdamSFsdpOptimizer
 
@@ -35,15 +37,20 @@ logger = logging.getLogger(__name__)
 def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     """Take a checkpoint that is about to be overwritten out of use."""
 
-    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import checkpointing
 
-        settings = get_args()
+        given = bound(original, args, kwargs)
+        save_dir = getattr(global_arguments(checkpointing.get_args), "save", None)
         # Non-persistent checkpoints lie elsewhere and are not overwritten.
-        persistent = not kwargs.get("non_persistent_ckpt", False)
-        if settings.optimizer == ADAMS and persistent and torch.distributed.get_rank() == 0:
-            withdraw(Path(settings.save), iteration)
-        return original(iteration, *args, **kwargs)
+        if (
+            save_dir is not None
+            and is_adams(given.get("optimizer"))
+            and not given.get("non_persistent_ckpt", False)
+            and torch.distributed.get_rank() == 0
+        ):
+            withdraw(Path(save_dir), given["iteration"])
+        return original(*args, **kwargs)
 
     return save_checkpoint
 
@@ -71,29 +78,51 @@ def withdraw(save_dir: Path, step: int) -> None:
 def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     """Check a checkpoint of this run's before loading it; one of adams's, before another does."""
 
-    def load_checkpoint(
-        ddp_model: Any,
-        optimizer: Any,
-        opt_param_scheduler: Any,
-        load_arg: str = "load",
-        **kwargs: Any,
-    ) -> Any:
-        from megatron.training import get_args
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import checkpointing
 
-        args = get_args()
-        load_dir = getattr(args, load_arg)
+        given = bound(original, args, kwargs)
+        optimizer = given.get("optimizer")
+        settings = global_arguments(checkpointing.get_args)
+        load_dir = getattr(settings, given.get("load_arg", "load"), None)
         # Non-persistent checkpoints have a manager of their own, which checks them.
-        if load_dir is not None and args.optimizer == ADAMS:
-            folder = _on_rank_0(lambda: check_checkpoint(Path(load_dir), args))
+        if load_dir is not None and is_adams(optimizer):
+            settings = _loading(settings, optimizer)
+            folder = _on_rank_0(lambda: check_checkpoint(Path(load_dir), settings))
             if isinstance(optimizer, AdamSFsdpOptimizer) and folder is not None:
-                is_from_adam = args.adams_from_adam
+                is_from_adam = settings.adams_from_adam
                 step_key = _on_rank_0(lambda: adam_step_key(folder) if is_from_adam else None)
                 optimizer.take_from_adam(step_key)
-        elif load_dir is not None:
-            _on_rank_0(lambda: refuse_adams_checkpoint(Path(load_dir), args))
-        return original(ddp_model, optimizer, opt_param_scheduler, load_arg=load_arg, **kwargs)
+        elif load_dir is not None and optimizer is not None and torch.distributed.is_initialized():
+            settings = _loading(settings)
+            _on_rank_0(lambda: refuse_adams_checkpoint(Path(load_dir), settings))
+        return original(*args, **kwargs)
 
     return load_checkpoint
+
+
+# Megatron's arguments that say what is loaded, and what they are where a caller has left them out.
+_LOADING = {
+    "ckpt_step": None,
+    "finetune": False,
+    "no_load_optim": False,
+    "use_distributed_optimizer": False,
+    "expert_model_parallel_size": None,
+    "optimizer": None,
+}
+
+
+def _loading(args: Any, optimizer: Any = None) -> Namespace:
+    """What the checks below need of Megatron's arguments, and of adams's optimizer.
+
+    Args:
+        args: the namespace; it may have only some of them.
+        optimizer: adams's; None: another.
+    """
+    settings = Namespace(**{name: getattr(args, name, value) for name, value in _LOADING.items()})
+    settings.use_megatron_fsdp = isinstance(optimizer, AdamSFsdpOptimizer)
+    settings.adams_from_adam = optimizer is not None and optimizer.config.adams_from_adam
+    return settings
 
 
 def _on_rank_0[T](check: Callable[[], T]) -> T:
@@ -116,7 +145,7 @@ def check_checkpoint(load_dir: Path, args: Any) -> Path | None:
 
     Args:
         load_dir: the folder given by --load.
-        args: Megatron's arguments.
+        args: see `_loading`.
     Returns:
         The checkpoint's folder, None if there is none.
     Raises:
@@ -222,7 +251,7 @@ def refuse_adams_checkpoint(load_dir: Path, args: Any) -> None:
 
     Args:
         load_dir: the folder given by --load.
-        args: Megatron's arguments.
+        args: see `_loading`.
     Raises:
         ValueError: it is.
     """
@@ -239,11 +268,12 @@ def refuse_adams_checkpoint(load_dir: Path, args: Any) -> None:
     except Exception:
         return
     if getattr(saved, "optimizer", None) == ADAMS:
+        given = f"--optimizer {args.optimizer}: " if args.optimizer is not None else ""
+        other = args.optimizer or "another optimizer"
         raise ValueError(
-            f"--optimizer {args.optimizer}: the checkpoint {folder} was saved by {ADAMS}, which "
-            f"keeps exp_avg and no exp_avg_sq, so that {args.optimizer} cannot go on from it; "
-            f"resume with --optimizer {ADAMS}, or load the weights alone with --no-load-optim or "
-            f"--finetune"
+            f"{given}the checkpoint {folder} was saved by {ADAMS}, which keeps exp_avg and no "
+            f"exp_avg_sq, so that {other} cannot go on from it; resume with --optimizer {ADAMS}, "
+            f"or load the weights alone with --no-load-optim or --finetune"
         )
 
 
@@ -321,7 +351,7 @@ def _check_expert_parallel_size(folder: Path, args: Any) -> None:
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=state) or {}
     kind = metadata.get("distrib_optim_sharding_type")
     saved, current = state["args"].expert_model_parallel_size, args.expert_model_parallel_size
-    if kind == "dp_reshardable" and saved != current:
+    if kind == "dp_reshardable" and current not in (None, saved):
         raise ValueError(
             f"--expert-model-parallel-size {current}: the checkpoint {folder} was saved at "
             f"{saved}, in a format that keeps it; resume at {saved}, or save with "

@@ -4,7 +4,7 @@ Imports megatron.core alone, so that it serves users without megatron.training.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -27,6 +27,8 @@ _DTYPE_NAMES = {
     torch.uint8: "fp8",
     torch.float8_e4m3fn: "fp8",
 }
+# Megatron's keys of a param group for the scheduler.
+RATES = ("max_lr", "min_lr")
 # The precision-aware optimizer's fields, at values at which Megatron has no opinion of them.
 NO_PRECISION = {
     "use_precision_aware_optimizer": False,
@@ -65,6 +67,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
 
     adams_match_rms: float | None = None
     """Scale every tensor's update to this RMS, before lr and weight decay."""
+
+    override_opt_param_scheduler: bool = False
+    """Load a checkpoint that was saved at other learning rates; Megatron's flag of this name."""
 
     def __post_init__(self) -> None:
         # Before Megatron's own checks, which name other flags.
@@ -111,17 +116,22 @@ def check_config(config: Any) -> None:
     _check_offload(config)
     _check_guards(config)
     cuda_graph.check_config(config)
-    AdamS.from_param_groups(
-        [],
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-    )
+    _check_hyperparameters(config)
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
     """Megatron's name of a dtype in its command line, where it may not have been converted yet."""
     return dtype if isinstance(dtype, str) else _DTYPE_NAMES.get(dtype, str(dtype))
+
+
+def other_rates(current: Mapping[str, Any], saved: Mapping[str, Any]) -> ValueError:
+    """The error of a checkpoint whose param group has other learning rates than the run's."""
+    own, theirs = ({key: group.get(key) for key in RATES} for group in (current, saved))
+    return ValueError(
+        f"the run's learning rates {own} are not the checkpoint's {theirs}; add "
+        f"--override-opt_param-scheduler to go on from its momentum at the run's, or give --lr and "
+        f"--min-lr as it has them"
+    )
 
 
 def no_exp_avg_sq(dtype: torch.dtype | str) -> ValueError:
@@ -218,6 +228,39 @@ def guards_of(config: Any) -> dict[str, float]:
     }
     values = {flag: getattr(config, name, None) for flag, name in flags.items()}
     return {flag: value for flag, value in values.items() if value is not None}
+
+
+# Field -> AdamS's argument, and what it becomes there.
+_HYPERPARAMETERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "lr": ("lr", lambda lr: lr),
+    "min_lr": ("lr", lambda lr: lr),
+    "decoupled_lr": ("lr", lambda lr: lr),
+    "decoupled_min_lr": ("lr", lambda lr: lr),
+    "lr_warmup_init": ("lr", lambda lr: lr),
+    "adam_beta1": ("betas", lambda beta1: (beta1, DEFAULT_BETA2)),
+    "adam_beta2": ("betas", lambda beta2: (0.9, beta2)),
+    "adam_eps": ("eps", lambda eps: eps),
+    "weight_decay": ("weight_decay", lambda decay: decay),
+    "start_weight_decay": ("weight_decay", lambda decay: decay),
+    "end_weight_decay": ("weight_decay", lambda decay: decay),
+}
+
+
+def _check_hyperparameters(config: Any) -> None:
+    """Refuse numbers that AdamS refuses.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name, (argument, convert) in _HYPERPARAMETERS.items():
+        value = getattr(config, name, None)
+        if value is None:
+            continue  # Megatron's own default, or only one of its two configurations has it.
+        try:
+            AdamS.from_param_groups([], **{argument: convert(value)})
+        except ValueError as exc:
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise ValueError(f"{flag} with --optimizer {ADAMS}: {exc}") from exc
 
 
 def _check_guards(config: Any) -> None:

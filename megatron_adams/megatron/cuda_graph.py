@@ -21,7 +21,7 @@ from megatron_adams.optimizer import AdamS
 
 _FLAG = "--optimizer-cuda-graph"
 # What a step takes from a param group as a number: a graph repeats that of the capture.
-_CAPTURED = ("weight_decay", "betas", "eps", "bias_correction", "adam_w_mode")
+_CAPTURED = ("weight_decay", "betas", "eps", "bias_correction", "adam_w_mode", "maximize")
 
 
 def _refusal(given: str, reason: str, remedy: str) -> ValueError:

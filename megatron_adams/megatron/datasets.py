@@ -18,7 +18,8 @@ def wrap_compile_helpers(original: Callable[[], Any]) -> Callable[[], Any]:
         spec = importlib.util.find_spec("megatron.core.datasets")
         assert spec is not None and spec.submodule_search_locations is not None
         folders = [Path(folder) for folder in spec.submodule_search_locations]
-        if any((folder / "Makefile").exists() for folder in folders):
+        has_makefile = any((folder / "Makefile").exists() for folder in folders)
+        if has_makefile or importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
             original()
             return
         importlib.import_module("megatron.core.datasets.helpers_cpp")

@@ -17,14 +17,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_adams.checkpoint import continued_from_adam
-from megatron_adams.megatron.config import AdamSOptimizerConfig, dtype_name
+from megatron_adams.megatron.config import (
+    RATES,
+    AdamSOptimizerConfig,
+    dtype_name,
+    other_rates,
+)
 from megatron_adams.optimizer import HYPERPARAMETERS
 
 logger = logging.getLogger(__name__)
 
 FSDP_FORMAT = "fsdp_dtensor"
 # Of a param group: what a run that goes on from Adam has of its own, and where Adam has its step.
-_NOT_FROM_ADAM = (*HYPERPARAMETERS, "step", "max_lr", "min_lr")
+_NOT_FROM_ADAM = (*HYPERPARAMETERS, "step", *RATES)
 
 
 class AdamSFsdpOptimizer(DistributedOptimizer):
@@ -71,7 +76,26 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         step_key, self._adam_step_key = self._adam_step_key, None
         if step_key is not None:
             state_dict = self._from_adam(state_dict, step_key)
+        elif "param_to_group_meta" in state_dict:
+            metas = self._with_own_rates(state_dict["param_to_group_meta"])
+            state_dict = {**state_dict, "param_to_group_meta": metas}
         super().load_state_dict(state_dict)
+
+    def _with_own_rates(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """What the param groups of a checkpoint say of each param, with the run's learning rates.
+
+        Raises:
+            ValueError: they are others, and --override-opt_param-scheduler is not given.
+        """
+        own = self._param_groups_to_param2group_meta(self.optimizer.param_groups)
+        metas = dict(saved)
+        for name in own.keys() & saved.keys():
+            rates = {key: own[name][key] for key in RATES if key in own[name]}
+            if any(saved[name].get(key) != rate for key, rate in rates.items()):
+                if not self.config.override_opt_param_scheduler:
+                    raise other_rates(own[name], saved[name])
+                metas[name] = {**saved[name], **rates}
+        return metas
 
     def _from_adam(self, state_dict: dict[str, Any], step_key: str) -> dict[str, Any]:
         """What was loaded into Adam's part of `sharded_param_state_fsdp_dtensor`, as adams's."""
@@ -109,7 +133,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
             }
             for name in state:
                 if self._adam_step_key == "state":
-                    state[name]["step"] = torch.zeros(())
+                    state[name]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 else:
                     metas[name]["step"] = 0
         return {"state": state, "param_to_group_meta": metas}
@@ -149,9 +173,10 @@ def wrap_handle_swiglu_in_state_dict(original: Callable[..., Any]) -> Callable[.
         model: Any, model_state_dict: Any, optimizer_state_dict: dict[str, Any] | None
     ) -> tuple[Any, Any]:
         state: dict[str, Any] = (optimizer_state_dict or {}).get("state", {})
-        if optimizer_state_dict is None or any(
-            "exp_avg_sq" in of_param for of_param in state.values()
-        ):
+        is_adams = state and all(
+            "exp_avg" in of_param and "exp_avg_sq" not in of_param for of_param in state.values()
+        )
+        if optimizer_state_dict is None or not is_adams:
             return original(model, model_state_dict, optimizer_state_dict)
         shown = {
             name: {**of_param, "exp_avg_sq": of_param["exp_avg"]}

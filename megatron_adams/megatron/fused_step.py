@@ -10,6 +10,7 @@ Megatron's own passes are kept where something needs them: see `why_gradients_ar
 `FusedStepOptimizer.why_params_are_copied`. Used by optimizer.py, whose classes have these as bases.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from megatron_adams.megatron import cuda_graph
 from megatron_adams.optimizer import fp8_memory
+
+logger = logging.getLogger(__name__)
 
 _NOT_DISTRIBUTED = "the optimizer is not a distributed one"
 
@@ -190,8 +193,41 @@ class FusedStepChain(ChainedOptimizer):
         super().zero_grad(set_to_none)
 
     def _synchronize_steps(self) -> Any:
-        """As upstream, but for counts on the device, which each group has: they are equal."""
-        return None if self.is_captured else super()._synchronize_steps()
+        """As upstream, where counts that differ end in a bare assertion.
+
+        Counts on the device are equal: a CUDA graph has every group's.
+        """
+        if self.is_captured:
+            return None
+        inners = [part.optimizer for part in self.chained_optimizers if part.optimizer is not None]
+        return synchronize_steps([group for inner in inners for group in inner.param_groups])
+
+
+def synchronize_steps(groups: Sequence[dict[str, Any]]) -> int | None:
+    """Give every param group the same step, as Megatron's checkpoints want it, in place.
+
+    A group without params on this rank follows those that have some. Where these differ, which no
+    step of AdamS's makes them do, all get the largest count.
+
+    Returns:
+        The step; None where no group has one.
+    """
+    counted = [group for group in groups if "step" in group]
+    steps = {int(group["step"]) for group in counted if group.get("params", True)}
+    steps = steps or {int(group["step"]) for group in counted}
+    if not steps:
+        return None
+    step = max(steps)
+    if len(steps) > 1:
+        logger.warning(
+            "param groups of adams have the steps %s; a checkpoint has one, and all get %d. With "
+            "--adams-bias-correction the next updates of the others change by it.",
+            sorted(steps),
+            step,
+        )
+    for group in counted:
+        group["step"] = step
+    return step
 
 
 def why_gradients_are_scaled(chain: ChainedOptimizer) -> str | None:
@@ -260,7 +296,7 @@ def _unscaled_norm(norm: float | Tensor, inv_scale: float) -> float | Tensor:
     """
     if isinstance(norm, Tensor):
         return norm * inv_scale
-    sum_of_squares = torch.tensor(norm**2, dtype=torch.float32).item()
+    sum_of_squares = torch.tensor(norm**2, dtype=torch.float32, device="cpu").item()
     return float((sum_of_squares * inv_scale**2) ** 0.5)
 
 
@@ -273,12 +309,11 @@ def wrap_clip_grad_by_total_norm_fp32(original: Callable[..., Any]) -> Callable[
 
     def clip_grad_by_total_norm_fp32(
         parameters: Any, max_norm: float, total_norm: float | Tensor, *rest: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         part = _deferring_part(parameters)
         if part is None:
             clip = cuda_graph.clip if cuda_graph.norm_stays() else original
-            clip(parameters, max_norm, total_norm, *rest, **kwargs)
-            return
+            return clip(parameters, max_norm, total_norm, *rest, **kwargs)
         # As upstream, up to the multiplication.
         clip_coeff = max_norm / (total_norm + 1.0e-6)
         assert part._grad_scale is not None
@@ -286,6 +321,7 @@ def wrap_clip_grad_by_total_norm_fp32(original: Callable[..., Any]) -> Callable[
             part._grad_scale = clip_coeff.clamp_max_(1.0) * part._grad_scale
         elif clip_coeff < 1.0:
             part._grad_scale = clip_coeff * part._grad_scale
+        return None
 
     return clip_grad_by_total_norm_fp32
 
@@ -293,8 +329,10 @@ def wrap_clip_grad_by_total_norm_fp32(original: Callable[..., Any]) -> Callable[
 def _deferring_part(parameters: Sequence[Tensor]) -> FusedStepOptimizer | None:
     """The part of the step under way that has exactly these parameters."""
     deferral = _deferral.get()
+    if deferral is None:
+        return None
     ids = [id(param) for param in parameters]
-    for part in deferral.parts if deferral is not None else ():
+    for part in deferral.parts:
         if ids == [id(param) for param in part.get_parameters()]:
             return part
     return None

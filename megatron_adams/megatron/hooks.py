@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,29 +110,34 @@ def require(symbols: Iterable[Symbol], version: str) -> None:
 
 
 def attach(hooks: Iterable[Hook], version: str) -> list[str]:
-    """Wrap every hooked function wherever Megatron has imported it; idempotent.
+    """Wrap every hooked function wherever a module has imported it; idempotent.
 
     Returns:
         Dotted paths that were wrapped now, without those that were wrapped before.
     Raises:
         UnsupportedMegatronError: before anything is wrapped, if any function is missing.
     """
-    found = [(hook, resolve(hook.symbol, version)) for hook in hooks]
+    found = [(hook, resolve(hook.symbol, version)[2]) for hook in hooks]
+    replacements = {}
     attached = []
-    for hook, (_, name, original) in found:
+    for hook, original in found:
         if _WRAPPED_MARK in vars(original):
             continue
         replacement = functools.wraps(original)(hook.wrap(original))
         setattr(replacement, _WRAPPED_MARK, original)
-        _replace_everywhere(name, original, replacement)
+        replacements[original] = replacement
         attached.append(hook.symbol.path)
+    _replace_everywhere(replacements)
     return attached
 
 
-def _replace_everywhere(name: str, original: Any, replacement: Any) -> None:
-    # `from x import f` leaves copies of f in the importing modules; modules that are imported
-    # later take the wrapper from its home.
-    for module_name, module in list(sys.modules.items()):
-        in_megatron = module_name == "megatron" or module_name.startswith("megatron.")
-        if in_megatron and vars(module).get(name) is original:
-            setattr(module, name, replacement)
+def _replace_everywhere(replacements: Mapping[Any, Any]) -> None:
+    # `from x import f` leaves copies of f in the importing modules, a trainer's as Megatron's, and
+    # under other names with `as`; modules that are imported later take the wrapper from its home.
+    replaced = {id(original): replacement for original, replacement in replacements.items()}
+    for module in list(sys.modules.values()):
+        names: dict[str, Any] = getattr(module, "__dict__", {})
+        for name, value in list(names.items()):
+            # Not by `setattr`, which a module of another class may have of its own.
+            if id(value) in replaced:
+                names[name] = replaced[id(value)]

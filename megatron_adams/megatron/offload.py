@@ -149,7 +149,7 @@ class HybridAdamS(HybridDeviceOptimizer):
         self._d2h_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._d2h_stream):
             self._set_sub_optimizer_grads()
-        if self._groups_owner.is_guarded:
+        if self._groups_owner.scales_updates:
             self._count_on_both_devices(grad_scale)
         if self.gpu_optimizer is not None:
             self.gpu_optimizer.step(grad_scale=grad_scale)
@@ -174,12 +174,12 @@ class HybridAdamS(HybridDeviceOptimizer):
     def update_sums(self) -> Tensor:
         """As AdamS's, of the params given, on the CPU."""
         sums = [optimizer.update_sums() for optimizer in self.sub_optimizers]
-        return self._in_order(sums, torch.zeros(0, 2, dtype=torch.int64))
+        return self._in_order(sums, torch.zeros(0, 2, dtype=torch.int64, device="cpu"))
 
     def update_factors(self) -> Tensor:
         """As AdamS's, of the params given, on the CPU."""
         factors = [optimizer.update_factors() for optimizer in self.sub_optimizers]
-        return self._in_order(factors, torch.ones(0))
+        return self._in_order(factors, torch.ones(0, dtype=torch.float32, device="cpu"))
 
     def _in_order(self, values: Sequence[Tensor], empty: Tensor) -> Tensor:
         """What each sub-optimizer has for each of its params, for the params given, on the CPU."""
@@ -285,10 +285,12 @@ class HybridAdamS(HybridDeviceOptimizer):
         that is guarded would wait for them.
         """
 
-    def compile_kernels(self, grad_dtype: torch.dtype | None = None) -> None:
+    def compile_kernels(
+        self, grad_dtype: torch.dtype | None = None, *, counts_updates: bool = False
+    ) -> None:
         """As AdamS's, for both devices."""
         for optimizer in self.sub_optimizers:
-            optimizer.compile_kernels(grad_dtype)
+            optimizer.compile_kernels(grad_dtype, counts_updates=counts_updates)
 
     @contextmanager
     def state_left_out(self) -> Iterator[None]:

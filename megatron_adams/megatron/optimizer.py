@@ -24,23 +24,29 @@ from megatron_adams.checkpoint import (
     state_dict_from_adam,
 )
 from megatron_adams.megatron import cuda_graph
+from megatron_adams.megatron.callers import asks_for_adams
 from megatron_adams.megatron.config import (
     ADAMS,
+    RATES,
     AdamSOptimizerConfig,
     built_as_adam,
     check_config,
     dtype_name,
+    other_rates,
 )
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer, check_fsdp, local_part
-from megatron_adams.megatron.fused_step import FusedStepChain, FusedStepOptimizer, describe
+from megatron_adams.megatron.fused_step import (
+    FusedStepChain,
+    FusedStepOptimizer,
+    describe,
+    synchronize_steps,
+)
 from megatron_adams.megatron.offload import HybridAdamS, refuse_quantized
 from megatron_adams.megatron.update_rms import connect
 from megatron_adams.optimizer import AdamS
 
 logger = logging.getLogger(__name__)
 
-# Megatron's keys of a param group for the scheduler.
-_RATES = ("max_lr", "min_lr")
 # Hyperparameters that a param group can carry for both optimizers; Megatron's MuP sets eps.
 _SHARED_WITH_ADAM = {"lr", "betas", "eps", "weight_decay"}
 
@@ -52,9 +58,8 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
         config: Any, model_chunks: Sequence[Any], *args: Any, **kwargs: Any
     ) -> Any:
         # A MIMO model's optimizer is built module by module: each comes back here. Its
-        # configuration can be of another class, without this field.
-        is_mimo = isinstance(model_chunks[0], MimoModel)
-        if is_mimo or getattr(config, "optimizer", None) != ADAMS:
+        # configuration can be of another class, without `optimizer`.
+        if not asks_for_adams(config) or isinstance(model_chunks[0], MimoModel):
             return original(config, model_chunks, *args, **kwargs)
         check_config(config)
         if not isinstance(config, AdamSOptimizerConfig):
@@ -68,6 +73,22 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
         return adopt(optimizer, config)
 
     return get_megatron_optimizer
+
+
+def wrap_get_megatron_emerging_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Say why adams comes here: by Megatron's own `get_megatron_optimizer`, in spite of ours."""
+
+    def get_megatron_emerging_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+        if asks_for_adams(config):
+            raise RuntimeError(
+                f"optimizer={ADAMS!r} reached Megatron's own get_megatron_optimizer, which the "
+                f"caller took from megatron.core.optimizer before megatron_adams.register() was "
+                f"called, and keeps where that does not find it (a closure, a partial, an "
+                f"attribute); call megatron_adams.register() first"
+            )
+        return original(config, *args, **kwargs)
+
+    return get_megatron_emerging_optimizer
 
 
 def adopt(
@@ -96,13 +117,14 @@ def adopt(
             if isinstance(part, AdamSFsdpOptimizer):
                 part.prepare_inner()
                 connect(part)
-                part.optimizer.compile_kernels(part.grad_dtype())
+                part.optimizer.compile_kernels(part.grad_dtype(), counts_updates=True)
                 continue
             if isinstance(part, AdamSDistributedOptimizer):
                 part.prepare_step()
             connect(part)
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
-            part.optimizer.compile_kernels(decoupled)
+            # training_log.py has the steps that are logged counted, the first among them.
+            part.optimizer.compile_kernels(decoupled, counts_updates=True)
     if is_chain:
         optimizer.__class__ = AdamSChainedOptimizer
     if config.optimizer_cuda_graph:
@@ -240,6 +262,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
             return {}
         with self.optimizer.state_left_out():
             groups = self.optimizer.state_dict()["param_groups"]
+        synchronize_steps(groups)
         state_dict: dict[str, Any] = {
             "optimizer": {"param_groups": [_without(group, "params") for group in groups]}
         }
@@ -252,7 +275,13 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         if self.is_stub_optimizer:
             return
         saved = state_dict["optimizer"]["param_groups"]
-        groups = match_param_groups(self.optimizer.param_groups, saved)
+        groups = match_param_groups(
+            self.optimizer.param_groups,
+            saved,
+            takes_own_rates=self.config.override_opt_param_scheduler,
+        )
+        # A checkpoint of another program's can have counts that differ.
+        synchronize_steps(groups)
         self._params_to_restore = None
         if self.config.adams_from_adam and any(map(is_adam_group, saved)):
             self._params_to_restore = set(self.model_param_group_index_map)
@@ -415,7 +444,8 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         for buckets in self._buckets_of(state):
             for entries in buckets:
                 if not entries:
-                    nothing = torch.empty(0, device=torch.cuda.current_device())
+                    device = torch.cuda.current_device()
+                    nothing = torch.empty(0, dtype=torch.float32, device=device)
                     keys = ("param", *self.optimizer_state_keys)
                     entries.append(
                         {
@@ -442,7 +472,32 @@ class AdamSChainedOptimizer(FusedStepChain):
     def load_state_dict(self, state_dict: Any) -> None:
         if isinstance(state_dict, dict) and not self.is_stub_optimizer:
             state_dict = regroup_parts(state_dict, len(self.chained_optimizers))
+        is_one = len(self.chained_optimizers) == 1
+        states = [state_dict] if is_one else _in_order(state_dict)
+        for part, state in zip(self.chained_optimizers, states, strict=False):
+            if part.optimizer is not None and not isinstance(part, DistributedOptimizer):
+                _match_groups_of(part, state)
         super().load_state_dict(state_dict)
+
+
+def _in_order(state_dict: Any) -> list[Any]:
+    """The parts of a chain's state dict: a list, or a dict by number."""
+    return _numbered_parts(state_dict) if isinstance(state_dict, dict) else state_dict
+
+
+def _match_groups_of(part: Any, state: dict[str, Any]) -> None:
+    """Prepare a state dict for an optimizer that is no distributed one, which pairs groups, too.
+
+    Megatron's pairing wants equal learning rates and tells of others by the key of a dict.
+    """
+    saved = state.get("optimizer", state).get("param_groups", ())
+    current = part.optimizer.param_groups
+    if len(saved) != len(current):
+        return  # Megatron's to say.
+    takes_own_rates = part.config.override_opt_param_scheduler
+    matched = match_param_groups(current, saved, takes_own_rates=takes_own_rates)
+    params = [group["params"] for group in saved]
+    saved[:] = [{**group, "params": own} for group, own in zip(matched, params, strict=True)]
 
 
 def regroup_parts(state_dict: dict[Any, Any], num_parts: int) -> dict[Any, Any]:
@@ -488,18 +543,25 @@ def _numbered_parts(state_dict: dict[Any, Any]) -> list[dict[str, Any]]:
 
 
 def match_param_groups(
-    current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
+    current: Sequence[dict[str, Any]],
+    saved: Sequence[dict[str, Any]],
+    *,
+    takes_own_rates: bool = False,
 ) -> list[dict[str, Any]]:
     """Find for every current param group the saved one that it continues.
 
     Groups are the same if Megatron's `param_group_identifier_keys` are; failing that, if they
     are the same but for `is_expert_parallel`, which changes with the expert parallel size; failing
-    that, for Adam's groups, if they are the same but for that and the learning rates too.
+    that, for Adam's groups, or with `takes_own_rates`, if they are the same but for that and the
+    learning rates too.
 
+    Args:
+        current, saved: the run's groups, and the checkpoint's.
+        takes_own_rates: a checkpoint of other learning rates may be loaded.
     Returns:
         Copies of saved groups, in the order of `current`, with its `is_expert_parallel` and rates.
     Raises:
-        ValueError: a current group has no counterpart.
+        ValueError: a current group has no counterpart, or one at other learning rates.
     """
 
     def identity(group: dict[str, Any], keys: Iterable[str]) -> tuple[Any, ...]:
@@ -509,24 +571,25 @@ def match_param_groups(
     dense_keys = tuple(key for key in all_keys if key != "is_expert_parallel")
     # The two optimizers want different learning rates, and the scheduler sets them once it is
     # loaded: of groups that differ in nothing else any one will do.
-    rateless_keys = tuple(key for key in dense_keys if key not in _RATES)
+    rateless_keys = tuple(key for key in dense_keys if key not in RATES)
     exact = {identity(group, all_keys): group for group in saved}
     either = {identity(group, dense_keys): group for group in reversed(saved)}
-    adams = [group for group in saved if is_adam_group(group)]
-    rateless = {identity(group, rateless_keys): group for group in reversed(adams)}
+    rateless = {identity(group, rateless_keys): group for group in reversed(saved)}
     matched = []
     for group in current:
         found = exact.get(identity(group, all_keys)) or either.get(identity(group, dense_keys))
-        found = found or rateless.get(identity(group, rateless_keys))
+        if found is None:
+            found = rateless.get(identity(group, rateless_keys))
+            if found is not None and not (takes_own_rates or is_adam_group(found)):
+                raise other_rates(group, found)
         if found is None:
             wanted = dict(zip(all_keys, identity(group, all_keys), strict=True))
             known = [dict(zip(all_keys, key, strict=True)) for key in exact]
             raise ValueError(
                 f"the checkpoint has no param group with {wanted}; it has {known}. Start with "
-                f"the learning rates and weight decay settings that it was saved with, or load "
-                f"with --no-load-optim"
+                f"the weight decay settings that it was saved with, or load with --no-load-optim"
             )
-        own = {key: group[key] for key in ("is_expert_parallel", *_RATES) if key in group}
+        own = {key: group[key] for key in ("is_expert_parallel", *RATES) if key in group}
         matched.append({**found, **own})
     return matched
 

@@ -118,7 +118,9 @@ _RELIED_ON = (
 
 # Likewise of megatron.training.
 _RELIED_ON_IN_TRAINING = (
-    Symbol("megatron.training.global_vars.get_args"),
+    Symbol("megatron.training.checkpointing.get_args"),
+    Symbol("megatron.training.training.get_args"),
+    Symbol("megatron.training.async_utils.get_args"),
     Symbol("megatron.training.global_vars.get_tensorboard_writer"),
     Symbol("megatron.training.global_vars.get_wandb_writer"),
     Symbol("megatron.training.utils.print_rank_last", ("message",)),
@@ -133,6 +135,10 @@ def _core_hooks() -> list[Hook]:
         Hook(
             Symbol("megatron.core.optimizer.get_megatron_optimizer", ("config", "model_chunks")),
             optimizer.wrap_get_megatron_optimizer,
+        ),
+        Hook(
+            Symbol("megatron.core.optimizer._get_megatron_emerging_optimizer", ("config",)),
+            optimizer.wrap_get_megatron_emerging_optimizer,
         ),
         Hook(
             Symbol(f"{clip_grads}.get_grad_norm_fp32", ("grads_for_norm",)),
@@ -210,7 +216,9 @@ def _training_hooks() -> list[Hook]:
             checkpoint.wrap_load_checkpoint,
         ),
         Hook(
-            Symbol(f"{training}.checkpointing.save_checkpoint", ("iteration",)),
+            Symbol(
+                f"{training}.checkpointing.save_checkpoint", ("iteration", "model", "optimizer")
+            ),
             checkpoint.wrap_save_checkpoint,
         ),
         Hook(

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.training.global_vars import get_args, get_tensorboard_writer, get_wandb_writer
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 
+from megatron_adams.megatron.callers import bound, global_arguments, is_adams
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.megatron.fused_step import FusedStepChain
 from megatron_adams.megatron.update_rms import UpdateStats, inner_optimizers
@@ -38,32 +39,32 @@ _log = _Log()
 def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
     """Have the steps that are logged counted."""
 
-    def train_step(
-        forward_step_func: Any,
-        data_iterator: Any,
-        model: Any,
-        optimizer: Any,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> Any:
-        def step() -> Any:
-            return original(forward_step_func, data_iterator, model, optimizer, *rest, **kwargs)
-
-        args = get_args()
-        # Megatron counts from 0 before a step, and from 1 after it.
-        iteration = args.curr_iteration + 1
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        optimizer = bound(original, args, kwargs).get("optimizer")
         is_first = _log.chain is not optimizer
         _log.chain, _log.iteration = optimizer, None
-        is_logged = is_first or iteration % args.log_interval == 0
-        if not isinstance(optimizer, (FusedStepChain, AdamSFsdpOptimizer)):
-            return step()
+        settings = _settings()
+        if not is_adams(optimizer) or settings is None:
+            return original(*args, **kwargs)
+        # Megatron counts from 0 before a step, and from 1 after it.
+        iteration = settings.curr_iteration + 1
+        is_logged = is_first or iteration % settings.log_interval == 0
         with counted(optimizer, is_counted=is_logged):
-            outcome = step()
+            outcome = original(*args, **kwargs)
         if is_logged:
             _log.iteration, _log.stats = iteration, UpdateStats.of(optimizer)
         return outcome
 
     return train_step
+
+
+def _settings() -> Any:
+    """Megatron's global arguments, None where they do not say what is logged when."""
+    from megatron.training import training
+
+    args = global_arguments(training.get_args)
+    is_told = all(hasattr(args, name) for name in ("curr_iteration", "log_interval"))
+    return args if is_told else None
 
 
 @contextmanager
@@ -86,24 +87,19 @@ def counted(optimizer: FusedStepChain | AdamSFsdpOptimizer, *, is_counted: bool)
 def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
     """Write the update RMS of the step that has just been logged."""
 
-    def training_log(
-        loss_dict: Any,
-        total_loss_dict: Any,
-        learning_rate: Any,
-        iteration: int,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> Any:
-        outcome = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
-        if _log.iteration == iteration and _log.stats is not None:
-            _write(iteration, _log.stats)
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        outcome = original(*args, **kwargs)
+        iteration = bound(original, args, kwargs).get("iteration")
+        settings = _settings()
+        if _log.iteration is not None and _log.iteration == iteration and settings is not None:
+            assert _log.stats is not None
+            _write(settings, iteration, _log.stats)
         return outcome
 
     return training_log
 
 
-def _write(iteration: int, stats: UpdateStats) -> None:
-    args = get_args()
+def _write(args: Any, iteration: int, stats: UpdateStats) -> None:
     line = f" iteration {iteration:8d}/{args.train_iters:8d} |"
     if stats.rms is None:
         print_rank_last(f"{line} update RMS: none, the step was skipped |")

@@ -143,7 +143,8 @@ class UpdateStats:
     def _from(cls, total: Tensor) -> Self:
         *_, numel, num_scaled, num_tensors, num_counted = total.tolist()
         # In double, as its square is an integer of 63 bits.
-        rms = update_rms(total[:2].cpu(), torch.tensor(numel)).item()
+        numels = torch.tensor(numel, dtype=torch.int64, device="cpu")
+        rms = update_rms(total[:2].cpu(), numels).item()
         return cls(rms if num_counted else None, num_scaled, num_tensors)
 
 

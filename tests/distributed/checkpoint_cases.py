@@ -2,6 +2,8 @@
 
 import builtins
 import errno
+import functools
+import itertools
 import os
 import signal
 import sys
@@ -100,6 +102,44 @@ def save_before_first_step(argv: str) -> None:
 
     training.train_step = save_and_leave
     cases.train(argv)
+
+
+def train_with_steps(
+    argv: str, steps: list[int], ranks: list[int], as_they_are: bool = False
+) -> None:
+    """Train; param groups of the given ranks say after each iteration that they are at `steps`.
+
+    Args:
+        argv: of a run that saves.
+        steps: one for each group of each part of the chain, again and again.
+        ranks: the others keep what they have counted.
+        as_they_are: save them so, as a program without the plugin would.
+    """
+    from megatron.training import training
+
+    from megatron_adams.megatron import fused_step, optimizer
+
+    if as_they_are:
+        fused_step.synchronize_steps = lambda groups: None
+        optimizer.synchronize_steps = lambda groups: None
+    train_step = training.train_step
+
+    @functools.wraps(train_step)
+    def step_and_set(*args: Any, **kwargs: Any) -> Any:
+        outcome = train_step(*args, **kwargs)
+        if int(os.environ["RANK"]) in ranks:
+            groups = [group for part in args[3].chained_optimizers for group in _groups(part)]
+            for group, step in zip(groups, itertools.cycle(steps), strict=False):
+                group["step"] = step
+        return outcome
+
+    training.train_step = step_and_set
+    cases.train(argv)
+
+
+def _groups(part: Any) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = part.optimizer.param_groups
+    return groups
 
 
 def train_killed(argv: str, at: str, ranks: list[int]) -> None:

@@ -6,8 +6,15 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import DistributedOptimizer
 
+from megatron_adams.kernels import select_backend
 from megatron_adams.megatron.update_rms import UpdateStats
 from tests.distributed import cases
+
+
+def train_under(argv: str, dtype: str) -> dict[str, Any]:
+    """Train as `cases.train`, in a program whose default dtype is another."""
+    torch.set_default_dtype(getattr(torch, dtype))
+    return cases.train(argv)
 
 
 def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
@@ -18,13 +25,15 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
         "scalars": what went to TensorBoard, {name: {iteration: value}}; "rms": of each step the
         RMS that the inner optimizers know of the whole params of their shards, by name, None where
         they did not count; "updates": of each step the update of each shard, in float64, before
-        factor, lr and weight decay, with whether it counts once in the model: "counts".
+        factor, lr and weight decay, with whether it counts once in the model: "counts";
+        "num_late_kernels": how many kernels were chosen, and compiled, inside the steps.
     """
     from megatron.training import training
 
     from megatron_adams.megatron import training_log
 
     held: dict[str, Any] = {"stats": [], "rms": [], "updates": [], "scalars": {}}
+    held["num_late_kernels"] = 0
 
     class Writer:
         def add_scalar(self, name: str, value: float, iteration: int) -> None:
@@ -46,6 +55,7 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
         return stats
 
     def recorded_train_step(*args: Any, **kwargs: Any) -> Any:
+        num_kernels = select_backend.cache_info().misses
         chain = args[3]
         parts = [part for part in chain.chained_optimizers if not part.is_stub_optimizer]
         updates: list[dict[str, Any]] = []
@@ -66,6 +76,7 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
 
         handles = [part.optimizer.register_step_pre_hook(record) for part in parts]
         outcome = train_step(*args, **kwargs)
+        held["num_late_kernels"] += select_backend.cache_info().misses - num_kernels
         for handle in handles:
             handle.remove()
         owner = {param: part for part in parts for param in part.get_parameters()}

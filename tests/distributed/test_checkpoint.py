@@ -15,6 +15,7 @@ TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
 PLACE = "tests.distributed.checkpoint_cases:train_and_place"
 COMMON = "tests.distributed.checkpoint_cases:read_common"
+STEPS_DIFFER = "tests.distributed.checkpoint_cases:train_with_steps"
 SAVE_FIRST = "tests.distributed.checkpoint_cases:save_before_first_step"
 
 NUM_STEPS, SAVED_AT = 6, 3
@@ -295,6 +296,81 @@ def test_save_before_first_step(cluster: Cluster, checkpoints: Path, family: str
     cluster.run(SAVE_FIRST, 2, argv=f"{base} --save {checkpoints}")
     resumed = cluster.run(TRAIN, 2, argv=f"{base} --load {checkpoints}").results
     assert_continues(resumed, cluster.run(TRAIN, 2, argv=base).results, 0)
+
+
+# Of a run that saves, and of one that takes one step more: the scheduler counts --train-iters.
+ONE_MORE = f"--train-iters {SAVED_AT + 1} --save-interval {SAVED_AT}"
+OVERRIDE = "--override-opt_param-scheduler"
+RATE_FAMILIES = ("dp2", "dp2_bf16_overlap", "tp2_bf16_fully_reshardable", "ep2", "dp2_legacy")
+
+
+@pytest.mark.parametrize("family", [*RATE_FAMILIES, "plain", "plain_bf16", "plain_legacy"])
+def test_resume_at_another_lr_goes_on_from_the_momentum_if_told_so(
+    cluster: Cluster, checkpoints: Path, family: str
+) -> None:
+    base = f"{FAMILIES[family]} {ONE_MORE}"
+    cluster.run(TRAIN, 2, argv=f"{base} --exit-interval {SAVED_AT} --save {checkpoints}")
+    resume = f"{base} --load {checkpoints}"
+    refused = cluster.run(TRAIN, 2, argv=f"{resume} --lr 3e-3", check=False)
+    assert refused.codes == [1, 1]
+    for log in refused.logs:
+        assert f"add {OVERRIDE} to go on from its momentum" in log
+        assert "'max_lr': 0.003" in log and "'max_lr': 0.001" in log
+    # Of the same step at 1, 2 and 4 times the rate the momentum is the same, and the params differ
+    # by once and three times the same.
+    runs = {
+        lr: cluster.run(TRAIN, 2, argv=f"{resume} {OVERRIDE} --lr {lr}").results
+        for lr in (1e-3, 2e-3, 4e-3)
+    }
+    num_shards = 0
+    for ranks in zip(*runs.values(), strict=True):
+        for lr, rank in zip(runs, ranks, strict=True):
+            groups = [group for part in rank["parts"] for group in part["groups"]]
+            assert {group["lr"] for group in groups} == {group["max_lr"] for group in groups}
+            assert {group["lr"] for group in groups} == {lr}
+            assert {group["step"] for group in groups} == {SAVED_AT + 1}
+        shards = zip(
+            *([shard for part in rank["parts"] for shard in part["shards"]] for rank in ranks),
+            strict=True,
+        )
+        for once, twice, four_times in shards:
+            num_shards += 1
+            assert torch.equal(once["exp_avg"], twice["exp_avg"])
+            assert torch.equal(once["exp_avg"], four_times["exp_avg"])
+            difference = twice["param"] - once["param"]
+            tripled = four_times["param"] - once["param"]
+            torch.testing.assert_close(tripled, 3 * difference, atol=1e-6, rtol=0)
+            assert difference.abs().max() > 1e-4
+    assert num_shards > 0
+
+
+def test_saved_lr_needs_no_flag(cluster: Cluster, checkpoints: Path) -> None:
+    base = f"{DISTRIBUTED} {ONE_MORE}"
+    cluster.run(TRAIN, 2, argv=f"{base} --exit-interval {SAVED_AT} --save {checkpoints}")
+    run = cluster.run(TRAIN, 2, argv=f"{base} --load {checkpoints}")
+    assert [len(rank["grad_norms"]) for rank in run.results] == [1, 1]
+
+
+@pytest.mark.parametrize("as_they_are", [False, True], ids=["synchronized", "as they are"])
+@pytest.mark.parametrize("family", ["dp2", "dp2_bf16_overlap", "ep2", "dp2_legacy"])
+def test_groups_whose_steps_differ_are_saved_and_loaded_with_one(
+    cluster: Cluster, checkpoints: Path, family: str, as_they_are: bool
+) -> None:
+    base = f"{FAMILIES[family]} {ONE_MORE}"
+    saved = cluster.run(
+        STEPS_DIFFER,
+        2,
+        argv=f"{base} --exit-interval {SAVED_AT} --save {checkpoints}",
+        steps=[1, 7],
+        ranks=[0],
+        as_they_are=as_they_are,
+    )
+    said = "param groups of adams have the steps [1, 7]; a checkpoint has one, and all get 7"
+    assert (said in saved.logs[0]) is not as_they_are
+    run = cluster.run(TRAIN, 2, argv=f"{base} --load {checkpoints}")
+    for rank in run.results:
+        groups = [group for part in rank["parts"] for group in part["groups"]]
+        assert len(groups) > 1 and {group["step"] for group in groups} == {8}
 
 
 @pytest.mark.parametrize("family", ["dp2", "tp2_bf16_fully_reshardable", "plain"])

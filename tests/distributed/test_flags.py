@@ -319,11 +319,22 @@ REFUSED = {
         "--main-grads-dtype bf16 --use-precision-aware-optimizer --fp16",
         "--main-grads-dtype bf16 with --optimizer adams: concerns training in bf16",
     ),
-    "eps": ("--adam-eps 0", "eps=0.0"),
-    "beta1": ("--adam-beta1 1", "beta1=1.0"),
-    "beta2": ("--adam-beta2 0", "beta2=0.0"),
-    "beta2_above": ("--adam-beta2 1.5", "beta2=1.5"),
-    "weight_decay": ("--weight-decay -0.1", "weight_decay=-0.1"),
+    "eps": ("--adam-eps 0", "--adam-eps 0.0 with --optimizer adams: eps=0.0: must be"),
+    "beta1": ("--adam-beta1 1", "--adam-beta1 1.0 with --optimizer adams: beta1=1.0"),
+    "beta2": ("--adam-beta2 0", "--adam-beta2 0.0 with --optimizer adams: beta2=0.0"),
+    "beta2_at_1": ("--adam-beta2 1.0", "--adam-beta2 1.0 with --optimizer adams: beta2=1.0"),
+    "beta2_above": ("--adam-beta2 1.5", "--adam-beta2 1.5 with --optimizer adams: beta2=1.5"),
+    "weight_decay": (
+        "--weight-decay -1",
+        "--weight-decay -1.0 with --optimizer adams: weight_decay=-1.0: must be",
+    ),
+    "weight_decay_at_the_end": (
+        "--start-weight-decay 0 --end-weight-decay nan --weight-decay-incr-style linear",
+        "--end-weight-decay nan with --optimizer adams: weight_decay=nan: must be",
+    ),
+    "lr": ("--lr nan", "--lr nan with --optimizer adams: lr=nan: must be"),
+    "min_lr": ("--min-lr inf", "--min-lr inf with --optimizer adams: lr=inf: must be"),
+    "decoupled_lr": ("--decoupled-lr nan", "--decoupled-lr nan with --optimizer adams: lr=nan"),
 }
 
 

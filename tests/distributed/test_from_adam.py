@@ -310,12 +310,13 @@ def test_gathered_state_of_an_earlier_megatron_is_converted(
             assert_same_state(rank["parts"], adam_rank["parts"])
 
 
+@pytest.mark.parametrize("flags", [DISTRIBUTED, "", "--bf16", "--ckpt-format torch"])
 def test_learning_rate_may_change_at_the_switch(
-    cluster: Cluster, plain_cluster: Cluster, checkpoints: Path
+    cluster: Cluster, plain_cluster: Cluster, checkpoints: Path, flags: str
 ) -> None:
-    adam_run(plain_cluster, f"{DISTRIBUTED} --decoupled-lr 2e-3", checkpoints)
+    adam_run(plain_cluster, f"{flags} --decoupled-lr 2e-3", checkpoints)
     argv = (
-        f"{FROM_ADAM} {DISTRIBUTED} --lr 5e-4 --decoupled-lr 1e-3 --override-opt_param-scheduler "
+        f"{FROM_ADAM} {flags} --lr 5e-4 --decoupled-lr 1e-3 --override-opt_param-scheduler "
         f"{STEPS} --load {checkpoints}"
     )
     run = cluster.run(TRAIN, 2, argv=argv)

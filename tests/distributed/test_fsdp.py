@@ -228,6 +228,23 @@ def test_resumed_at_another_data_parallel_size(fsdp_cluster: Cluster, runs: dict
     assert_close(rank, runs["optim"].ranks[0])
 
 
+def test_resumed_at_another_lr_if_told_so(fsdp_cluster: Cluster, runs: dict[str, Run]) -> None:
+    load = f"--load {runs['optim'].checkpoints} --ckpt-step {SAVED}"
+    argv = f"{EXACT} {fsdp('optim_grads')} {BF16} {load} --lr 3e-3"
+    refused = fsdp_cluster.run(TRAIN, 2, argv=argv, check=False)
+    assert refused.codes == [1, 1]
+    override = "--override-opt_param-scheduler"
+    for log in refused.logs:
+        assert f"add {override} to go on from its momentum" in log
+    run = fsdp_cluster.run(TRAIN, 2, argv=f"{argv} {override}")
+    for rank, before in zip(run.results, runs["optim"].ranks, strict=True):
+        for key, value in (("lr", 3e-3), ("max_lr", 3e-3), ("step", NUM_STEPS)):
+            assert {group[key] for group in rank["groups"]} == {value}
+        # The first loss is that of the weights, the next ones tell of the rate.
+        assert rank["losses"][0] == before["losses"][SAVED]
+        assert rank["losses"][-1] != before["losses"][-1]
+
+
 BYTES = {"fp32": 4, "fp16": 2, "fp8": 1}
 
 

@@ -15,6 +15,7 @@ from tests.distributed.test_module import assert_matches
 from tests.distributed.test_parity import MOE
 
 TRAIN = "tests.distributed.rms_cases:train"
+TRAIN_UNDER = "tests.distributed.rms_cases:train_under"
 PLAIN_TRAIN = "tests.distributed.cases:train"
 TRAIN_FSDP = "tests.distributed.fsdp_cases:train"
 REFUSALS = "tests.distributed.flag_cases:refusals"
@@ -190,6 +191,8 @@ def test_the_log_changes_no_bit_and_is_at_the_interval(cluster: Cluster) -> None
     all_steps = [rms for rms, *_ in often.results[0]["stats"]]
     assert [rms for rms, *_ in seldom.results[0]["stats"]] == [all_steps[i] for i in (0, 2, 5)]
     assert seldom.results[0]["scalars"]["adams/update-rms"] == {3: all_steps[2], 6: all_steps[5]}
+    # Steps that are logged have another kernel, the first among them.
+    assert [rank["num_late_kernels"] for rank in seldom.results] == [0] * len(seldom.results)
 
 
 @pytest.mark.parametrize("guard", ["", MATCH])
@@ -380,3 +383,28 @@ def test_updates_under_megatron_fsdp_are_those_of_whole_params_in_a_layout(
         assert my_rms == pytest.approx(their_rms, rel=2e-2)
         # As many tensors, all of them.
         assert mine[step].split("|")[1] == words.split("|")[1]
+
+
+DEFAULT_DTYPES = {
+    "adam": "--optimizer adam --use-distributed-optimizer --bf16",
+    "logged": f"{SHARDED} --bf16",
+    "capped": f"{SHARDED} --bf16 --adams-max-update-rms 0.3",
+    "matched": f"{AWARE} {MATCH} --exp-avg-dtype fp16 --main-params-dtype fp16",
+    "fp8": f"{AWARE} {MATCH} --exp-avg-dtype fp8",
+    "offloaded": f"{AWARE} --adams-max-update-rms 0.3 --optimizer-cpu-offload",
+}
+
+
+@pytest.mark.parametrize("name", DEFAULT_DTYPES)
+def test_default_dtype_of_the_program_changes_no_bit(cluster: Cluster, name: str) -> None:
+    """As it changes none of Adam's: Megatron names the dtype of its own tensors."""
+    argv = f"{DEFAULT_DTYPES[name]} --train-iters {NUM_STEPS}"
+    expected, under_bf16 = (
+        cluster.run(TRAIN_UNDER, 2, argv=argv, dtype=dtype).results
+        for dtype in ("float32", "bfloat16")
+    )
+    for mine, theirs in zip(under_bf16, expected, strict=True):
+        for key in ("losses", "grad_norms"):
+            assert mine[key] == theirs[key] and len(mine[key]) == NUM_STEPS
+        for param, tensor in theirs["model"].items():
+            assert torch.equal(mine["model"][param], tensor), param

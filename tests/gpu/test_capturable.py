@@ -22,7 +22,7 @@ from tests.capturable_runs import (
 
 @pytest.mark.parametrize("mode", MODES)
 def test_replayed_steps_have_the_bits_of_eager_ones(mode):
-    options = {**MODES[mode], "device": "cuda"}
+    options = {"kernel": "cuda", **MODES[mode], "device": "cuda"}
     eager, captured = build(False, **options), build(True, **options)
     run_eager(*eager, range(6))
     run_captured(*captured, range(6))
@@ -31,14 +31,14 @@ def test_replayed_steps_have_the_bits_of_eager_ones(mode):
 
 
 def test_numbers_lie_on_the_gpu_also_of_a_rank_without_parameters():
-    _, optimizer = build(True, device="cuda")
-    empty = AdamS.from_param_groups([{"params": []}], capturable=True)
+    _, optimizer = build(True, device="cuda", kernel="cuda")
+    empty = AdamS.from_param_groups([{"params": []}], capturable=True, kernel="cuda")
     for group in (*optimizer.param_groups, *empty.param_groups):
         assert group["lr"].is_cuda and group["step"].is_cuda
 
 
 def test_step_without_capturable_is_not_captured():
-    params, optimizer = build(False, device="cuda")
+    params, optimizer = build(False, device="cuda", kernel="cuda")
     set_grads(params, 0)
     optimizer.step()
     with (
@@ -61,7 +61,8 @@ def train_in_a_graph(captures):
     torch.manual_seed(0)
     layers = torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)
     model = torch.nn.Sequential(*layers).cuda()
-    optimizer = AdamS(model.parameters(), lr=1e-3, capturable=captures, bias_correction=True)
+    options = {"kernel": "cuda", "capturable": captures, "bias_correction": True}
+    optimizer = AdamS(model.parameters(), lr=1e-3, **options)
     batch = torch.randn(32, 64, device="cuda")
 
     def train_step():

@@ -57,7 +57,8 @@ def test_offloading_changes_no_bit(storage, fraction, overlap):
         optimizer_offload_fraction=fraction,
         overlap_cpu_optimizer_d2h_h2d=overlap,
     )
-    on_gpu = AdamS.from_param_groups(groups(dtype), **options)
+    # Where its kernel cannot be compiled, it raises, and the hybrid's does not fall back either.
+    on_gpu = AdamS.from_param_groups(groups(dtype), kernel="cuda", **options)
     hybrid = HybridAdamS(AdamS.from_param_groups(groups(dtype), **options), config, options)
     hybrid.compile_kernels(torch.float32)
     for step in range(4):
@@ -67,7 +68,8 @@ def test_offloading_changes_no_bit(storage, fraction, overlap):
     assert copies and (fraction == 1) == (len(copies) == len(SIZES))
     for copy in copies.values():
         assert copy.device.type == "cpu"
-        assert copy.is_pinned() and copy.decoupled_grad.is_pinned()
+        # There is no memory of an empty tensor to be pinned.
+        assert copy.numel() == 0 or (copy.is_pinned() and copy.decoupled_grad.is_pinned())
     for mine, theirs in zip(hybrid.param_groups, on_gpu.param_groups, strict=True):
         assert mine["step"] == theirs["step"] == 4
         for my_param, their_param in zip(mine["params"], theirs["params"], strict=True):

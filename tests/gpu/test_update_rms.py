@@ -46,7 +46,8 @@ def built(device, **guard):
     params = [torch.randn(size, generator=generator).to(device) for size in SIZES]
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator).to(device)
-    return params, AdamS(params, lr=0.01, weight_decay=0.1, **guard)
+    kernel = {"cpu": "host", "cuda": "cuda"}[device]
+    return params, AdamS(params, lr=0.01, weight_decay=0.1, kernel=kernel, **guard)
 
 
 @pytest.mark.parametrize("guard", [{"match_update_rms": 0.2}, {"max_update_rms": 0.3}])
@@ -71,7 +72,7 @@ def test_a_guarded_step_waits_for_nothing():
 
 
 def test_a_guarded_step_in_a_cuda_graph_measures_anew_at_each_replay():
-    params, optimizer = built("cuda", match_update_rms=0.2)
+    params, optimizer = built("cuda", match_update_rms=0.2, capturable=True)
     others, plain = built("cuda", match_update_rms=0.2)
     optimizer.step()
     plain.step()

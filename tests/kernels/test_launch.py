@@ -8,13 +8,13 @@ import batteries
 import pytest
 import torch
 from batteries import Subject
-from checks import SCALARS, make_batch, scalar_cases
+from checks import SCALARS, differences, expected, make_batch, scalar_cases
 from emulator import SOURCE
 from test_backends import REPRESENTATIVES
 
 from megatron_adams.kernels import PointerTable, cuda
 from megatron_adams.kernels.batch import kernel_arguments
-from megatron_adams.kernels.table import POINTERS
+from megatron_adams.kernels.table import CHUNK, POINTERS
 
 SUBJECT = Subject()
 
@@ -28,6 +28,40 @@ def test_a_step_launches_each_entry_point_once_and_keeps_its_table():
 @torch.no_grad()
 def test_a_replay_reads_the_scalars_on_the_device(mode):
     batteries.check_replay(SUBJECT, mode)
+
+
+@torch.no_grad()
+def test_gradients_that_moved_are_read_where_they_are_and_the_old_table_stays():
+    batch = make_batch(REPRESENTATIVES[0], (3, CHUNK + 5))
+    scalars, driver, table = scalar_cases()["decoupled"], SUBJECT.driver(), PointerTable()
+    cuda.run(batch, scalars, table, driver)
+    old_rows, copy_of_old = table.rows, table.rows.clone()
+    moved = replace(batch, grads=[2 * grad for grad in batch.grads])
+    grads = [grad.data_ptr() for grad in moved.grads]
+    for _ in range(2):
+        want = expected(moved, scalars)
+        cuda.repeat(table, scalars, driver, grads=grads)
+        assert not differences(moved, want)
+    assert torch.equal(old_rows, copy_of_old)
+    assert table.num_builds == 1
+    # What `run` is told of the tensors is what the table has of them.
+    cuda.run(moved, scalars, table, driver)
+    assert table.num_builds == 1
+    cuda.run(batch, scalars, table, driver)
+    assert table.num_builds == 2
+
+
+@torch.no_grad()
+def test_gradients_that_moved_are_refused_in_a_capture_and_others_are_not():
+    batch = make_batch(REPRESENTATIVES[0], (3, 40))
+    table, recording = PointerTable(), SUBJECT.driver(is_recording=True)
+    cuda.run(batch, SCALARS, table, SUBJECT.driver())
+    grads = [grad.data_ptr() for grad in batch.grads]
+    cuda.repeat(table, SCALARS, recording, grads=grads)
+    with pytest.raises(RuntimeError, match="Take one step with the same tensors before"):
+        cuda.repeat(table, SCALARS, recording, grads=[grads[0], grads[1] + 4])
+    assert table.grads == grads
+    assert len(recording.launches) == 1
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from megatron_adams.kernels.batch import is_dense
 
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 FP8 = Mode("bf16", "e4m3", "fp16", "fp16")
+MIXED = Mode("fp32", "bf16", "fp32", "fp32")
 CPU = torch.device("cpu")
 
 
@@ -128,13 +129,24 @@ def test_lists_that_do_not_fit_are_refused(case):
     assert before is None or not differences(batch, before)
 
 
+@pytest.mark.parametrize("column", ["params", "grads", "exp_avgs", "main_params", "main_scales"])
+@torch.no_grad()
+def test_tensors_whose_memory_has_not_their_value_are_refused(column):
+    batch = make_batch(FP8 if column == "main_scales" else MIXED, (4, 8))
+    negated = [torch._neg_view(tensor) for tensor in getattr(batch, column)]
+    before = [tensor.clone() for tensor in batch.exp_avgs]
+    with pytest.raises(ValueError, match=rf"{column}: one is the negative of what its memory has"):
+        call(replace(batch, **{column: negated}))
+    assert all(map(torch.equal, batch.exp_avgs, before))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"backend": "cuda"}, r"kernel='cuda' for tensors on cpu: must be 'host', 'foreach'"),
         ({"backend": "triton"}, r"kernel='triton': must be one of"),
         ({"lr": torch.ones(2)}, r"lr has 2 elements: must have one"),
-        ({"found_inf": torch.ones(1, dtype=torch.float64)}, r"found_inf is torch.float64 on cpu"),
+        ({"found_inf": torch.ones(1, dtype=torch.float64)}, r"found_inf is torch.float64: must be"),
     ],
 )
 def test_scalars_and_backends_that_do_not_fit_are_refused(kwargs, message):

@@ -1,6 +1,8 @@
 """The optimizer configuration of adams, and the wrappers of Megatron's reports, by themselves."""
 
 import argparse
+import copy
+import pickle
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from megatron_adams.megatron import AdamSOptimizerConfig, cuda_graph
 from megatron_adams.megatron.arguments import (
+    wrap_add_megatron_arguments,
     wrap_compute_weight_and_optimizer_memory,
     wrap_print_args,
     wrap_validate_args,
@@ -41,6 +44,7 @@ def test_from_config_keeps_every_field() -> None:
         "adams_kernel": "host",
         "adams_max_update_rms": None,
         "adams_match_rms": 0.2,
+        "override_opt_param_scheduler": False,
     }
     assert {**vars(plain), **own} == vars(config)
 
@@ -228,6 +232,23 @@ def test_adams_in_a_yaml_configuration_is_refused() -> None:
     assert validate_yaml(argparse.Namespace(optimizer="adam"), {}) == "adam"
     with pytest.raises(ValueError, match="--yaml-cfg with optimizer: adams: not supported"):
         validate_yaml(argparse.Namespace(optimizer="adams"), {})
+
+
+def test_parsed_arguments_are_pickled_without_this_package_and_copied_as_they_are() -> None:
+    def add_megatrons(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.add_argument("--optimizer", choices=["adam"], default="adam")
+        parser.add_argument("--adam-beta2", type=float, default=0.999, help="")
+        parser.add_argument("--exp-avg-sq-dtype", default="fp32")
+        return parser
+
+    args = wrap_add_megatron_arguments(add_megatrons)(argparse.ArgumentParser()).parse_args([])
+    loaded = pickle.loads(pickle.dumps(args))
+    assert (loaded.adam_beta2, loaded.exp_avg_sq_dtype) == (0.999, "fp32")
+    assert (type(loaded.adam_beta2), type(loaded.exp_avg_sq_dtype)) == (float, str)
+    # A copy still tells the default from a number that the user has given.
+    copied = copy.deepcopy(args)
+    assert type(copied.adam_beta2) is type(args.adam_beta2) is not float
+    assert type(copied.exp_avg_sq_dtype) is type(args.exp_avg_sq_dtype) is not str
 
 
 def test_argument_dump_shows_adams_only_while_that_namespace_is_validated() -> None:

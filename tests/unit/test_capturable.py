@@ -179,6 +179,19 @@ def test_graph_goes_on_after_a_step_with_other_gradients() -> None:
     assert_same((params, optimizer), expected)
 
 
+def test_what_graphs_use_is_kept_once() -> None:
+    params, optimizer = build(True)
+    set_grads(params, 0)
+    optimizer.step()
+    with stand_in.installed():
+        for _ in range(3):
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                optimizer.step()
+    tables = [table for plan in optimizer._plans.values() for table in plan.tables.values()]
+    kept = {id(each) for each in optimizer._used_by_graphs.values() if each is not None}
+    assert kept == {id(tensor) for table in tables for tensor in (table.rows, table.amax)}
+
+
 def test_torch_scheduler_sets_the_tensor() -> None:
     params, optimizer = build(True, lr=1e-3)
     lr = optimizer.param_groups[0]["lr"]

@@ -4,6 +4,7 @@ import argparse
 import copy
 import io
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -183,6 +184,14 @@ def test_rank_without_trainable_parameters_is_converted(tmp_path):
     converted = torch.load(done.folder / "mp_rank_01" / path.name, weights_only=False)
     assert (converted["args"].optimizer, converted.keys()) == ("adams", state.keys())
     assert torch.equal(converted["model"]["weight"], torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["of adams", "end", "it's; new"])
+def test_what_comes_after_a_conversion_can_be_pasted_into_a_shell(tmp_path, capsys, name):
+    legacy(tmp_path / "source")
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / name)]) == 0
+    _, _, arguments = capsys.readouterr().out.partition("resume with ")
+    assert shlex.split(arguments) == ["--optimizer", "adams", "--load", str(tmp_path / name)]
 
 
 def test_killed_conversion_is_not_taken_for_a_checkpoint(tmp_path, capsys):

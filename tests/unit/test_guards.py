@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from megatron_adams import kernels
 from megatron_adams.optimizer import AdamS
 
 KERNELS = ["host", "foreach"]
@@ -284,10 +285,16 @@ def test_copies_are_guarded(copied):
 
 
 @pytest.mark.parametrize("name", ["max_update_rms", "match_update_rms"])
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "0.2"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_bounds_that_are_none_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}: must be finite and > 0; leave it out"):
         build([torch.zeros(1)], **{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_update_rms", "match_update_rms"])
+def test_bounds_that_are_no_numbers_are_refused_by_their_type(name):
+    with pytest.raises(ValueError, match=f"{name}='0.2': must be a number, and is a str"):
+        build([torch.zeros(1)], **{name: "0.2"})
 
 
 def test_cap_and_target_together_are_refused():
@@ -304,6 +311,20 @@ def test_guarded_kernels_are_compiled_before_the_first_step(monkeypatch):
     build([torch.zeros(1)]).compile_kernels()
     build([torch.zeros(1)], max_update_rms=1.0).compile_kernels()
     assert asked == ["g32-p32-m32-w0", "g32-p32-m32-w0-rms"]
+
+
+def test_kernels_of_steps_that_count_are_compiled_before_the_first_too():
+    kernels.select_backend.cache_clear()
+    for options in ({}, {"match_update_rms": 0.2}):
+        param = torch.zeros(3)
+        optimizer = build([param], **options)
+        optimizer.compile_kernels(counts_updates=True)
+        num_compiled = kernels.select_backend.cache_info().misses
+        param.grad = torch.ones(3)
+        for wants in (False, True):
+            optimizer.wants_update_rms = wants
+            optimizer.step()
+        assert kernels.select_backend.cache_info().misses == num_compiled
 
 
 def test_fp64_params_are_capped():

@@ -13,6 +13,7 @@ import stat
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -117,6 +118,10 @@ def as_someone_without_write_access(folder, target):
          "/c/.cache/megatron-adams"),
         ({"XDG_CACHE_HOME": "relative", "HOME": "/c"}, "/c/.cache/megatron-adams"),
         ({"HOME": "/c"}, "/c/.cache/megatron-adams"),
+        # As where HOME is not set: not at the root, not in the current folder.
+        ({"HOME": ""}, "/of/passwd/.cache/megatron-adams"),
+        ({"HOME": "relative"}, "/of/passwd/.cache/megatron-adams"),
+        ({}, "/of/passwd/.cache/megatron-adams"),
     ],
 )  # fmt: skip
 def test_folder_is_named_by_the_environment(monkeypatch, environment, expected):
@@ -124,6 +129,8 @@ def test_folder_is_named_by_the_environment(monkeypatch, environment, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    entry = SimpleNamespace(pw_dir="/of/passwd")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: entry)
     assert default_folder() == Path(expected)
     assert KernelCache().folder == Path(expected)
 
@@ -141,7 +148,7 @@ def test_user_without_home_gets_kernels_and_one_warning(monkeypatch, caplog):
     assert kernels.get(NAME, image) == IMAGE
     assert kernels.get("another.so", image) == IMAGE
     (warning,) = warnings_in(caplog)
-    assert "no home folder" in warning.message
+    assert warning.message.startswith("kernel cache: this user has no home folder. Every process")
     assert "Set MEGATRON_ADAMS_CACHE_DIR" in warning.message
 
 

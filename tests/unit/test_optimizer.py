@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from decimal import Decimal
 from math import inf, nan
 
 import numpy as np
@@ -264,7 +265,7 @@ def test_from_param_groups_adopts_dicts_views_and_foreign_keys():
     assert groups[0] == {
         "params": [shard, view_of_leaf], "wd_mult": 1.0, "max_lr": 0.5, "weight_decay": 0.25,
         "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "bias_correction": True,
-        "adam_w_mode": True, "step": 0,
+        "adam_w_mode": True, "maximize": False, "step": 0,
     }  # fmt: skip
     assert groups[1]["is_expert_parallel"] is True
     assert groups[1]["step"] == 7
@@ -323,7 +324,14 @@ def test_from_param_groups_refuses_what_the_constructor_refuses():
         ({"lr": -1e-3}, r"^lr=-0.001: must be finite and >= 0"),
         ({"lr": nan}, r"^lr=nan: must be"),
         ({"lr": inf}, r"^lr=inf: must be"),
-        ({"lr": None}, r"^lr=None: must be"),
+        ({"lr": None}, r"^lr=None: must be a number, and is a NoneType"),
+        ({"lr": "1e-3"}, r"^lr='1e-3': must be a number, and is a str; give a float"),
+        ({"lr": Decimal("1e-3")}, r"^lr=Decimal\('0.001'\): must be a number, and is a Decimal"),
+        ({"eps": "1e-8"}, r"^eps='1e-8': must be a number, and is a str"),
+        ({"weight_decay": "0.1"}, r"^weight_decay='0.1': must be a number, and is a str"),
+        ({"betas": ("0.9", 0.95)}, r"^beta1='0.9': must be a number, and is a str"),
+        ({"betas": (0.9, torch.tensor([0.9, 0.95]))}, r"^betas\[1\]=tensor.*one element"),
+        ({"betas": (torch.tensor(1.5), 0.95)}, r"^beta1=1.5: must be in \[0, 1\)"),
         ({"lr": torch.tensor([0.1, 0.2])}, r"^lr=tensor.*one element"),
         ({"lr": torch.tensor(-1.0)}, r"^lr=-1.0: must be"),
         ({"betas": (1.0, 0.95)}, r"^beta1=1.0: must be in \[0, 1\)"),
@@ -373,6 +381,7 @@ def test_zero_gradients_at_the_smallest_eps_give_no_nan():
     ("name", "value"),
     [
         ("amsgrad", True),
+        ("differentiable", True),
         ("exp_avg_sq_dtype", torch.float16),
         ("set_grad_none", True),
     ],
@@ -609,12 +618,51 @@ def test_state_dict_names_what_is_saved_and_nothing_else():
     assert state_dict["param_groups"] == [
         {
             "params": [0], "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0,
-            "bias_correction": False, "adam_w_mode": True, "step": 1,
+            "bias_correction": False, "adam_w_mode": True, "maximize": False, "step": 1,
         }
     ]  # fmt: skip
     elements = sum(s["exp_avg"].numel() for s in state_dict["state"].values())
     assert elements == 3
 
 
-def test_numpy_numbers_are_numbers():
-    AdamS(parameters((2,)), lr=np.float32(1e-3), betas=[np.float64(0.9), np.float32(0.95)])
+def plain_types(group):
+    values = [value for name, value in group.items() if name not in ("params", "betas")]
+    return {type(value) for value in (*values, *group["betas"])}
+
+
+def test_numpy_numbers_become_pythons_and_load_with_weights_only():
+    numbers = {"lr": np.float32(1e-3), "betas": [np.float64(0.9), np.float32(0.95)]}
+    others = {"eps": np.float64(1e-8), "weight_decay": np.int64(0), "wd_mult": np.float64(2.0)}
+    params = parameters((2,), (3,), (4,))
+    optimizer = AdamS(params[:1], **numbers)
+    optimizer.add_param_group({"params": params[1:2], **numbers, **others})
+    adopted = AdamS.from_param_groups([{"params": params[2:], **numbers, **others}])
+    for group in (*optimizer.param_groups, *adopted.param_groups, optimizer.defaults):
+        assert plain_types(group) <= {int, float, bool}
+        assert group["lr"] == np.float32(1e-3) and group["betas"] == (0.9, np.float32(0.95))
+    # As schedulers that compute with NumPy set it.
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float64(0.5) ** step)
+    train(optimizer, 1)
+    scheduler.step()
+    assert type(optimizer.param_groups[0]["lr"]) is np.float64
+    loaded = saved(optimizer)["param_groups"]
+    assert loaded[0]["lr"] == 0.5 * np.float32(1e-3)
+    for group in loaded:
+        assert plain_types(group) <= {int, float, bool}
+
+
+def test_tensors_as_betas_are_read_once_as_in_torch():
+    betas = (torch.tensor(0.9, dtype=torch.float64), torch.tensor([0.95], dtype=torch.float64))
+    with_tensors, plain = AdamS(parameters((3,)), betas=betas), AdamS(parameters((3,)))
+    assert with_tensors.param_groups[0]["betas"] == (0.9, 0.95)
+    with_tensors.add_param_group({"params": parameters((2,)), "betas": betas})
+    assert with_tensors.param_groups[1]["betas"] == (0.9, 0.95)
+    train(with_tensors, 2)
+    train(plain, 2)
+    assert torch.equal(
+        with_tensors.param_groups[0]["params"][0], plain.param_groups[0]["params"][0]
+    )
+    saved_groups = saved(with_tensors)
+    saved_groups["param_groups"][0]["betas"] = betas
+    with_tensors.load_state_dict(saved_groups)
+    assert with_tensors.param_groups[0]["betas"] == (0.9, 0.95)

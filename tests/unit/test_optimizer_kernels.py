@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._pytree import tree_map
 
 import megatron_adams.optimizer
 from megatron_adams.kernels import launch, run
@@ -298,3 +299,257 @@ def test_dtensors_take_the_kernel_on_their_local_part(mesh, calls):
         optimizer.step()
     assert torch.equal(param.to_local(), expected)
     assert calls == [("host", 1)] * 2
+
+
+# Memory that is not the value
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradient_behind_conj_moves_the_param_the_right_way(kernel):
+    """Autograd's own gradient here is a view of its negative, marked by is_neg()."""
+    param = nn.Parameter(torch.tensor(2.0))
+    expected, exp_avg = param.detach().clone(), torch.zeros(())
+    optimizer = build([param], kernel=kernel)
+    for step in (1, 2, 3):
+        param.grad = None
+        (torch.complex(torch.zeros(()), param).conj() * (1 + 1j)).real.sum().backward()
+        assert param.grad.is_neg() and param.grad.item() == 1
+        oracle_(expected, torch.ones(()), exp_avg, step)
+        optimizer.step()
+    assert torch.equal(param, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["grad", "decoupled_grad"])
+def test_lazily_negated_gradient_of_an_imaginary_part(kernel, name):
+    param = nn.Parameter(torch.tensor(0.0))
+    setattr(param, name, torch.tensor(3 + 4j).conj().imag)
+    AdamS([param], lr=0.1, kernel=kernel, use_decoupled_grad=name == "decoupled_grad").step()
+    assert param.item() == pytest.approx(0.0447, abs=1e-4)
+
+
+def negated(tensor):
+    """The same values, as a view of their negatives."""
+    view = torch._neg_view(-tensor)
+    assert view.is_neg() and torch.equal(view, tensor)
+    return view
+
+
+def test_negated_gradients_are_kept_from_begin_step_to_step():
+    param = nn.Parameter(torch.randn(50))
+    expected, exp_avg = param.detach().clone(), torch.zeros(50)
+    optimizer = build([param], max_update_rms=0.1)
+    grad = torch.randn(50)
+    param.grad = negated(grad)
+    optimizer.begin_step()
+    torch.full((50,), torch.nan)  # takes memory that was freed
+    optimizer.step()
+    oracle_(expected, grad, exp_avg, 1, update_factor=optimizer.update_factors()[0])
+    assert torch.equal(param, expected)
+
+
+@pytest.mark.parametrize("which", ["param", "exp_avg", "master_param", "model_param"])
+def test_negated_tensors_that_are_written_are_written_as_torch_writes_them(which, calls):
+    dtype = torch.bfloat16 if which == "master_param" else torch.float32
+    param = torch.randn(50).to(dtype)
+    main, exp_avg = param.float(), torch.randn(50)
+    grad = torch.randn(50).to(dtype)
+    optimizer = build([param], master_weights=which == "master_param")
+    optimizer.initialize_state(param)
+    state = optimizer.state[param]
+    state["exp_avg"].copy_(exp_avg)
+    if which == "param":
+        param.data = negated(param)
+    elif which == "model_param":
+        optimizer.model_params[param] = negated(torch.zeros(50).bfloat16())
+    else:
+        state[which] = negated(state[which])
+    param.grad = grad
+    for step in (1, 2):
+        oracle_(main, grad, exp_avg, step)
+        optimizer.step()
+    assert torch.equal(param, main.to(dtype))
+    assert torch.equal(state["exp_avg"], exp_avg)
+    if which == "model_param":
+        assert torch.equal(optimizer.model_params[param], main.bfloat16())
+    assert [backend for backend, _ in calls] == ["foreach", "foreach"]
+
+
+def test_loaded_state_is_what_is_in_memory():
+    param = nn.Parameter(torch.randn(50))
+    optimizer = build([param])
+    param.grad = torch.randn(50)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    exp_avg = saved["state"][0]["exp_avg"].clone()
+    saved["state"][0]["exp_avg"] = negated(exp_avg)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[param]["exp_avg"], exp_avg)
+    assert not optimizer.state[param]["exp_avg"].is_neg()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_lr_on_the_device_may_be_negated(kernel):
+    moves = []
+    for lr in (torch.tensor(0.1), negated(torch.tensor(0.1))):
+        param = nn.Parameter(torch.zeros(3))
+        param.grad = torch.ones(3)
+        AdamS([param], lr=lr, kernel=kernel).step()
+        moves.append(param.detach())
+    assert torch.equal(*moves) and moves[0].max() < 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_zero_gradient_without_memory_is_zero(kernel):
+    param = nn.Parameter(torch.randn(5))
+    expected, exp_avg = param.detach().clone(), torch.randn(5)
+    optimizer = build([param], kernel=kernel)
+    optimizer.initialize_state(param)
+    optimizer.state[param]["exp_avg"].copy_(exp_avg)
+    param.grad = torch._efficientzerotensor(5)
+    assert param.grad.data_ptr() == 0
+    oracle_(expected, torch.zeros(5), exp_avg, 1)
+    optimizer.step()
+    assert torch.equal(param, expected)
+
+
+# Plans of the step before
+
+
+@pytest.mark.parametrize("changed", ["grad", "param", "exp_avg", "model_param"])
+def test_other_strides_at_the_same_address_are_followed(changed):
+    """As where the allocator gives a gradient of another layout the place of the last one."""
+    shape = (2, 3, 4, 5)
+    channels_last = {"memory_format": torch.channels_last}
+    layouts = [torch.zeros(shape).to(**channels_last).stride(), torch.zeros(shape).stride()]
+    param = torch.randn(shape).to(**channels_last)
+    param.grad = torch.randn(shape).to(**channels_last)
+    optimizer = build([param])
+    optimizer.initialize_state(param)
+    tensors = {"param": param, "grad": param.grad, "exp_avg": optimizer.state[param]["exp_avg"]}
+    if changed == "model_param":
+        tensors[changed] = torch.zeros(shape).bfloat16().to(**channels_last)
+        optimizer.model_params[param] = tensors[changed]
+    permuted = (60, 20, 1, 4)  # dense, and not contiguous either
+    for step, strides in enumerate((layouts[0], permuted, layouts[1], layouts[0]), 1):
+        place = tensors[changed].data_ptr()
+        tensors[changed].as_strided_(shape, strides)
+        assert tensors[changed].data_ptr() == place
+        expected, exp_avg = param.clone(), tensors["exp_avg"].clone()
+        oracle_(expected, param.grad, exp_avg, step)
+        optimizer.step()
+        assert torch.equal(param, expected)
+        assert torch.equal(tensors["exp_avg"], exp_avg)
+        if changed == "model_param":
+            assert torch.equal(tensors[changed], expected.bfloat16())
+
+
+def test_other_dtypes_and_sizes_at_the_same_address_are_followed():
+    param, memory = torch.randn(40), torch.zeros(40)
+    optimizer = build([param])
+    for step, (dtype, size) in enumerate(
+        ((torch.float32, 40), (torch.bfloat16, 40), (torch.float16, 40), (torch.float32, 20)), 1
+    ):
+        param.data = param.data[:size]
+        optimizer.state[param] = {"exp_avg": memory.view(dtype)[:size]}
+        param.grad = torch.randn(size)
+        if dtype == torch.float16:
+            optimizer.state.pop(param)
+        expected = param.clone()
+        exp_avg = optimizer.state[param].get("exp_avg", torch.zeros(size)).float()
+        oracle_(expected, param.grad, exp_avg.clone(), step)
+        optimizer.step()
+        assert torch.equal(param, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"match_update_rms": 0.2}], ids=["plain", "matched"])
+def test_gradients_at_other_addresses_are_followed_in_the_same_table(options, monkeypatch):
+    """Their row of the table alone is written."""
+
+    def not_again(*_, **__):
+        raise AssertionError("the tensors are sorted into batches again")
+
+    params = [nn.Parameter(torch.randn(5)) for _ in range(4)]
+    params += [nn.Parameter(torch.randn(5).bfloat16()) for _ in range(3)]
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer, other = build(params, **options), build(twins, kernel="foreach", **options)
+    for step in range(4):
+        kept = [param.grad for param in params]  # so that no address is used twice
+        for param, twin in zip(params, twins, strict=True):
+            param.grad, twin.grad = (torch.randn_like(param), None)
+            twin.grad = param.grad.clone()
+        if step == 1:
+            monkeypatch.setattr(megatron_adams.optimizer, "run", not_again)
+        with monkeypatch.context() as patch:
+            patch.setattr(megatron_adams.optimizer, "run", run)
+            other.step()
+        if step == 2:  # some stay where they are
+            params[0].grad = kept[0].copy_(params[0].grad)
+        optimizer.step()
+        for param, twin in zip(params, twins, strict=True):
+            assert torch.equal(param, twin)
+            assert torch.equal(optimizer.state[param]["exp_avg"], other.state[twin]["exp_avg"])
+    builds = {t.num_builds for plan in optimizer._plans.values() for t in plan.tables.values()}
+    assert builds == {1}
+
+
+def test_step_that_failed_half_way_is_whole_when_it_is_taken_again(monkeypatch):
+    fp32, bf16 = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5).bfloat16())
+    optimizer = build([fp32, bf16])
+    fp32.grad, bf16.grad = torch.randn(5), torch.randn(5).bfloat16()
+
+    def fail_for_bf16(batch, *rest, **kind):
+        if batch.params[0].dtype == torch.bfloat16:
+            raise RuntimeError("out of memory")
+        run(batch, *rest, **kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(megatron_adams.optimizer, "run", fail_for_bf16)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+    before = bf16.detach().clone()
+    optimizer.step()
+    assert not torch.equal(bf16, before)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor whose data is in another one, as quantization libraries have them."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unwrapped(x):
+            return x.inner if isinstance(x, cls) else x
+
+        return func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs or {}))
+
+
+@pytest.mark.parametrize("which", ["grad", "exp_avg"])
+def test_tensors_without_a_pointer_take_torchs_operations_and_others_the_kernel(which, calls):
+    params = [torch.randn(6) for _ in range(4)]
+    grads = [torch.randn(6), torch.randn(6), negated(torch.randn(6)), torch._efficientzerotensor(6)]
+    expected = [param.clone() for param in params]
+    exp_avgs = [torch.zeros(6) for _ in params]
+    optimizer = build(params)
+    for param, grad in zip(params, grads, strict=True):
+        optimizer.initialize_state(param)
+        param.grad = grad
+    if which == "exp_avg":
+        optimizer.state[params[0]]["exp_avg"] = Wrapper(torch.zeros(6))
+    else:
+        params[0].grad = None
+        optimizer.use_decoupled_grad = True
+        for param, grad in zip(params, [Wrapper(grads[0]), *grads[1:]], strict=True):
+            param.decoupled_grad = grad
+    for step in (1, 2):
+        for param, grad, exp_avg in zip(expected, grads, exp_avgs, strict=True):
+            oracle_(param, grad + 0, exp_avg, step)
+        optimizer.step()
+    assert all(map(torch.equal, params, expected))
+    assert sorted(calls[:2]) == [("foreach", 1), ("host", 3)]

@@ -72,6 +72,18 @@ def test_function_is_wrapped_wherever_it_was_imported(modules: tuple[Any, Any]) 
     assert (home.build.__name__, home.build.__doc__) == ("build", "Build.")
 
 
+def test_function_is_wrapped_outside_megatron_and_under_another_name(
+    modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, _ = modules
+    trainer = ModuleType("adams_test_trainer")
+    vars(trainer).update(make=home.build, mine="untouched")
+    monkeypatch.setitem(sys.modules, trainer.__name__, trainer)
+    attach([BUILD], VERSION)
+    assert vars(trainer)["make"]("a") == "a 1!"
+    assert vars(trainer)["mine"] == "untouched"
+
+
 def test_attaching_twice_wraps_once(modules: tuple[Any, Any]) -> None:
     home, _ = modules
     attach([BUILD], VERSION)

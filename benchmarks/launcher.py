@@ -1,0 +1,42 @@
+"""Kernels of the benchmarks' own on a GPU: loaded and launched through the driver's bindings."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Kernel:
+    """An entry point of a cubin; torch must have used the device in this thread before.
+
+    Raises:
+        RuntimeError: the driver refuses; with its own words.
+    """
+
+    def __init__(self, image: bytes, entry_point: str) -> None:
+        module = call("cuModuleLoadData", image)
+        self.function = call("cuModuleGetFunction", module, entry_point.encode())
+
+    def launch(self, num_blocks: int, num_threads: int, arguments: Sequence[Any]) -> None:
+        """Launch on torch's current stream.
+
+        Args:
+            arguments: ctypes numbers and pointers, or ctypes structures, which go by value.
+        """
+        values = tuple(a if isinstance(a, ctypes.Structure) else a.value or 0 for a in arguments)
+        types = tuple(None if isinstance(a, ctypes.Structure) else type(a) for a in arguments)
+        stream = torch.cuda.current_stream().cuda_stream
+        grid, block = (num_blocks, 1, 1), (num_threads, 1, 1)
+        call("cuLaunchKernel", self.function, *grid, *block, 0, stream, (values, types), 0)
+
+
+def call(function: str, *arguments: object) -> Any:
+    """Call the driver; return its result, if it has one."""
+    from cuda.bindings import driver
+
+    error, *result = getattr(driver, function)(*arguments)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        _, words = driver.cuGetErrorString(error)
+        raise RuntimeError(f"{function}: {error.name}, {words.decode()}")
+    return result[0] if result else None

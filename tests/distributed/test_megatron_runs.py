@@ -1,0 +1,79 @@
+"""tests/gpu/megatron_runs.py as far as it goes without a GPU: its rehearsal and comparison."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.cluster import REPO
+from tests.gpu import megatron_runs
+from tests.gpu.megatron_runs import Record
+
+TIMEOUT_S = 240
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPO / "tests/gpu/megatron_runs.py"), *arguments],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+@pytest.mark.timeout(TIMEOUT_S + 30)
+def test_rehearsal_makes_every_run_and_records_it(tmp_path: Path) -> None:
+    out = tmp_path / "runs.json"
+    done = launch("--out", str(out), "--rehearse")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = {record["name"]: record for record in json.loads(out.read_text())}
+    assert list(records) == list(megatron_runs.RUNS)
+    for record in records.values():
+        assert record["ok"], record["words"]
+        assert len(record["losses"]) == len(record["grad_norms"]) == 8
+        assert record["step_ms"] > record["peak_mib"] == 0
+        is_timed = "timing-log-level" in record["flags"]
+        assert is_timed is (record["name"] != "adams, CUDA graph")
+        if is_timed:
+            assert record["step_ms"] > record["optimizer_ms"] > record["inner_step_ms"] > 0
+            assert record["logged_inner_step_ms"] > 0
+    bytes_per_param = [round(r["state_bytes"] / r["num_params"]) for r in records.values()]
+    assert bytes_per_param == [12, 8, 4, 8]
+    assert records["adam"]["losses"][0] == records["adams"]["losses"][0]
+    assert records["adam"]["losses"][-1] != records["adams"]["losses"][-1]
+    assert "bit for bit" in records["adams, CUDA graph"]["words"]
+    # The table, with a line for each run.
+    assert sum(line.startswith("| adam") for line in done.stdout.splitlines()) == len(records)
+
+
+def test_without_a_gpu_it_says_that_it_did_not_run(tmp_path: Path) -> None:
+    done = launch("--out", str(tmp_path / "runs.json"))
+    assert (done.returncode, done.stdout.strip()) == (0, "not run: no GPU")
+
+
+PLAIN = Record("adams", "", losses=[4.0, 3.0], grad_norms=[1.0, 1.0], weights=7, ok=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"losses": [4.0, 3.0000001]}, "losses of step 2: 3.0000001 and 3.0"),
+        ({"grad_norms": [1.5, 1.0]}, "grad_norms of step 1: 1.5 and 1.0"),
+        ({"weights": 8}, "the weights at the end"),
+    ],
+)
+def test_other_bits_in_a_graph_fail_its_run(fields: dict[str, object], where: str) -> None:
+    graph = replace(PLAIN, name="adams, CUDA graph", **fields)  # type: ignore[arg-type]
+    megatron_runs.compare(graph, PLAIN, again=replace(PLAIN))
+    assert not graph.ok
+    assert where in graph.words and "a second run of 'adams' does not" in graph.words
+    # A model whose own step is not repeatable says nothing about the graph.
+    graph = replace(graph, ok=True)
+    megatron_runs.compare(graph, PLAIN, again=replace(PLAIN, **fields))  # type: ignore[arg-type]
+    assert "not repeatable" in graph.words
