@@ -20,9 +20,10 @@ NINTH = THIRD[::3]
 COMPILED = dict.fromkeys(sass.ARCHS, ALL_MODES)
 # Reading the machine code of one takes longer than compiling it.
 DISASSEMBLED = {"sm_80": NINTH, "sm_90": THIRD, "sm_100": NINTH}
-# With a dtype of one byte, two blocks of 256 threads on a multiprocessor, each thread with 16
-# elements of each tensor in flight; three elsewhere.
-MAX_REGISTERS, MAX_REGISTERS_WITHOUT_BYTES = 128, 80
+# At least four blocks of 256 threads on a multiprocessor.
+MAX_REGISTERS = 64
+# Bytes. With more registers allowed, NVRTC 13.0 spills in another kernel.
+SPILLED = {("sm_100", "g32-p16-m16-w0", "adams_measure"): 8}
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +38,9 @@ def test_nothing_is_spilled_and_registers_are_few(cubins, arch):
         used = sass.resources(image)
         assert used.keys() == set(mode.entry_points), mode.name
         for entry_point, (registers, stack, local) in used.items():
-            assert (stack, local) == (0, 0), (mode.name, entry_point)
+            spilled = SPILLED.get((arch, mode.name, entry_point), 0)
+            assert (stack, local) == (spilled, 0), (mode.name, entry_point)
             assert registers <= MAX_REGISTERS, (mode.name, entry_point, registers)
-            if not _has_byte(mode):
-                assert registers <= MAX_REGISTERS_WITHOUT_BYTES, (mode.name, entry_point, registers)
 
 
 GUARDED_THIRD = tuple(mode._replace(is_guarded=True) for mode in THIRD)
@@ -64,8 +64,7 @@ def test_kernels_that_count_and_scale_spill_nothing(guarded_cubins, arch):
         assert used.keys() == {*mode.entry_points, *mode.count_entry_points}, mode.name
         for entry_point, (registers, stack, local) in used.items():
             assert (stack, local) == (0, 0), (mode.name, entry_point)
-            limit = MAX_REGISTERS if _has_byte(mode) else MAX_REGISTERS_WITHOUT_BYTES
-            assert registers <= limit, (mode.name, entry_point, registers)
+            assert registers <= MAX_REGISTERS, (mode.name, entry_point, registers)
 
 
 @pytest.mark.timeout(600)
@@ -84,10 +83,6 @@ def test_counting_loads_groups_and_stores_no_tensor(guarded_cubins):
 def _wide(accesses):
     """Those of more than 32 bits, which single elements have none of."""
     return Counter({bits: count for bits, count in accesses.items() if bits > 32})
-
-
-def _has_byte(mode):
-    return any(dtype in ("e4m3", "e5m2") for dtype in mode)
 
 
 @pytest.mark.parametrize("arch", DISASSEMBLED)

@@ -212,6 +212,8 @@ def test_examples_are_shown_as_they_are(name: str) -> None:
     ("copy", "original"),
     [
         ("step.png", "benchmarks/results/step.png"),
+        ("gpu-h100.png", "benchmarks/results/gpu-h100-80gb-hbm3.png"),
+        ("quality.png", "examples/quality/results/quality.png"),
         ("lr_sweep.png", "examples/pretrain_gpt/sweep/lr_sweep.png"),
     ],
 )
