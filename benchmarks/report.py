@@ -1,4 +1,4 @@
-"""Tables and a picture of what step.py and sweep.py measured.
+"""Tables and a picture of what step.py and tune.py measured.
 
     python benchmarks/report.py gpu FOLDER [--out DIR]
 
@@ -330,7 +330,7 @@ def write_gpu(folder: Path, out: Path) -> Path:
         f"# One optimizer step on {results.facts['device']}",
         "",
         "Written by `python benchmarks/report.py gpu` from the results of `benchmarks/step.py` and",
-        "`benchmarks/sweep.py`; [the README](../README.md) says how to read the tables.",
+        "`benchmarks/tune.py`; [the README](../README.md) says how to read the tables.",
         "",
         f"![bandwidths as parts of a copy's]({stem}.png)",
         "",

@@ -505,7 +505,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--lists", type=parse_list, nargs="*", default=[], metavar="LIST", help="gpt2, many, llama"
     )
     parser.add_argument("--modes", type=parse_mode, nargs="+", default=list(MODES), metavar="MODE")
-    parser.add_argument("--tuning", type=Path, help="best.json of sweep.py, for --suite confirm")
+    parser.add_argument("--tuning", type=Path, help="best.json of tune.py, for --suite confirm")
     parser.add_argument("--rounds", type=int, default=11, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, help="begin no group after so many; default: none")
     parser.add_argument(

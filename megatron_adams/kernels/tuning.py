@@ -1,6 +1,6 @@
 """How the CUDA kernel of a mode is cut up: what changes its speed and none of its results.
 
-`benchmarks/sweep.py` times the alternatives on a GPU. Imports nothing but modes.py.
+`benchmarks/tune.py` times the alternatives on a GPU. Imports nothing but modes.py.
 """
 
 from typing import Literal, NamedTuple

@@ -114,8 +114,8 @@ STAGES = (
     ),
     Stage(
         *("sweep", 70, "which constants the kernel of each mode should have"),
-        "benchmarks/sweep.py --device cuda --out {out} --seconds {seconds}",
-        "benchmarks/sweep.py --device cpu --out {out} --seconds 6",
+        "benchmarks/tune.py --device cuda --out {out} --seconds {seconds}",
+        "benchmarks/tune.py --device cpu --out {out} --seconds 6",
         verdicts.sweep,
     ),
     Stage(

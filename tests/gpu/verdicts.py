@@ -166,7 +166,7 @@ def _part_of_copy(row: dict[str, Any] | None, copy: dict[str, Any] | None) -> fl
 
 
 def sweep(records: list[dict[str, Any]], folder: Path) -> Verdict:
-    """Of benchmarks/sweep.py's sweep.csv and best.json."""
+    """Of benchmarks/tune.py's sweep.csv and best.json."""
     path = folder / "best.json"
     if not path.exists():
         return Verdict(f"{NOT_MEASURED}: there is no best.json", False)

@@ -1,6 +1,6 @@
 """Time the CUDA kernel with other constants than the product's, and choose the best.
 
-    python benchmarks/sweep.py [--out DIR] [--seconds N] [--modes MODE ...] [--knobs KNOB ...]
+    python benchmarks/tune.py [--out DIR] [--seconds N] [--modes MODE ...] [--knobs KNOB ...]
 
 Every variant is compiled from the product's own source (megatron_adams/kernels/tuning.py). Before
 its time counts it has to give the default's bits on the same inputs; then it is timed beside the
