@@ -39,10 +39,8 @@ from megatron_adams.kernels import (
 )
 from megatron_adams.precision import read_stored, write_stored_
 
-HYPERPARAMETERS = (
-    *("lr", "betas", "eps", "weight_decay"),
-    *("bias_correction", "adam_w_mode", "maximize"),
-)
+_SWITCHES = ("bias_correction", "adam_w_mode", "maximize")
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", *_SWITCHES)
 # In the order of an error's words.
 _DTYPES = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, torch.float64)).keys()
 # Classes whose data is at data_ptr().
@@ -1431,14 +1429,14 @@ def _check_number(name: str, value: object, rule: Callable[[float], bool], words
 
 
 def _take_plain_numbers(group: dict[str, Any]) -> None:
-    """Make Python's numbers of others (NumPy's), which torch.load would refuse in a checkpoint.
+    """Make Python's numbers and bools of others (NumPy's), which torch.load would refuse to load.
 
     Betas become a tuple of numbers; as in torch, their tensors are read once. lr and step may be
     tensors.
     """
     for name, value in group.items():
         if name != "params" and not isinstance(value, Tensor):
-            group[name] = _plain_number(value)
+            group[name] = bool(value) if name in _SWITCHES else _plain_number(value)
     if "betas" in group:
         group["betas"] = tuple(map(_plain_number, group["betas"]))
 
