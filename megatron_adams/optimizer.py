@@ -39,10 +39,8 @@ from megatron_adams.kernels import (
 )
 from megatron_adams.precision import read_stored, write_stored_
 
-HYPERPARAMETERS = (
-    *("lr", "betas", "eps", "weight_decay"),
-    *("bias_correction", "adam_w_mode", "maximize"),
-)
+_SWITCHES = ("bias_correction", "adam_w_mode", "maximize")
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", *_SWITCHES)
 # In the order of an error's words.
 _DTYPES = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, torch.float64)).keys()
 # Classes whose data is at data_ptr().
@@ -149,7 +147,8 @@ class _Columns:
     Attributes:
         params: as the group has them.
         grads: those that are plain have their values in their memory, see `_in_memory`.
-        grad_dtypes: of `grads`.
+        grad_kinds: their dtypes; of decoupled gradients, which torch does not compare with their
+            params as it does `param.grad`, devices and shapes, too.
         written: what is written as the param: it, its bytes or the model's copy of it.
         exp_avgs: of `state[param]`.
         main_params: master weights; None where `written` is the master itself.
@@ -160,7 +159,7 @@ class _Columns:
 
     params: list[Tensor]
     grads: list[Tensor]
-    grad_dtypes: list[torch.dtype]
+    grad_kinds: list[Any]
     written: list[Tensor]
     exp_avgs: list[Tensor]
     main_params: list[Tensor | None]
@@ -197,7 +196,7 @@ class _Columns:
             one_element += scaling or ()
         return [
             [*map(Tensor.data_ptr, state)],
-            self.grad_dtypes,
+            self.grad_kinds,
             [tensor.dtype for tensor in state],
             # Of tensors without holes that are not permuted, a table has the number of elements.
             [*map(Tensor.numel, tensors)],
@@ -936,6 +935,9 @@ class AdamS(Optimizer):
         dtypes = [grad.dtype for grad in grads]
         if not {*dtypes} <= _DTYPES:
             _check_gradients(grads)
+        kinds: list[Any] = dtypes
+        if self.use_decoupled_grad:
+            kinds = [(grad.dtype, grad.device, grad.shape) for grad in grads]
         states = [self.state[param] for param in params]
         has_masters = self.master_weights
         for param, state in zip(params, states, strict=True):
@@ -965,7 +967,7 @@ class AdamS(Optimizer):
             is_plain = _are_plain(written, grads, exp_avgs, main_params)
         scales = [self._scales.get(param, {}) for param in params] if self._scales else []
         columns = _Columns(
-            params, grads, dtypes, written, exp_avgs, main_params, scales, fp8_scaling, is_plain
+            params, grads, kinds, written, exp_avgs, main_params, scales, fp8_scaling, is_plain
         )
         if is_plain:
             try:
@@ -1427,14 +1429,14 @@ def _check_number(name: str, value: object, rule: Callable[[float], bool], words
 
 
 def _take_plain_numbers(group: dict[str, Any]) -> None:
-    """Make Python's numbers of others (NumPy's), which torch.load would refuse in a checkpoint.
+    """Make Python's numbers and bools of others (NumPy's), which torch.load would refuse to load.
 
     Betas become a tuple of numbers; as in torch, their tensors are read once. lr and step may be
     tensors.
     """
     for name, value in group.items():
         if name != "params" and not isinstance(value, Tensor):
-            group[name] = _plain_number(value)
+            group[name] = bool(value) if name in _SWITCHES else _plain_number(value)
     if "betas" in group:
         group["betas"] = tuple(map(_plain_number, group["betas"]))
 

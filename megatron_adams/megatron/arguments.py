@@ -65,6 +65,9 @@ _OWN_DEFAULTS = {
     "adams_no_param_remainders": False,
 }
 
+# Megatron's own that say whose learning rates a resumed run has.
+_SCHEDULER_FLAGS = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+
 
 def _own(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name, default) for name, default in _OWN_DEFAULTS.items()}
@@ -309,7 +312,7 @@ def wrap_get_megatron_optimizer_config(original: Callable[..., Any]) -> Callable
         own = _own(args)
         config = AdamSOptimizerConfig.from_config(
             config,
-            override_opt_param_scheduler=getattr(args, "override_opt_param_scheduler", False),
+            **{name: getattr(args, name, False) for name in _SCHEDULER_FLAGS},
             store_param_remainders=not own.pop("adams_no_param_remainders"),
             **own,
             **{name: getattr(args, name, value) for name, value in NO_PRECISION.items()},

@@ -33,6 +33,14 @@ def is_adams(optimizer: Any) -> TypeGuard[FusedStepChain | AdamSFsdpOptimizer]:
     return isinstance(optimizer, (FusedStepChain, AdamSFsdpOptimizer))
 
 
+def saves_as_adams(optimizer: Any) -> bool:
+    """Whether its checkpoints are adams's: also of a MIMO model's, which has one for each module.
+
+    Every rank has the configuration, and not every rank has a module.
+    """
+    return is_adams(optimizer) or asks_for_adams(getattr(optimizer, "config", None))
+
+
 def asks_for_adams(config: Any) -> bool:
     """Whether an argument namespace or a configuration says so."""
     return getattr(config, "optimizer", None) == ADAMS

@@ -27,7 +27,7 @@ from megatron_adams.checkpoint import (
     saved_arguments,
     unfit_for_adams,
 )
-from megatron_adams.megatron.callers import bound, global_arguments, is_adams
+from megatron_adams.megatron.callers import bound, global_arguments, saves_as_adams
 from megatron_adams.megatron.config import ADAMS
 from megatron_adams.megatron.fsdp import FSDP_FORMAT, AdamSFsdpOptimizer
 
@@ -45,7 +45,7 @@ def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         # Non-persistent checkpoints lie elsewhere and are not overwritten.
         if (
             save_dir is not None
-            and is_adams(given.get("optimizer"))
+            and saves_as_adams(given.get("optimizer"))
             and not given.get("non_persistent_ckpt", False)
             and torch.distributed.get_rank() == 0
         ):
@@ -86,7 +86,7 @@ def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         settings = global_arguments(checkpointing.get_args)
         load_dir = getattr(settings, given.get("load_arg", "load"), None)
         # Non-persistent checkpoints have a manager of their own, which checks them.
-        if load_dir is not None and is_adams(optimizer):
+        if load_dir is not None and saves_as_adams(optimizer):
             settings = _loading(settings, optimizer)
             folder = _on_rank_0(lambda: check_checkpoint(Path(load_dir), settings))
             if isinstance(optimizer, AdamSFsdpOptimizer) and folder is not None:
@@ -121,7 +121,9 @@ def _loading(args: Any, optimizer: Any = None) -> Namespace:
     """
     settings = Namespace(**{name: getattr(args, name, value) for name, value in _LOADING.items()})
     settings.use_megatron_fsdp = isinstance(optimizer, AdamSFsdpOptimizer)
-    settings.adams_from_adam = optimizer is not None and optimizer.config.adams_from_adam
+    # Megatron's chain has none on a rank without params.
+    config = getattr(optimizer, "config", None)
+    settings.adams_from_adam = getattr(config, "adams_from_adam", False)
     return settings
 
 

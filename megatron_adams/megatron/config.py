@@ -71,6 +71,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
     override_opt_param_scheduler: bool = False
     """Load a checkpoint that was saved at other learning rates; Megatron's flag of this name."""
 
+    use_checkpoint_opt_param_scheduler: bool = False
+    """Go on at a checkpoint's learning rates, under Megatron-FSDP; Megatron's flag of this name."""
+
     def __post_init__(self) -> None:
         # Before Megatron's own checks, which name other flags.
         check_config(self)

@@ -76,7 +76,10 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         step_key, self._adam_step_key = self._adam_step_key, None
         if step_key is not None:
             state_dict = self._from_adam(state_dict, step_key)
-        elif "param_to_group_meta" in state_dict:
+        elif (
+            "param_to_group_meta" in state_dict
+            and not self.config.use_checkpoint_opt_param_scheduler
+        ):
             metas = self._with_own_rates(state_dict["param_to_group_meta"])
             state_dict = {**state_dict, "param_to_group_meta": metas}
         super().load_state_dict(state_dict)

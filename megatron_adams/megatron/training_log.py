@@ -106,9 +106,12 @@ def _write(args: Any, iteration: int, stats: UpdateStats) -> None:
         return
     line += f" update RMS: {stats.rms:.6E} |"
     scalars = {"adams/update-rms": stats.rms}
-    target = args.adams_max_update_rms or args.adams_match_rms
+    # Megatron's chain has no configuration on a rank without params.
+    config = getattr(_log.chain, "config", None)
+    match_rms = getattr(config, "adams_match_rms", None)
+    target = match_rms or getattr(config, "adams_max_update_rms", None)
     if target is not None:
-        verb = "capped at" if args.adams_match_rms is None else "matched to"
+        verb = "capped at" if match_rms is None else "matched to"
         line += f" tensors {verb} {target}: {stats.num_scaled:d} of {stats.num_tensors:d} |"
         scalars["adams/tensors-scaled"] = float(stats.num_scaled)
     print_rank_last(line)

@@ -7,12 +7,14 @@ import inspect
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
 import megatron_adams
+from megatron_adams.checkpoint import TRACKER, DamagedCheckpointError
 from tests.distributed import cases, checkpoint_cases
 
 EXEMPT = {
@@ -236,3 +238,72 @@ def import_before_register() -> dict[str, Any]:
     except Exception as exc:
         told["error"] = f"{type(exc).__name__}: {exc}"
     return told
+
+
+def checkpoint_of_a_mimo_model(argv: str, folder: str) -> dict[str, Any]:
+    """Give the hooks of a checkpoint that adams saved the optimizer of a MIMO model.
+
+    Args:
+        argv: of a run of two steps, which is saved after each.
+        folder: where it is saved.
+    Returns:
+        "is_passed_on": of a whole checkpoint; "is_withdrawn": of one that is about to be
+        overwritten; "error": of loading it then.
+    """
+    from megatron.core.models.mimo.optimizer import MimoOptimizer
+    from megatron.training import checkpointing
+
+    from megatron_adams.megatron import checkpoint
+
+    captured = checkpoint_cases.capture_setup()
+    cases.train(f"{argv} --save {folder} --load {folder}")
+    model, optimizer, scheduler = captured
+    # Of a rank that no module is on.
+    of_modules = MimoOptimizer({}, optimizer.config)
+    calls: list[str] = []
+
+    @functools.wraps(vars(checkpointing.load_checkpoint)["__megatron_adams_original__"])
+    def load(*_: Any, **__: Any) -> None:
+        calls.append("load")
+
+    @functools.wraps(vars(checkpointing.save_checkpoint)["__megatron_adams_original__"])
+    def save(*_: Any, **__: Any) -> None:
+        calls.append("save")
+
+    load_checkpoint = checkpoint.wrap_load_checkpoint(load)
+    load_checkpoint(model, of_modules, scheduler)
+    told: dict[str, Any] = {"is_passed_on": calls == ["load"]}
+    checkpoint.wrap_save_checkpoint(save)(2, model, of_modules, scheduler, 0)
+    told["is_withdrawn"] = (Path(folder) / TRACKER).read_text() == "1"
+    checkpointing.get_args().ckpt_step = 2
+    try:
+        load_checkpoint(model, of_modules, scheduler)
+    except DamagedCheckpointError as exc:
+        told["error"] = str(exc)
+    return told
+
+
+def log_without_arguments_of_adams(argv: str) -> list[str]:
+    """Train with a cap, in a program whose arguments have none of adams's once it is built.
+
+    Returns:
+        What was logged of the update RMS.
+    """
+    from megatron.training import training
+
+    from megatron_adams.megatron import training_log
+
+    lines: list[str] = []
+    training_log.print_rank_last = lines.append
+    setup = training.setup_model_and_optimizer
+
+    def then_forget(*args: Any, **kwargs: Any) -> Any:
+        built = setup(*args, **kwargs)
+        settings = training.get_args()
+        for name in [name for name in vars(settings) if name.startswith("adams_")]:
+            delattr(settings, name)
+        return built
+
+    training.setup_model_and_optimizer = then_forget
+    cases.train(argv)
+    return lines

@@ -245,6 +245,16 @@ def test_resumed_at_another_lr_if_told_so(fsdp_cluster: Cluster, runs: dict[str,
         assert rank["losses"][-1] != before["losses"][-1]
 
 
+def test_resumed_at_the_checkpoints_lr_if_told_so(
+    fsdp_cluster: Cluster, runs: dict[str, Run]
+) -> None:
+    load = f"--load {runs['optim'].checkpoints} --ckpt-step {SAVED}"
+    argv = f"{EXACT} {fsdp('optim_grads')} {BF16} {load} --lr 3e-3"
+    run = fsdp_cluster.run(TRAIN, 2, argv=f"{argv} --use-checkpoint-opt_param-scheduler")
+    for rank, before in zip(run.results, runs["optim"].ranks, strict=True):
+        assert rank["losses"] == before["losses"][SAVED:]
+
+
 BYTES = {"fp32": 4, "fp16": 2, "fp8": 1}
 
 

@@ -51,3 +51,24 @@ def test_registration_reaches_what_was_imported_before_or_says_why_not(
     assert told["is_wrapped"] and told["is_reached"]
     assert "before megatron_adams.register() was called" in told["error"]
     assert "emerging" not in told["error"]
+
+
+def test_checkpoint_of_a_mimo_model_is_checked_as_adams_and_not_refused(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    told = cluster.run(
+        f"{CASES}:checkpoint_of_a_mimo_model",
+        argv="--optimizer adams --use-distributed-optimizer --bf16 --train-iters 2 "
+        "--save-interval 1",
+        folder=str(tmp_path),
+    ).results[0]
+    assert told["is_passed_on"] and told["is_withdrawn"]
+    assert "the checkpoint is incomplete" in told["error"]
+
+
+def test_update_rms_is_logged_where_the_arguments_have_none_of_adams(cluster: Cluster) -> None:
+    flags = "--use-distributed-optimizer --bf16 --train-iters 1 --adams-max-update-rms 0.1"
+    lines = cluster.run(
+        f"{CASES}:log_without_arguments_of_adams", argv=f"--optimizer adams {flags}"
+    ).results[0]
+    assert len(lines) == 1 and "capped at 0.1: " in lines[0]

@@ -45,6 +45,7 @@ def test_from_config_keeps_every_field() -> None:
         "adams_max_update_rms": None,
         "adams_match_rms": 0.2,
         "override_opt_param_scheduler": False,
+        "use_checkpoint_opt_param_scheduler": False,
     }
     assert {**vars(plain), **own} == vars(config)
 

@@ -632,6 +632,7 @@ def plain_types(group):
 
 def test_numpy_numbers_become_pythons_and_load_with_weights_only():
     numbers = {"lr": np.float32(1e-3), "betas": [np.float64(0.9), np.float32(0.95)]}
+    numbers |= {"bias_correction": np.True_, "maximize": np.False_}
     others = {"eps": np.float64(1e-8), "weight_decay": np.int64(0), "wd_mult": np.float64(2.0)}
     params = parameters((2,), (3,), (4,))
     optimizer = AdamS(params[:1], **numbers)

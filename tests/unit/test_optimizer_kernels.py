@@ -553,3 +553,20 @@ def test_tensors_without_a_pointer_take_torchs_operations_and_others_the_kernel(
         optimizer.step()
     assert all(map(torch.equal, params, expected))
     assert sorted(calls[:2]) == [("foreach", 1), ("host", 3)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [(torch.ones(3, 2), "has shape"), (torch.ones(2, 3, device="meta"), "lie on")],
+)
+def test_decoupled_gradient_that_does_not_fit_is_refused_at_any_step(kernel, other, words):
+    param = nn.Parameter(torch.zeros(2, 3))
+    optimizer = AdamS([param], lr=0.1, kernel=kernel, use_decoupled_grad=True)
+    param.decoupled_grad = torch.ones(2, 3)
+    optimizer.step()
+    before = param.detach().clone()
+    param.decoupled_grad = other
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    assert torch.equal(param, before)
