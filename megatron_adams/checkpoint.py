@@ -75,8 +75,8 @@ def group_from_adam(group: Mapping[str, Any], *, adam_w_mode: bool | None = None
 
     Args:
         group: of a checkpoint; left as it is.
-        adam_w_mode: whether weight decay is decoupled; None: as the group says, where it does
-            (torch's do), else that it is, which Megatron's command line cannot change.
+        adam_w_mode: whether weight decay is decoupled. None: the group's own flag if it has one, as
+            torch's Adam has; otherwise decoupled, which is Megatron's only mode.
     """
     kept = {name: value for name, value in group.items() if name not in _OF_ADAM}
     if adam_w_mode is None:

@@ -1,8 +1,8 @@
 """The RMS of each param's update, and what a cap or a target makes of it.
 
-A step that counts adds the squares of its updates to one pair of integers a param, and a step that
-is guarded reads one factor a param; both lie on the params' device, and nobody waits for them. Used
-by optimizer.py. Imports torch and update.py.
+A step that counts adds the squares of its updates to two integers for each param. A step with a cap
+or a target reads one factor for each param. Both stay on the params' device, so that nothing waits
+for it. Used by optimizer.py. Imports torch and update.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence

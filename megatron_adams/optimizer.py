@@ -1,8 +1,8 @@
 """AdamS as a torch optimizer, with the constructor of TransformerEngine's FusedAdam.
 
 Used alone in any PyTorch training loop, and by megatron_adams.megatron inside Megatron's
-optimizers. Imports torch, kernels and update.py; it must not import Megatron, TransformerEngine or
-Apex.
+optimizers. Imports torch, kernels, guards.py and precision.py; it must not import Megatron,
+TransformerEngine or Apex.
 """
 
 import math
@@ -297,10 +297,11 @@ class AdamS(Optimizer):
         match_update_rms: as given.
         wants_update_rms: set before a step, have it count what `update_rms` returns after it; no
             extra pass over memory, and no other bits.
-        reduce_update_sums: what makes of this process's sums, (num_params, 2) int64 in the order
-            of the groups' params, those of whole params, in place: a sum over the ranks that have
-            shards. It is called once in each guarded step, also where there are no params, and by
-            `update_rms` after others. None: params are whole.
+        reduce_update_sums: a function that is called with this rank's sums, (num_params, 2) int64
+            in the order of the groups' params. It must turn them, in place, into the sums of whole
+            params: an all-reduce over the ranks that hold shards. It is called once in each guarded
+            step, also where there are no params, and by `update_rms` after other steps. None: the
+            params are whole.
         whole_numels: param -> how many elements its whole has, where it is a shard.
         master_weights: as given. It is read at each step, and may be set as long as there is no
             state, as Megatron-FSDP does.

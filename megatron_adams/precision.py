@@ -70,7 +70,7 @@ def encode_scaled(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     amax = state.abs().max() if state.numel() else state.new_zeros(())
     largest = torch.tensor(_LARGEST_SCALED[dtype], dtype=torch.float32, device="cpu")
     limit = int(largest.view(torch.int32).item())
-    # Of a NaN only that it is not finite counts; the numbers beside it are lost, as beside an inf.
+    # A NaN counts as infinity: either way the tensor's other values are lost.
     bits = (amax.view(torch.int32) & 0x7FFFFFFF).clamp(max=0x7F800000)
     is_above = (bits & 0x7FFFFF) > (limit & 0x7FFFFF)
     field = (bits >> 23) - (limit >> 23) + 127 + is_above.to(torch.int32)

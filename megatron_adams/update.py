@@ -1,6 +1,7 @@
 """The AdamS update on plain tensors: the only place in the project where the formula stands.
 
-Called by optimizer.py; every other implementation is tested against it. Imports torch alone.
+It is the oracle: every implementation is tested against it. The package itself calls only the
+helpers below it. Imports torch alone.
 
 Source: Zhang, Wang, Chen 2025, arXiv:2505.16363, Algorithm 1. The optional bias correction
 is the one of the authors' released code.

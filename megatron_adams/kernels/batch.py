@@ -259,7 +259,7 @@ def correction_of(
 ) -> float | Tensor:
     """Return what exp_avg is multiplied by, as `multi_tensor_adams` is told it.
 
-    Of a step that is a tensor it is computed in double, on its device, and nobody waits for it.
+    If the step is a tensor, it is computed in double on the tensor's device, without a wait.
     """
     if isinstance(bias_correction, Tensor):
         return bias_correction

@@ -176,7 +176,7 @@ def grad_norm(
     norm_type: float = 2,
     grad_stats_parallel_group: Any = None,
 ) -> Tensor:
-    """As Megatron's get_grad_norm_fp32 without TransformerEngine, which nobody waits for.
+    """Megatron's get_grad_norm_fp32 without TransformerEngine, with the norm left on the device.
 
     Returns:
         (1,) fp64 on the device: the root of the fp32 sum of squares is taken in double there, too.

@@ -117,10 +117,9 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
     def sharded_param_state_fsdp_dtensor(self, is_loading: bool = False) -> dict[str, Any]:
         """exp_avg of all params as DTensors, and what the param groups say of each param, by name.
 
-        Upstream gives the state as it is kept. It has Adam allocate it, for loading, by a step with
-        zero gradients, which decays the weights; and for saving it takes what is there, so that
-        ranks without a part of some param, whose Adam (torch's) has no state of it, leave the
-        others waiting.
+        Before a load, upstream allocates Adam's state with a step with zero gradients, which also
+        decays the weights. For a save, it takes only the state that is there: with torch's Adam, a
+        rank that owns no part of a param has none of it, and the other ranks hang.
         """
         state: dict[str, Any] = {}
         for param in self.get_parameters():
