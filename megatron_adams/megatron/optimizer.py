@@ -240,8 +240,8 @@ def init_state(optimizer: AdamS, config: Any = None) -> None:
 class AdamSDistributedOptimizer(FusedStepOptimizer):
     """Megatron's DistributedOptimizer (0.19) with `exp_avg` as the only state of a shard.
 
-    The precision-aware optimizer keeps main params there, too. A checkpoint has both in full (fp32),
-    in whatever dtypes they are kept, so that it can be loaded into any precision.
+    The precision-aware optimizer keeps main params there, too. A checkpoint has both in full
+    (fp32), in whatever dtypes they are kept, so that it can be loaded into any precision.
     """
 
     optimizer_state_keys = ("exp_avg",)
