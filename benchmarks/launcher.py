@@ -11,12 +11,16 @@ class Kernel:
     """An entry point of a cubin; torch must have used the device in this thread before.
 
     Raises:
-        RuntimeError: the driver refuses; with its own words.
+        DriverError: the driver refuses; with its own words.
     """
 
     def __init__(self, image: bytes, entry_point: str) -> None:
-        module = call("cuModuleLoadData", image)
-        self.function = call("cuModuleGetFunction", module, entry_point.encode())
+        # Here, and not above: without a GPU there may be no bindings of the driver.
+        from megatron_adams.kernels.cuda import call_driver
+
+        self._call_driver = call_driver
+        module = call_driver("cuModuleLoadData", image)
+        self.function = call_driver("cuModuleGetFunction", module, entry_point.encode())
 
     def launch(self, num_blocks: int, num_threads: int, arguments: Sequence[Any]) -> None:
         """Launch on torch's current stream.
@@ -28,15 +32,6 @@ class Kernel:
         types = tuple(None if isinstance(a, ctypes.Structure) else type(a) for a in arguments)
         stream = torch.cuda.current_stream().cuda_stream
         grid, block = (num_blocks, 1, 1), (num_threads, 1, 1)
-        call("cuLaunchKernel", self.function, *grid, *block, 0, stream, (values, types), 0)
-
-
-def call(function: str, *arguments: object) -> Any:
-    """Call the driver; return its result, if it has one."""
-    from cuda.bindings import driver
-
-    error, *result = getattr(driver, function)(*arguments)
-    if error != driver.CUresult.CUDA_SUCCESS:
-        _, words = driver.cuGetErrorString(error)
-        raise RuntimeError(f"{function}: {error.name}, {words.decode()}")
-    return result[0] if result else None
+        self._call_driver(
+            "cuLaunchKernel", self.function, *grid, *block, 0, stream, (values, types), 0
+        )

@@ -307,16 +307,16 @@ class Sweep:
         if self._device.type != "cuda":
             return None, None
         from cuda.bindings import driver
-        from launcher import Kernel, call
+        from launcher import Kernel
 
-        from megatron_adams.kernels.cuda import arch_of
+        from megatron_adams.kernels.cuda import arch_of, call_driver
 
         kernel = Kernel(
             compile.cubin(mode, arch_of(self._device), tuning=tuning), "adams_update"
         ).function
         attributes = driver.CUfunction_attribute
         registers, local = (
-            call("cuFuncGetAttribute", attribute, kernel)
+            call_driver("cuFuncGetAttribute", attribute, kernel)
             for attribute in (
                 attributes.CU_FUNC_ATTRIBUTE_NUM_REGS,
                 attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES,

@@ -83,7 +83,7 @@ class CudaDriver:
         with torch.cuda.device(device):
             index = torch.cuda.current_device()
             # A thread that has called nothing of CUDA yet has no context.
-            _call("cuCtxSetCurrent", _context(index))
+            call_driver("cuCtxSetCurrent", _context(index))
             tuning = self.tuning(mode)
             kernel = _kernel(mode, tuning, entry_point, index)
             stream = torch.cuda.current_stream().cuda_stream
@@ -93,11 +93,15 @@ class CudaDriver:
                 tuple(type(argument) for argument in arguments),
             )
             grid, block = (num_blocks, 1, 1), (tuning.block, 1, 1)
-            _call("cuLaunchKernel", kernel, *grid, *block, 0, stream, parameters, 0)
+            call_driver("cuLaunchKernel", kernel, *grid, *block, 0, stream, parameters, 0)
 
 
-def _call(function: str, *arguments: object) -> Any:
-    """Call the driver; return its result, if it has one."""
+def call_driver(function: str, *arguments: object) -> Any:
+    """Call a function of the driver by its name; return its result, if it has one.
+
+    Raises:
+        DriverError: the driver refuses; with its own words.
+    """
     error, *result = getattr(bindings, function)(*arguments)
     if error != bindings.CUresult.CUDA_SUCCESS:
         _, words = bindings.cuGetErrorString(error)
@@ -122,7 +126,7 @@ def load(mode: Mode, device: torch.device) -> None:
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         try:
-            _call("cuCtxSetCurrent", _context(index))
+            call_driver("cuCtxSetCurrent", _context(index))
             for entry_point in names:
                 _kernel(mode, tuning, entry_point, index)
         except DriverError as exc:
@@ -135,17 +139,17 @@ def load(mode: Mode, device: torch.device) -> None:
 @cache
 def _context(index: int) -> Any:
     """The device's primary context, torch's own."""
-    return _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", index))
+    return call_driver("cuDevicePrimaryCtxRetain", call_driver("cuDeviceGet", index))
 
 
 @cache
 def _module(mode: Mode, tuning: Tuning, index: int) -> Any:
-    return _call("cuModuleLoadData", cubin(mode, arch_of(index), tuning=tuning))
+    return call_driver("cuModuleLoadData", cubin(mode, arch_of(index), tuning=tuning))
 
 
 @cache
 def _kernel(mode: Mode, tuning: Tuning, entry_point: str, index: int) -> Any:
-    return _call("cuModuleGetFunction", _module(mode, tuning, index), entry_point.encode())
+    return call_driver("cuModuleGetFunction", _module(mode, tuning, index), entry_point.encode())
 
 
 def run(

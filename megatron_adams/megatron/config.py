@@ -4,7 +4,7 @@ Imports megatron.core alone, so that it serves users without megatron.training.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -233,19 +233,19 @@ def guards_of(config: Any) -> dict[str, float]:
     return {flag: value for flag, value in values.items() if value is not None}
 
 
-# Field -> AdamS's argument, and what it becomes there.
-_HYPERPARAMETERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "lr": ("lr", lambda lr: lr),
-    "min_lr": ("lr", lambda lr: lr),
-    "decoupled_lr": ("lr", lambda lr: lr),
-    "decoupled_min_lr": ("lr", lambda lr: lr),
-    "lr_warmup_init": ("lr", lambda lr: lr),
-    "adam_beta1": ("betas", lambda beta1: (beta1, DEFAULT_BETA2)),
-    "adam_beta2": ("betas", lambda beta2: (0.9, beta2)),
-    "adam_eps": ("eps", lambda eps: eps),
-    "weight_decay": ("weight_decay", lambda decay: decay),
-    "start_weight_decay": ("weight_decay", lambda decay: decay),
-    "end_weight_decay": ("weight_decay", lambda decay: decay),
+# Field -> AdamS's argument.
+_HYPERPARAMETERS = {
+    "lr": "lr",
+    "min_lr": "lr",
+    "decoupled_lr": "lr",
+    "decoupled_min_lr": "lr",
+    "lr_warmup_init": "lr",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_eps": "eps",
+    "weight_decay": "weight_decay",
+    "start_weight_decay": "weight_decay",
+    "end_weight_decay": "weight_decay",
 }
 
 
@@ -255,12 +255,14 @@ def _check_hyperparameters(config: Any) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    for name, (argument, convert) in _HYPERPARAMETERS.items():
+    for name, argument in _HYPERPARAMETERS.items():
         value = getattr(config, name, None)
         if value is None:
             continue  # Megatron's own default, or only one of its two configurations has it.
+        # A beta is looked at beside a valid other one.
+        betas = {"adam_beta1": (value, DEFAULT_BETA2), "adam_beta2": (0.9, value)}
         try:
-            AdamS.from_param_groups([], **{argument: convert(value)})
+            AdamS.from_param_groups([], **{argument: betas.get(name, value)})
         except ValueError as exc:
             flag = f"--{name.replace('_', '-')} {value}"
             raise ValueError(f"{flag} with --optimizer {ADAMS}: {exc}") from exc

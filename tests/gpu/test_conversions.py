@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_adams.kernels import compile
-from megatron_adams.kernels.cuda import arch_of
+from megatron_adams.kernels.cuda import arch_of, call_driver
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.tuning import Tuning
 
@@ -52,28 +52,20 @@ def compiled(arch, *, by_hardware):
     return compile.compile_cuda(kernel_source(), {**mode.defines(), **tuning.defines()}, arch)
 
 
-def call(function, *arguments):
-    from cuda.bindings import driver
-
-    error, *result = getattr(driver, function)(*arguments)
-    assert error == driver.CUresult.CUDA_SUCCESS, (function, error)
-    return result[0] if result else None
-
-
 @cache
 def module(by_hardware):
     torch.zeros(1, device="cuda")  # makes this thread's context
-    return call("cuModuleLoadData", compiled(arch_of(0), by_hardware=by_hardware))
+    return call_driver("cuModuleLoadData", compiled(arch_of(0), by_hardware=by_hardware))
 
 
 def convert(name, first, out, *, by_hardware):
     """Fill `out` with what the conversion makes of the bits from `first` on."""
-    kernel = call("cuModuleGetFunction", module(by_hardware), name.encode())
+    kernel = call_driver("cuModuleGetFunction", module(by_hardware), name.encode())
     values = (first, out.numel(), out.data_ptr())
     types = (ctypes.c_uint, ctypes.c_longlong, ctypes.c_void_p)
     grid, block = (-(-out.numel() // BLOCK), 1, 1), (BLOCK, 1, 1)
     stream = torch.cuda.current_stream().cuda_stream
-    call("cuLaunchKernel", kernel, *grid, *block, 0, stream, (values, types), 0)
+    call_driver("cuLaunchKernel", kernel, *grid, *block, 0, stream, (values, types), 0)
 
 
 def first_difference(a, b, is_nan):

@@ -19,7 +19,7 @@ constexpr int NARROWEST =
 constexpr int GROUP = ADAMS_GROUP != 0 ? ADAMS_GROUP : 16 / NARROWEST;  // elements
 constexpr int HELD = GROUP * ADAMS_UNROLL;  // elements that a thread holds at once
 // Blocks that a multiprocessor must have registers for; 0: as it turns out. Left alone, or told more,
-// the compiler spills to save registers; with these, never (tests/kernels/sass.py lists all modes).
+// the compiler spills to save registers; with these, hardly ever (tests/kernels/sass.py lists all modes).
 constexpr int MIN_BLOCKS = ADAMS_MIN_BLOCKS >= 0 ? ADAMS_MIN_BLOCKS : HELD == 16 ? 2 : HELD == 8 ? 3 : 0;
 
 template <class T>

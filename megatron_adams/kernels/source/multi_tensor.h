@@ -22,8 +22,9 @@ enum Field {
     NUM_FIELDS
 };
 
-// The arguments of every entry point. A block of a GPU, or an iteration of the host's loop, takes one chunk
-// of at most chunk_size elements, a multiple of 16. A scalar with a pointer is read through it, unless it is null:
+// The arguments of every entry point. A block of a GPU, or an iteration of the host's loop, takes one
+// chunk of at most chunk_size elements, a multiple of 16.
+// A scalar with a pointer is read through it, unless it is null:
 // so that a CUDA graph replays with new values. amax: (2, num_tensors), zero between steps.
 #define ADAMS_PARAMETERS                                                                        \
     const long long *table, int num_tensors, int chunk_size, int *amax, float lr,               \
