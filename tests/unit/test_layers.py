@@ -21,7 +21,8 @@ TOP = {
     "kernels": {"precision", "update"},
     "optimizer": {"guards", "kernels", "precision", "update"},
     "megatron": {"__init__", "checkpoint", "kernels", "optimizer", "update"},
-    "cli": {"checkpoint", "kernels"},
+    "commands": {"checkpoint", "kernels"},
+    "cli": {"commands"},
     "cpu_rehearsal": set(),
     "launch": {"__init__", "cpu_rehearsal", "optimizer", "update"},
 }
