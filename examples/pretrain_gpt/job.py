@@ -24,6 +24,7 @@ sys.path.append(str(FOLDER.parent))
 
 from shared.command import (  # noqa: E402  (the folder above is on the path now)
     REPOSITORY,
+    WITHOUT_TRANSFORMER_ENGINE,
     Flags,
     RunError,
     command_line_flags,
@@ -50,7 +51,7 @@ class Recipe:
     optimizers: dict[str, Flags]
     cpu: Flags
     gpu: Flags
-    without_transformer_engine: Flags
+    without_transformer_engine: Flags = field(default_factory=WITHOUT_TRANSFORMER_ENGINE.copy)
 
     @classmethod
     def load(cls, path: Path = RECIPE) -> "Recipe":

@@ -15,32 +15,45 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 Flags = dict[str, object]
 
 
+# What Megatron 0.19 needs where TransformerEngine is not installed: its own layers and no kernel
+# of TransformerEngine or Apex.
+WITHOUT_TRANSFORMER_ENGINE: Flags = {
+    "transformer-impl": "local",
+    "no-gradient-accumulation-fusion": True,
+    "no-persist-layer-norm": True,
+    "no-masked-softmax-fusion": True,
+    "no-rope-fusion": True,
+}
+
+
 class RunError(Exception):
     """A training process failed; the message says where its log is and how it ends."""
 
 
 def command_line_flags(flags: Flags) -> list[str]:
     """Turn {"num-layers": 4, "bf16": True} into ["--num-layers", "4", "--bf16"]; False leaves a
-    flag out."""
+    flag out, and a list is several values."""
     words: list[str] = []
     for name, value in flags.items():
         if value is True:
             words.append(f"--{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
         elif value is not False:
             words += [f"--{name}", str(value)]
     return words
 
 
-def training_environment(num_cpu_ranks: int) -> dict[str, str]:
-    """Return the environment that a training process is started in.
+def training_environment(num_local_ranks: int) -> dict[str, str]:
+    """Return the environment that training processes are started in.
 
     Args:
-        num_cpu_ranks: how many ranks share the cores of this machine where it trains on them.
+        num_local_ranks: how many ranks share the cores of this machine.
     """
     cores = len(os.sched_getaffinity(0))
     return {
-        # Without it every rank of a CPU run would take all cores.
-        "OMP_NUM_THREADS": str(max(1, cores // num_cpu_ranks)),
+        # Without it every rank would take all cores.
+        "OMP_NUM_THREADS": str(max(1, cores // num_local_ranks)),
         # Required by Megatron for communication overlap on GPUs before Blackwell.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTHONUNBUFFERED": "1",
