@@ -44,6 +44,7 @@ if [[ ! $tool ]]; then
   for name in docker podman buildah; do
     if command -v "$name" >/dev/null; then tool=$name && break; fi
   done
+  [[ $tool ]] || fail "none of docker, podman and buildah is on PATH: install one"
 fi
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' megatron_adams/__init__.py)
 revision=$(git rev-parse HEAD)
@@ -55,7 +56,6 @@ case $tool in
   # HEALTHCHECK is Docker's; images in the OCI format have none.
   podman | buildah) command=("$tool" build --format docker --timestamp "$epoch") ;;
   docker) command=(docker build --build-arg "SOURCE_DATE_EPOCH=$epoch") ;;
-  '') fail "none of docker, podman and buildah is on PATH: install one" ;;
   *) fail "--tool $tool: must be docker, podman or buildah" ;;
 esac
 command+=(
