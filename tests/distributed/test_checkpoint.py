@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster
 from tests.distributed.test_parity import MOE, assert_close
+from tests.harness.cluster import Cluster
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"

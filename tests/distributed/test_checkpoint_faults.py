@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cluster import Cluster, Outcome
 from tests.distributed.test_checkpoint import (
     ADAMS,
     DISTRIBUTED,
@@ -16,6 +15,7 @@ from tests.distributed.test_checkpoint import (
     assert_continues,
     choose,
 )
+from tests.harness.cluster import Cluster, Outcome
 
 KILLED = "tests.distributed.checkpoint_cases:train_killed"
 FAILING = "tests.distributed.checkpoint_cases:train_failing"

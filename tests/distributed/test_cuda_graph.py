@@ -1,7 +1,8 @@
 """--optimizer-cuda-graph: the bits of the run without it, on a stand-in for CUDA graphs.
 
-The stand-in (tests/cuda_graph_stand_in.py) carries nothing out in a capture, runs no Python in a
-replay, and ends a capture where the host would wait. Megatron, its wrapper included, is real.
+The stand-in (tests/harness/cuda_graph_stand_in.py) carries nothing out in a capture, runs no
+Python in a replay, and ends a capture where the host would wait. Megatron, its wrapper included, is
+real.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
+from tests.harness.cluster import Cluster, Outcome
 
 TRAIN = "tests.distributed.graph_cases:train"
 TRAIN_MODULE = "tests.distributed.graph_cases:train_module"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
+from tests.harness.cluster import Cluster, Outcome
 
 TRAIN = "tests.distributed.cases:train"
 WITHOUT_PLUGIN = "tests.distributed.flag_cases:train_without_plugin"

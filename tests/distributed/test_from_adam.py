@@ -13,7 +13,6 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_adams.cli import main as megatron_adams_command
-from tests.distributed.cluster import REPO, Cluster, Outcome
 from tests.distributed.test_checkpoint import (
     NUM_STEPS,
     SAVED_AT,
@@ -22,6 +21,7 @@ from tests.distributed.test_checkpoint import (
     folder_of,
 )
 from tests.distributed.test_parity import MOE
+from tests.harness.cluster import REPO, Cluster, Outcome
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"

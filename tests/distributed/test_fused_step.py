@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
+from tests.harness.cluster import Cluster, Outcome
 
 TRAIN = "tests.distributed.fused_cases:train"
 NORMS = "tests.distributed.fused_cases:unscaled_norms"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster
+from tests.harness.cluster import Cluster
 
 TRAIN = "tests.distributed.module_cases:train"
 Rank = dict[str, Any]

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
 from tests.distributed.test_checkpoint import NUM_STEPS, SAVED_AT, STEPS, choose, folder_of
 from tests.distributed.test_fused_step import EP2, FP16, FP32_GRADS
 from tests.distributed.test_module import assert_loaded
 from tests.distributed.test_precision import assert_same_run, shards
+from tests.harness.cluster import Cluster, Outcome
 
 TRAIN = "tests.distributed.cases:train"
 OFFLOADED = "tests.distributed.offload_cases:train"

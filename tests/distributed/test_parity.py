@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster
+from tests.harness.cluster import Cluster
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"

@@ -11,8 +11,8 @@ import megatron.core
 import pytest
 from packaging.version import Version
 
-from tests.distributed.cluster import REPO, Cluster
 from tests.distributed.test_flags import assert_same_run, printed_arguments
+from tests.harness.cluster import REPO, Cluster
 
 TRAIN = "tests.distributed.cases:train"
 ADAMS = "--optimizer adams --use-distributed-optimizer --bf16 --train-iters 3"

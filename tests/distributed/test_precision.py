@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
 from tests.distributed.test_checkpoint import (
     SAVED_AT,
     STEPS,
@@ -17,6 +16,7 @@ from tests.distributed.test_checkpoint import (
     folder_of,
 )
 from tests.distributed.test_parity import MOE
+from tests.harness.cluster import Cluster, Outcome
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"

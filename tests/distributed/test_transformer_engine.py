@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
 from tests.distributed.test_checkpoint import (
     FAMILIES,
     SAVED_AT,
@@ -20,6 +19,7 @@ from tests.distributed.test_checkpoint import (
     choose,
 )
 from tests.distributed.test_precision import AWARE, FP16, MODES, shards
+from tests.harness.cluster import Cluster, Outcome
 from tests.kernels.quantized import STEPS as QUANTIZED_STEPS
 from tests.kernels.quantized import check_steps
 

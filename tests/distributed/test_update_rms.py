@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.distributed import test_module
-from tests.distributed.cluster import Cluster, Outcome
 from tests.distributed.test_checkpoint import SAVED_AT, STEPS, assert_continues, choose
 from tests.distributed.test_module import assert_matches
 from tests.distributed.test_parity import MOE
+from tests.harness.cluster import Cluster, Outcome
 
 TRAIN = "tests.distributed.rms_cases:train"
 TRAIN_UNDER = "tests.distributed.rms_cases:train_under"

@@ -3,11 +3,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from emulator import EmulatedDriver
 
 from megatron_adams.kernels import host
 from megatron_adams.kernels.cache import ENVIRONMENT_VARIABLE
 from megatron_adams.kernels.modes import ALL_MODES
+from tests.kernels.emulator import EmulatedDriver
 
 
 @pytest.fixture(scope="package", autouse=True)

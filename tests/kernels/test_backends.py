@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from checks import MISALIGNED, SIZES, check, check_all, make_batch, scalar_cases
-from emulator import EmulatedDriver
 
 from megatron_adams.kernels import PointerTable, cuda, foreach, host
 from megatron_adams.kernels.cache import KernelCache
@@ -15,6 +13,8 @@ from megatron_adams.kernels.compile import (
     load_library,
 )
 from megatron_adams.kernels.modes import ALL_MODES, Mode
+from tests.kernels.checks import MISALIGNED, SIZES, check, check_all, make_batch, scalar_cases
+from tests.kernels.emulator import EmulatedDriver
 
 # Every kind of state, and of the tensors' widths.
 REPRESENTATIVES = (

@@ -3,13 +3,13 @@
 from collections import Counter
 
 import pytest
-import sass
 from cuda.bindings import nvrtc
 from cuda.core import ProgramOptions
 
 from megatron_adams.kernels import compile as compiling
 from megatron_adams.kernels.modes import ALL_MODES, Mode
 from megatron_adams.kernels.tuning import tuning_of
+from tests.kernels import sass
 
 if sass.cuobjdump() is None:
     pytest.skip("no triton, whose wheel has cuobjdump", allow_module_level=True)
