@@ -10,6 +10,7 @@ import torch
 
 from tests.distributed.test_parity import MOE, assert_close
 from tests.harness.cluster import Cluster
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
@@ -119,7 +120,7 @@ RESHARDINGS = {
 }
 
 
-@pytest.mark.parametrize("resharding", RESHARDINGS)
+@pytest.mark.parametrize("resharding", thinned(RESHARDINGS, full=("pp2_to_single", "ep2_to_ep1")))
 def test_resharded_run_continues(cluster: Cluster, tmp_path: Path, resharding: str) -> None:
     """To rounding of sums in another order, as between layouts in test_parity.py."""
     model, (num_before, before), (num_after, after) = RESHARDINGS[resharding]
@@ -145,7 +146,7 @@ def test_resharded_run_continues(cluster: Cluster, tmp_path: Path, resharding: s
         ]
 
 
-@pytest.mark.parametrize("dtype", ["", "--bf16"])
+@pytest.mark.parametrize("dtype", thinned(["", "--bf16"], full=("",)))
 def test_resharding_loses_no_bit(cluster: Cluster, tmp_path: Path, dtype: str) -> None:
     """Loaded at another layout and saved at once, every tensor is what it was."""
     base = f"{RESHARDABLE} {MOE} --disable-bias-linear {dtype} --train-iters {SAVED_AT}"
@@ -301,10 +302,15 @@ def test_save_before_first_step(cluster: Cluster, checkpoints: Path, family: str
 # Of a run that saves, and of one that takes one step more: the scheduler counts --train-iters.
 ONE_MORE = f"--train-iters {SAVED_AT + 1} --save-interval {SAVED_AT}"
 OVERRIDE = "--override-opt_param-scheduler"
-RATE_FAMILIES = ("dp2", "dp2_bf16_overlap", "tp2_bf16_fully_reshardable", "ep2", "dp2_legacy")
+RATE_FAMILIES = (
+    *("dp2", "dp2_bf16_overlap", "tp2_bf16_fully_reshardable", "ep2", "dp2_legacy"),
+    *("plain", "plain_bf16", "plain_legacy"),
+)
 
 
-@pytest.mark.parametrize("family", [*RATE_FAMILIES, "plain", "plain_bf16", "plain_legacy"])
+@pytest.mark.parametrize(
+    "family", thinned(RATE_FAMILIES, full=("dp2_bf16_overlap", "plain_bf16", "plain_legacy"))
+)
 def test_resume_at_another_lr_goes_on_from_the_momentum_if_told_so(
     cluster: Cluster, checkpoints: Path, family: str
 ) -> None:
@@ -352,7 +358,10 @@ def test_saved_lr_needs_no_flag(cluster: Cluster, checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("as_they_are", [False, True], ids=["synchronized", "as they are"])
-@pytest.mark.parametrize("family", ["dp2", "dp2_bf16_overlap", "ep2", "dp2_legacy"])
+@pytest.mark.parametrize(
+    "family",
+    thinned(["dp2", "dp2_bf16_overlap", "ep2", "dp2_legacy"], full=("dp2_bf16_overlap",)),
+)
 def test_groups_whose_steps_differ_are_saved_and_loaded_with_one(
     cluster: Cluster, checkpoints: Path, family: str, as_they_are: bool
 ) -> None:

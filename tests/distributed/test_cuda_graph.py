@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.harness.cluster import Cluster, Outcome
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.graph_cases:train"
 TRAIN_MODULE = "tests.distributed.graph_cases:train_module"
@@ -81,7 +82,10 @@ def assert_replayed(run: Outcome, num_warmup_steps: int, num_iterations: int) ->
         assert rank["num_steps"] == (num_warmup_steps + 1) * len(rank["parts"])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    thinned(RUNS, full=("bf16_dp2", "bf16_tp2", "bf16_pp2", "remainders", "plain_fp32")),
+)
 def test_captured_step_gives_the_bits_of_the_step(cluster: Cluster, name: str) -> None:
     eager = cluster.run(TRAIN, 2, argv=RUNS[name])
     captured = cluster.run(TRAIN, 2, argv=f"{RUNS[name]} {GRAPH}")
@@ -103,7 +107,7 @@ RMS = {
 }
 
 
-@pytest.mark.parametrize("name", RMS)
+@pytest.mark.parametrize("name", thinned(RMS, full=("logged",)))
 def test_update_rms_of_replays_is_logged_capped_and_matched(cluster: Cluster, name: str) -> None:
     flags = f"{BASE} --bf16 --tensor-model-parallel-size 2 --log-interval 3 {RMS[name]}"
     eager = cluster.run(TRAIN, 4, argv=flags)
@@ -151,7 +155,7 @@ def test_parameters_with_a_norm_of_their_own(cluster: Cluster) -> None:
 WITH_TE = ("bf16_dp2", "bf16_dp2_bias_correction", "remainders", "plain_bf16", "plain_fp32")
 
 
-@pytest.mark.parametrize("name", WITH_TE)
+@pytest.mark.parametrize("name", thinned(WITH_TE, full=("bf16_dp2", "plain_fp32")))
 def test_norm_that_megatron_keeps_on_the_device(te_cluster: Cluster, name: str) -> None:
     """With TransformerEngine, by whose functions Megatron takes the norm and, if need be, clips."""
     eager = te_cluster.run(TRAIN, 2, argv=RUNS[name])

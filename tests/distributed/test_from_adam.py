@@ -22,6 +22,7 @@ from tests.distributed.test_checkpoint import (
 )
 from tests.distributed.test_parity import MOE
 from tests.harness.cluster import REPO, Cluster, Outcome
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
@@ -128,7 +129,9 @@ def test_switch_at_another_layout_and_precision_loses_no_bit(
         assert torch.equal(before[key], after[key]), key
 
 
-@pytest.mark.parametrize("name", ["dp_reshardable", "legacy", "plain_bf16"])
+@pytest.mark.parametrize(
+    "name", thinned(["dp_reshardable", "legacy", "plain_bf16"], full=("legacy",))
+)
 def test_flag_may_stay_for_resumes_from_adams(
     cluster: Cluster, plain_cluster: Cluster, tmp_path: Path, name: str
 ) -> None:

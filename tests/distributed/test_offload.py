@@ -11,6 +11,7 @@ from tests.distributed.test_fused_step import EP2, FP16, FP32_GRADS
 from tests.distributed.test_module import assert_loaded
 from tests.distributed.test_precision import assert_same_run, shards
 from tests.harness.cluster import Cluster, Outcome
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
 OFFLOADED = "tests.distributed.offload_cases:train"
@@ -54,7 +55,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", thinned(RUNS, full=("fp32", "bf16_tp2")))
 def test_offloading_changes_no_bit(cluster: Cluster, name: str) -> None:
     flags, offload = RUNS[name]
     base = f"{AWARE} {CLIPPED} {flags}"
@@ -258,7 +259,7 @@ def test_resharded_run_continues_with_the_bits_of_one_without_offloading(
     assert len(on.results[0]["grad_norms"]) == NUM_STEPS - SAVED_AT
 
 
-@pytest.mark.parametrize("mode", ["fp32", "remainders", "masters"])
+@pytest.mark.parametrize("mode", thinned(["fp32", "remainders", "masters"], full=("masters",)))
 def test_weights_alone_are_taken_over_on_the_cpu(
     cluster: Cluster, checkpoints: Path, mode: str
 ) -> None:

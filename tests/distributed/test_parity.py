@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.harness.cluster import Cluster
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
@@ -106,7 +107,7 @@ def num_elements(ranks: list[dict[str, Any]]) -> int:
     return sum(shard["param"].numel() for part in parts for shard in part["shards"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, full=("tp2", "pp2")))
 def test_layout_matches_single_process(
     cluster: Cluster, dense: Reference, tmp_path: Path, layout: str
 ) -> None:

@@ -1,8 +1,9 @@
 """--use-precision-aware-optimizer without TransformerEngine: state in fewer bits."""
 
 import re
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tests.distributed.test_checkpoint import (
 )
 from tests.distributed.test_parity import MOE
 from tests.harness.cluster import Cluster, Outcome
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
@@ -134,28 +136,49 @@ LAYOUTS = {
 START, END = 2, 8
 
 
-@pytest.fixture(scope="module", params=["remainder_m16", "w16_m16", "remainder_m8", "fp32_m16"])
+class Reference(NamedTuple):
+    """A mode's flags, where all layouts start, and where a single process ends."""
+
+    flags: str
+    start: Path
+    begin: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
+    losses: list[float]
+
+
+# Each mode and each layout twice.
+PAIRS = list(product(("remainder_m16", "w16_m16", "remainder_m8", "fp32_m16"), LAYOUTS))
+CHOSEN = (
+    *(("remainder_m16", "dp2"), ("remainder_m16", "tp2_pp2")),
+    *(("w16_m16", "tp2"), ("w16_m16", "tp2_pp2")),
+    *(("remainder_m8", "pp2"), ("remainder_m8", "tp2")),
+    *(("fp32_m16", "dp2"), ("fp32_m16", "pp2")),
+)
+
+
+@pytest.fixture(scope="module")
 def reference(
     request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, dict[str, torch.Tensor], list[float]]:
-    """A mode's flags, where all layouts start, and where a single process ends."""
+) -> Reference:
     flags = f"{AWARE} {MODES[request.param][0]} {COMMON} --train-iters {END}"
     folder = tmp_path_factory.mktemp(request.param)
     start, end = folder / "start", folder / "end"
     cluster.run(TRAIN, 1, argv=f"{flags} --exit-interval {START} --save {start}")
     run = cluster.run(TRAIN, 1, argv=f"{flags} --load {start} --save {end}")
+    begin = cluster.run(LOAD, 1, checkpoint=folder_of(start, START)).results[0]
     tensors = cluster.run(LOAD, 1, checkpoint=folder_of(end, END)).results[0]
-    return flags, start, tensors, run.results[0]["losses"]
+    return Reference(flags, start, begin, tensors, run.results[0]["losses"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("reference", "layout"),
+    thinned(PAIRS, full=[pair for pair in PAIRS if pair not in CHOSEN]),
+    indirect=["reference"],
+)
 def test_layout_matches_single_process(
-    cluster: Cluster,
-    reference: tuple[str, Path, dict[str, torch.Tensor], list[float]],
-    tmp_path: Path,
-    layout: str,
+    cluster: Cluster, reference: Reference, tmp_path: Path, layout: str
 ) -> None:
-    flags, start, expected, losses = reference
+    flags, start, begin, expected, losses = reference
     num_ranks, split = LAYOUTS[layout]
     run = cluster.run(TRAIN, num_ranks, argv=f"{flags} {split} --load {start} --save {tmp_path}")
     # Activations and gradients are bf16 in most modes: their sums are rounded in another order.
@@ -164,7 +187,6 @@ def test_layout_matches_single_process(
     saved = cluster.run(LOAD, 1, checkpoint=folder_of(tmp_path, END)).results[0]
     assert saved.keys() == expected.keys()
     moved = started = 0.0
-    begin = cluster.run(LOAD, 1, checkpoint=folder_of(start, START)).results[0]
     for key, tensor in expected.items():
         if key.startswith("optimizer.state.param."):
             assert saved[key].dtype == torch.float32
@@ -221,23 +243,34 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("target", SOURCES)
-@pytest.mark.parametrize("source", SOURCES)
+RELOADED = f"--train-iters {SAVED_AT} --dist-ckpt-optim-fully-reshardable --disable-bias-linear"
+
+
+@pytest.fixture(scope="module")
+def saved(
+    request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A source's checkpoint, saved with tensor parallelism, and its tensors."""
+    folder = tmp_path_factory.mktemp(request.param)
+    flags = f"{' '.join(SOURCES[request.param])} {RELOADED} --tensor-model-parallel-size 2"
+    cluster.run(TRAIN, 2, argv=f"{flags} --save {folder}")
+    return folder, cluster.run(LOAD, checkpoint=folder_of(folder, SAVED_AT)).results[0]
+
+
+@pytest.mark.parametrize(
+    ("saved", "target"),
+    thinned(product(SOURCES, SOURCES), full=[(name, name) for name in SOURCES]),
+    indirect=["saved"],
+)
 def test_checkpoint_of_any_precision_loads_into_any_other(
-    cluster: Cluster, tmp_path: Path, source: str, target: str
+    cluster: Cluster, saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, target: str
 ) -> None:
     """Also at another layout: saved at once, it has the values that the target can keep."""
-    common = f"--train-iters {SAVED_AT} --dist-ckpt-optim-fully-reshardable --disable-bias-linear"
-    first, second = tmp_path / "first", tmp_path / "second"
-    split = "--tensor-model-parallel-size 2"
-    cluster.run(TRAIN, 2, argv=f"{' '.join(SOURCES[source])} {common} {split} --save {first}")
+    first, before = saved
     cluster.run(
-        TRAIN, 2, argv=f"{' '.join(SOURCES[target])} {common} --load {first} --save {second}"
+        TRAIN, 2, argv=f"{' '.join(SOURCES[target])} {RELOADED} --load {first} --save {tmp_path}"
     )
-    before, after = (
-        cluster.run(LOAD, checkpoint=folder_of(folder, SAVED_AT)).results[0]
-        for folder in (first, second)
-    )
+    after = cluster.run(LOAD, checkpoint=folder_of(tmp_path, SAVED_AT)).results[0]
     keys = {key for key in before if key.startswith("optimizer.state.")}
     assert {key.split(".")[2] for key in keys} == {"param", "exp_avg"}
     assert keys == {key for key in after if key.startswith("optimizer.state.")}
@@ -298,8 +331,13 @@ def test_reloaded_model_params_become_main_params(cluster: Cluster, mode: str) -
 # Faults
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("mode", ["remainder_m16", "fp16_w16_m8"])
+@pytest.mark.parametrize(
+    ("mode", "value"),
+    thinned(
+        product(("remainder_m16", "fp16_w16_m8"), ("nan", "inf")),
+        full=(("remainder_m16", "inf"), ("fp16_w16_m8", "nan")),
+    ),
+)
 def test_gradient_that_is_not_finite_on_one_rank_of_four(
     cluster: Cluster, mode: str, value: str
 ) -> None:

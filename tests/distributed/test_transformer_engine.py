@@ -20,6 +20,7 @@ from tests.distributed.test_checkpoint import (
 )
 from tests.distributed.test_precision import AWARE, FP16, MODES, shards
 from tests.harness.cluster import Cluster, Outcome
+from tests.harness.thinning import thinned
 from tests.kernels.quantized import STEPS as QUANTIZED_STEPS
 from tests.kernels.quantized import check_steps
 
@@ -347,7 +348,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", RESUMED)
+@pytest.mark.parametrize("mode", thinned(RESUMED, full=("delayed_m16",)))
 def test_resumed_run_with_quantized_params_equals_uninterrupted_one(
     te_cluster: Cluster, checkpoints: Path, mode: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.distributed.test_checkpoint import SAVED_AT, STEPS, assert_continues,
 from tests.distributed.test_module import assert_matches
 from tests.distributed.test_parity import MOE
 from tests.harness.cluster import Cluster, Outcome
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.rms_cases:train"
 TRAIN_UNDER = "tests.distributed.rms_cases:train_under"
@@ -51,6 +53,7 @@ ALL = LAYOUTS | {
     name: (num_ranks, f"{flags} {MOE} --disable-bias-linear")
     for name, (num_ranks, flags) in EXPERTS.items()
 }
+PLAIN_ONES = ("one_plain", "dp2_plain")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def logged(outcome: Outcome) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("guard", ["", MATCH])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", thinned(ALL, full=PLAIN_ONES))
 def test_log_is_the_rms_of_all_updates_in_float64(
     cluster: Cluster, runs: dict[str, Outcome], name: str, guard: str
 ) -> None:
@@ -105,7 +108,7 @@ def test_log_is_the_rms_of_all_updates_in_float64(
     assert outcome.results[-1]["num_wandb"] == (2 if guard else 1) * NUM_STEPS
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", thinned(ALL, full=PLAIN_ONES))
 def test_ranks_agree_on_the_rms_of_whole_params(
     cluster: Cluster, runs: dict[str, Outcome], name: str
 ) -> None:
@@ -138,8 +141,13 @@ def test_rms_of_whole_params_is_that_of_one_process(
                         assert values[0] == pytest.approx(whole[step][param][0].item(), rel=2e-2)
 
 
-@pytest.mark.parametrize("precision", ["", "--bf16"])
-@pytest.mark.parametrize("guard", [MATCH, "--adams-max-update-rms 0.4"])
+CAP = "--adams-max-update-rms 0.4"
+
+
+@pytest.mark.parametrize(
+    ("guard", "precision"),
+    thinned(product((MATCH, CAP), ("", "--bf16")), full=((MATCH, "--bf16"), (CAP, ""))),
+)
 def test_matched_and_capped_updates_have_the_same_bits_sharded_over_dp_or_not(
     cluster: Cluster, guard: str, precision: str
 ) -> None:
@@ -288,8 +296,16 @@ def test_ranks_without_params_and_frozen_stages_take_part(cluster: Cluster) -> N
 OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction 0.5"
 
 
-@pytest.mark.parametrize("guard", ["", MATCH, "--adams-max-update-rms 0.4"])
-@pytest.mark.parametrize("flags", ["", "--overlap-cpu-optimizer-d2h-h2d"])
+OVERLAP = "--overlap-cpu-optimizer-d2h-h2d"
+
+
+@pytest.mark.parametrize(
+    ("flags", "guard"),
+    thinned(
+        product(("", OVERLAP), ("", MATCH, CAP)),
+        full=(("", MATCH), (OVERLAP, ""), ("", CAP)),
+    ),
+)
 def test_offloaded_updates_are_logged_matched_and_capped_as_others(
     cluster: Cluster, flags: str, guard: str
 ) -> None:
