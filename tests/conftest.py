@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-
 LONG_FILES_FIRST = {"distributed": 0, "kernels": 1}
 
 

@@ -8,8 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.test_parity import MOE, assert_close
+from tests.harness.argv import (
+    ADAMS,
+    DISTRIBUTED,
+    FAMILIES,
+    MOE,
+    NUM_STEPS,
+    RESHARDABLE,
+    SAVED_AT,
+    STEPS,
+    choose,
+    folder_of,
+)
 from tests.harness.cluster import Cluster
+from tests.harness.compare import assert_close, assert_continues
 from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
@@ -18,62 +30,6 @@ PLACE = "tests.distributed.checkpoint_cases:train_and_place"
 COMMON = "tests.distributed.checkpoint_cases:read_common"
 STEPS_DIFFER = "tests.distributed.checkpoint_cases:train_with_steps"
 SAVE_FIRST = "tests.distributed.checkpoint_cases:save_before_first_step"
-
-NUM_STEPS, SAVED_AT = 6, 3
-STEPS = f"--train-iters {NUM_STEPS} --save-interval {SAVED_AT}"
-ADAMS = "--optimizer adams"
-DISTRIBUTED = f"{ADAMS} --use-distributed-optimizer"
-RESHARDABLE = f"{DISTRIBUTED} --dist-ckpt-optim-fully-reshardable"
-
-FAMILIES = {
-    "dp2": DISTRIBUTED,
-    "dp2_bf16_overlap": f"{DISTRIBUTED} --bf16 --overlap-grad-reduce --overlap-param-gather",
-    # A scale that overflows at first and grows soon: steps are skipped before the save, and a
-    # run that forgot its scale would skip them again.
-    "dp2_fp16": f"{DISTRIBUTED} --fp16 --initial-loss-scale 1048576 --hysteresis 1 "
-    "--loss-scale-window 2",
-    "dp2_bias_correction": f"{DISTRIBUTED} --adams-bias-correction",
-    "tp2_bf16_fully_reshardable": f"{RESHARDABLE} --bf16 --tensor-model-parallel-size 2",
-    "pp2_fully_reshardable": f"{RESHARDABLE} --pipeline-model-parallel-size 2",
-    "ep2": f"{DISTRIBUTED} {MOE} --disable-bias-linear --expert-model-parallel-size 2",
-    "dp2_legacy": f"{DISTRIBUTED} --ckpt-format torch",
-    "plain": ADAMS,
-    "plain_bf16": f"{ADAMS} --bf16",
-    "plain_legacy": f"{ADAMS} --ckpt-format torch",
-}
-
-
-def choose(root: Path, step: int) -> str:
-    """The flag that resumes from a checkpoint in the middle; --ckpt-step is tested elsewhere."""
-    (root / "latest_checkpointed_iteration.txt").write_text(str(step))
-    return f"--load {root}"
-
-
-def folder_of(root: Path, step: int) -> str:
-    return str(root / f"iter_{step:07d}")
-
-
-def assert_continues(
-    resumed: list[dict[str, Any]], whole: list[dict[str, Any]], steps_before: int = SAVED_AT
-) -> None:
-    """Every rank of a resumed run took the rest of the whole run's steps, bit for bit."""
-    for mine, theirs in zip(resumed, whole, strict=True):
-        assert len(mine["grad_norms"]) == len(theirs["grad_norms"]) - steps_before
-        assert mine["grad_norms"] == theirs["grad_norms"][steps_before:]
-        assert mine["skipped"] == theirs["skipped"][steps_before:]
-        # Fewer where steps were skipped, none on pipeline stages before the last.
-        assert mine["losses"] == theirs["losses"][len(theirs["losses"]) - len(mine["losses"]) :]
-        assert mine["model"].keys() == theirs["model"].keys()
-        for name, tensor in theirs["model"].items():
-            assert torch.equal(mine["model"][name], tensor), name
-        for part, whole_part in zip(mine["parts"], theirs["parts"], strict=True):
-            assert part["groups"] == whole_part["groups"]
-            assert part["groups"][0]["step"] == theirs["skipped"].count(0)
-            for shard, whole_shard in zip(part["shards"], whole_part["shards"], strict=True):
-                assert torch.equal(shard["param"], whole_shard["param"])
-                assert set(shard["state"]) == {"exp_avg"}
-                assert torch.equal(shard["state"]["exp_avg"], whole_shard["state"]["exp_avg"])
-    assert any(rank["losses"] for rank in resumed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

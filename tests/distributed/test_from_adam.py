@@ -13,14 +13,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_adams.cli import main as megatron_adams_command
-from tests.distributed.test_checkpoint import (
-    NUM_STEPS,
-    SAVED_AT,
-    STEPS,
-    choose,
-    folder_of,
-)
-from tests.distributed.test_parity import MOE
+from tests.harness.argv import EP2, NUM_STEPS, SAVED_AT, STEPS, choose, folder_of
 from tests.harness.cluster import REPO, Cluster, Outcome
 from tests.harness.thinning import thinned
 
@@ -37,7 +30,7 @@ FORMATS = {
     "dp_reshardable": DISTRIBUTED,
     "bf16_fully_reshardable": f"{DISTRIBUTED} --bf16 --dist-ckpt-optim-fully-reshardable",
     "fp16": f"{DISTRIBUTED} --fp16 --initial-loss-scale 1024",
-    "experts": f"{DISTRIBUTED} {MOE} --disable-bias-linear --expert-model-parallel-size 2",
+    "experts": f"{DISTRIBUTED} {EP2}",
     "legacy": f"{DISTRIBUTED} --ckpt-format torch",
     "plain": "",
     "plain_bf16": "--bf16",

@@ -3,21 +3,25 @@
 import re
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from tests.distributed.test_checkpoint import (
+from tests.harness.argv import (
+    AWARE,
+    DISTRIBUTED,
+    FP16,
+    MODES,
+    MOE,
     SAVED_AT,
     STEPS,
-    assert_continues,
     choose,
     folder_of,
 )
-from tests.distributed.test_parity import MOE
-from tests.harness.cluster import Cluster, Outcome
+from tests.harness.cluster import Cluster
+from tests.harness.compare import assert_continues, assert_same, shards
 from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
@@ -29,39 +33,7 @@ POINTERS = "tests.distributed.precision_cases:pointers_over_load"
 HALFWAY = "tests.distributed.precision_cases:params_after_load_halfway"
 AFTER_LOAD = "tests.distributed.precision_cases:params_after_load"
 
-ADAMS = "--optimizer adams --use-distributed-optimizer"
-AWARE = f"{ADAMS} --use-precision-aware-optimizer"
-FP16 = "--fp16 --accumulate-allreduce-grads-in-fp32 --initial-loss-scale 1024"
-
-# Flags, and the bytes of state that a parameter has.
-MODES = {
-    "remainder": ("--bf16", 6),
-    "master": ("--bf16 --adams-no-param-remainders", 8),
-    "remainder_m16": ("--bf16 --exp-avg-dtype bf16", 4),
-    "g16_remainder_m16": ("--bf16 --main-grads-dtype bf16 --exp-avg-dtype bf16", 4),
-    "remainder_m8": ("--bf16 --exp-avg-dtype fp8", 3),
-    "w16_m16": ("--bf16 --main-params-dtype fp16 --exp-avg-dtype fp16", 4),
-    "fp16": (f"{FP16} --exp-avg-dtype bf16", 6),
-    "fp16_w16_m8": (f"{FP16} --main-params-dtype fp16 --exp-avg-dtype fp8", 3),
-    "fp32_m16": ("--exp-avg-dtype bf16", 2),
-}
-
-
-def shards(rank: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shard for part in rank["parts"] for shard in part["shards"]]
-
-
-def assert_same_run(mine: Outcome, theirs: Outcome) -> None:
-    """Bit-equal losses, norms, model params, main params and exp_avg, on every rank."""
-    for my_rank, their_rank in zip(mine.results, theirs.results, strict=True):
-        assert my_rank["losses"] == their_rank["losses"]
-        assert my_rank["grad_norms"] == their_rank["grad_norms"]
-        for name, tensor in their_rank["model"].items():
-            assert torch.equal(my_rank["model"][name], tensor), name
-        assert shards(their_rank)
-        for my_shard, their_shard in zip(shards(my_rank), shards(their_rank), strict=True):
-            for name in ("main_param", "exp_avg"):
-                assert torch.equal(my_shard[name], their_shard[name])
+ALIKE = ("losses", "grad_norms", "model", "main_param", "exp_avg")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -88,9 +60,9 @@ def test_main_params_inside_change_no_bit(cluster: Cluster, flags: str) -> None:
     """fp32 main params in the inner optimizer, and in Megatron's."""
     inside = "--adams-no-param-remainders" if "--bf16" in flags else ""
     steps = "--train-iters 6"
-    theirs = cluster.run(TRAIN, 2, argv=f"{ADAMS} {flags} {steps}")
+    theirs = cluster.run(TRAIN, 2, argv=f"{DISTRIBUTED} {flags} {steps}")
     mine = cluster.run(TRAIN, 2, argv=f"{AWARE} {flags} {inside} {steps}")
-    assert_same_run(mine, theirs)
+    assert_same(mine, theirs, *ALIKE)
     assert all("master_param" in shard["state"] for shard in shards(mine.results[0]))
 
 
@@ -103,8 +75,8 @@ def test_remainders_change_no_bit_of_main_params_and_exp_avg(cluster: Cluster, l
     """Beside fp32 main params whose bf16 copies are rounded alike, half away from zero."""
     flags = f"--bf16 --train-iters 8 --disable-bias-linear {layout}"
     mine = cluster.run(TRAIN, 2, argv=f"{AWARE} {flags}")
-    theirs = cluster.run(TIES_AWAY, 2, argv=f"{ADAMS} {flags}")
-    assert_same_run(mine, theirs)
+    theirs = cluster.run(TIES_AWAY, 2, argv=f"{DISTRIBUTED} {flags}")
+    assert_same(mine, theirs, *ALIKE)
     kept = [shard["state"]["master_param"] for shard in shards(mine.results[0])]
     assert {tensor.dtype for tensor in kept} == {torch.int16}
     assert any(tensor.any() for tensor in kept)
@@ -113,7 +85,7 @@ def test_remainders_change_no_bit_of_main_params_and_exp_avg(cluster: Cluster, l
 @pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2"], ids=["dp2", "tp2"])
 def test_logged_params_norm_is_that_of_the_params(cluster: Cluster, layout: str) -> None:
     norms = []
-    for flags in (ADAMS, AWARE):
+    for flags in (DISTRIBUTED, AWARE):
         argv = f"{flags} --bf16 --train-iters 2 --log-params-norm {layout}"
         log = cluster.run(TRAIN, 2, argv=argv).logs[-1]
         norms.append([float(text) for text in re.findall(r"params norm: ([\d.]+)", log)])
@@ -228,16 +200,11 @@ def test_resumed_run_equals_uninterrupted_one(
     base = f"{flags} {STEPS}"
     whole = cluster.run(TRAIN, num_ranks, argv=f"{base} --save {checkpoints}").results
     resumed = cluster.run(TRAIN, num_ranks, argv=f"{base} {choose(checkpoints, SAVED_AT)}").results
-    for rank in (*whole, *resumed):
-        for shard in shards(rank):
-            # Of scaled state the values count: their scale is found anew when they are loaded.
-            shard["param"] = shard["main_param"]
-            shard["state"] = {"exp_avg": shard["exp_avg"]}
-    assert_continues(resumed, whole)
+    assert_continues(resumed, whole, what=("main_param", "exp_avg"))
 
 
 SOURCES = {
-    "default": (ADAMS, "--bf16"),
+    "default": (DISTRIBUTED, "--bf16"),
     "remainder_m16": (AWARE, "--bf16 --exp-avg-dtype bf16"),
     "w16_m8": (AWARE, "--bf16 --main-params-dtype fp16 --exp-avg-dtype fp8"),
 }
@@ -302,7 +269,7 @@ def test_data_parallel_ranks_agree_once_fp32_main_params_are_remainders(
 ) -> None:
     """Params of a rank's own shards are rounded anew where they were half way."""
     common = f"--bf16 --train-iters {SAVED_AT} --ckpt-format {ckpt_format}"
-    cluster.run(TRAIN, 2, argv=f"{ADAMS} {common} --save {tmp_path}")
+    cluster.run(TRAIN, 2, argv=f"{DISTRIBUTED} {common} --save {tmp_path}")
     overlap = "--overlap-grad-reduce --overlap-param-gather"
     loaded = cluster.run(HALFWAY, 2, argv=f"{AWARE} {common} {overlap} --load {tmp_path}").results
     assert all(rank["rounded"] > 0 for rank in loaded)
