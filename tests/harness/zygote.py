@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 IMPORTED_BY_EVERY_RANK = (
     "megatron.training.training",
@@ -129,8 +129,9 @@ def remember_shuffles() -> None:
 
 def remember_entry_points() -> None:
     """PyTorch looks for other backends in the metadata of every package, in every rank."""
-    metadata.entry_points = functools.cache(metadata.entry_points)
-    metadata.entry_points(group="torch.distributed.backends")
+    remembered: Any = functools.cache(metadata.entry_points)
+    remembered(group="torch.distributed.backends")
+    metadata.entry_points = remembered
 
 
 def free_port() -> int:
