@@ -58,7 +58,8 @@ WORKDIR /opt/megatron-adams
 # A number, by which Kubernetes can tell that it is not root.
 USER 10001
 
-HEALTHCHECK --interval=5m --timeout=1m --start-period=1m --retries=1 CMD ["megatron-adams", "doctor", "--cpu-rehearsal"]
+HEALTHCHECK --interval=5m --timeout=1m --retries=1 \
+    CMD ["megatron-adams", "doctor", "--quick", "--cpu-rehearsal"]
 CMD ["megatron-adams", "doctor", "--cpu-rehearsal"]
 
 # Last, since they change with each commit.

@@ -83,12 +83,13 @@ def test_image_runs_as_a_user_and_asks_the_doctor(dockerfile: Path) -> None:
     (created,) = re.findall(r"create-user\.sh \w+ (\d+)", dockerfile.read_text("utf-8"))
     assert user == created != "0"
     doctor = ["megatron-adams", "doctor"]
-    if dockerfile.stem == "cpu":
-        doctor.append("--cpu-rehearsal")
-    (health,) = of(dockerfile, "HEALTHCHECK")
-    assert json.loads(health.partition("CMD ")[2]) == doctor
+    rehearsal = ["--cpu-rehearsal"] if dockerfile.stem == "cpu" else []
     (command,) = of(dockerfile, "CMD")
-    assert json.loads(command) == doctor
+    assert json.loads(command) == doctor + rehearsal
+    (health,) = of(dockerfile, "HEALTHCHECK")
+    check = json.loads(health.partition("CMD ")[2])
+    # A container that is asked for its health runs a job.
+    assert check == [*doctor, "--quick", *(rehearsal or ["--while-running"])]
 
 
 @pytest_images

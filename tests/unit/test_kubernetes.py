@@ -184,8 +184,9 @@ def test_a_pod_has_time_for_its_last_checkpoint(thing: Object) -> None:
 def test_pods_ask_the_doctor_first_and_run_without_privileges(thing: Object) -> None:
     pod = job_of(thing)["spec"]["template"]["spec"]
     (doctor,) = pod["initContainers"]
-    assert doctor["args"] == ["megatron-adams", "doctor"]
-    assert doctor["resources"]["limits"]["nvidia.com/gpu"] == 8
+    num_gpus = doctor["resources"]["limits"]["nvidia.com/gpu"]
+    assert doctor["args"] == ["megatron-adams", "doctor", f"--expect-gpus={num_gpus}"]
+    assert num_gpus == train_job()["spec"]["trainer"]["numProcPerNode"]
     context = pod["securityContext"]
     assert context["runAsNonRoot"] is True
     for dockerfile in (ROOT / "docker").glob("*.Dockerfile"):
