@@ -1,6 +1,7 @@
 """`megatron-adams plan`: what a job takes of each GPU's memory, from its launch flags."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -58,9 +59,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     parser.add_argument("--world-size", type=_size, metavar="N", help="ranks of the job")
     parser.add_argument("--nodes", type=_size, metavar="N", help="nodes of --gpus-per-node GPUs")
-    parser.add_argument(
-        "--gpus-per-node", type=_size, metavar="N", default=8, help="by default 8"
-    )
+    parser.add_argument("--gpus-per-node", type=_size, metavar="N", default=8, help="by default 8")
     parser.add_argument(
         "--gpu", metavar="NAME", help=f"whether it fits: {', '.join(known_names())}"
     )
@@ -203,7 +202,7 @@ def _sizes(flags: Sequence[str]) -> dict[str, int]:
     sizes = dict.fromkeys(_SIZES, 1)
     words = [part for flag in flags for part in flag.split("=", 1)]
     for name, flag in _SIZES.items():
-        for word, value in zip(words, words[1:], strict=False):
+        for word, value in itertools.pairwise(words):
             if word == flag and value.isdigit():
                 sizes[name] = int(value)
     return sizes
@@ -211,7 +210,7 @@ def _sizes(flags: Sequence[str]) -> dict[str, int]:
 
 def _num_ranks(args: argparse.Namespace, flags: Sequence[str], found: Command) -> int:
     sizes = _sizes(flags)
-    given = {}
+    given: dict[str, int] = {}
     if args.dp is not None:
         given[f"--dp {args.dp}"] = args.dp * sizes["tp"] * sizes["pp"] * sizes["cp"]
     if args.world_size is not None:

@@ -369,7 +369,9 @@ def optimizer_tallies(chain: Any, model: Sequence[Any], params_itemsize: int) ->
                 for name, tensor in inner.state.get(param, {}).items():
                     if name == "master_param":
                         is_remainder = tensor.dtype == torch.int16
-                        tally.kinds[REMAINDERS if is_remainder else MAIN_PARAMS] += num_bytes(tensor)
+                        tally.kinds[REMAINDERS if is_remainder else MAIN_PARAMS] += num_bytes(
+                            tensor
+                        )
                     elif name != "step":
                         tally.kinds[name] += num_bytes(tensor)
                 if isinstance(inner, AdamS):
@@ -409,7 +411,8 @@ class Rates:
     @classmethod
     def of(cls, tally: Tally) -> "Rates":
         """The rates of a tally. They are whole numbers, as a kind has one dtype."""
-        per_element, per_tensor = {}, {}
+        per_element: dict[str, int] = {}
+        per_tensor: dict[str, int] = {}
         for kind, size in tally.kinds.items():
             is_scale = kind == SCALES
             rate, rest = divmod(size, tally.num_tensors if is_scale else tally.numel)

@@ -79,9 +79,7 @@ class DuplicatedLinear(torch.nn.Module):
 class _GroupedLinear(torch.nn.Module):
     """TransformerEngine's GroupedLinear: all experts' weights, then all their biases."""
 
-    def __init__(
-        self, num_gemms: int, weight: tuple[int, int], *, config: Any, bias: bool
-    ) -> None:
+    def __init__(self, num_gemms: int, weight: tuple[int, int], *, config: Any, bias: bool) -> None:
         super().__init__()
         # megatron/core/extensions/transformer_engine.py, TEGroupedLinear, 0.19.
         sizes = config.expert_tensor_parallel_size, config.tensor_model_parallel_size

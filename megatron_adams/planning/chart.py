@@ -68,17 +68,13 @@ def _draw_bars(axes: Any, plan: Plan, gpu: Gpu | None) -> None:
     if gpu:
         limit = max(limit, gpu.memory_gib)
         axes.axvline(gpu.memory_gib, color="black", linestyle="--", linewidth=1)
-        axes.text(
-            gpu.memory_gib, -0.75, f"{gpu.name} ", ha="right", va="center", fontsize=9
-        )
+        axes.text(gpu.memory_gib, -0.75, f"{gpu.name} ", ha="right", va="center", fontsize=9)
     axes.set_yticks(places, names, fontsize=9)
     axes.set_ylim(len(names) - 0.4, -1.1)
     axes.set_xlim(0, 1.12 * limit)
     axes.set_xlabel("GiB on the fullest GPU")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.13), frameon=False
-    )
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.13), frameon=False)
 
 
 def _bytes_of(plan: Plan, mode: str, part: str) -> int:

@@ -185,7 +185,9 @@ class _Shell:
             if stripped.startswith("#"):
                 self._read_sbatch(stripped)
                 continue
-            start = re.match(rf"(?:(?:export|local|declare|readonly)\s+(?:-a\s+)?)?({_NAME})(\+?)=\(", stripped)
+            start = re.match(
+                rf"(?:(?:export|local|declare|readonly)\s+(?:-a\s+)?)?({_NAME})(\+?)=\(", stripped
+            )
             if start:
                 body = [stripped[start.end() :]]
                 while not self._is_closed(body):

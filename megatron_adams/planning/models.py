@@ -80,9 +80,7 @@ MODELS = {
     "llama2-7b": _llama2(32, 4096, 32, 11008),
     "llama2-13b": _llama2(40, 5120, 40, 13824),
     "llama2-70b": _llama2(80, 8192, 64, 28672, groups=8),
-    "gpt3-175b": _flags(
-        _GPT, _GPT_VOCAB, layers=96, hidden=12288, heads=96, seq=2048, batch=1536
-    ),
+    "gpt3-175b": _flags(_GPT, _GPT_VOCAB, layers=96, hidden=12288, heads=96, seq=2048, batch=1536),
 }
 
 

@@ -126,9 +126,9 @@ def _ranks_table(plan: Plan) -> Table:
     for heading in ("Ranks", "Weights", "Grads"):
         table.add_column(heading, justify="right")
     for mode in modes:
-        for kind in plan.kinds[0].optimizer[mode.name]:
-            if kind != "scales":
-                words = f"{mode.title.replace(', precision-aware', '')}\n{_WORDS_OF_KINDS[kind]}"
+        for name in plan.kinds[0].optimizer[mode.name]:
+            if name != "scales":
+                words = f"{mode.title.replace(', precision-aware', '')}\n{_WORDS_OF_KINDS[name]}"
                 table.add_column(words, justify="right")
     for stages, num_ranks, kind in _fullest_of_stages(plan):
         cells = [
@@ -155,7 +155,9 @@ def _fullest_of_stages(plan: Plan) -> list[tuple[str, int, Kind]]:
     for kind in plan.kinds:
         stage = kind.pipeline_stage
         num_ranks[stage] = num_ranks.get(stage, 0) + kind.num_ranks
-        if stage not in fullest or kind.static_bytes("adamw") > fullest[stage].static_bytes("adamw"):
+        if stage not in fullest or kind.static_bytes("adamw") > fullest[stage].static_bytes(
+            "adamw"
+        ):
             fullest[stage] = kind
     groups: dict[tuple[int, int, int], list[int]] = {}
     for stage, kind in fullest.items():
@@ -215,7 +217,7 @@ def _footnotes(plan: Plan, gpu: Gpu | None) -> list[str]:
         if gpu.bandwidth_gb_s:
             lines.append(
                 f"Step: the bytes that the optimizer moves, at {STEP_EFFICIENCY:.0%} of "
-                f"{gpu.bandwidth_gb_s:,.0f} GB/s, which AdamS reached on an H100; without collectives. "
-                "? is not known."
+                f"{gpu.bandwidth_gb_s:,.0f} GB/s, which AdamS reached on an H100; without "
+                "collectives. ? is not known."
             )
     return [*lines, *plan.data["notes"]]
