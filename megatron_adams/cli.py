@@ -2,6 +2,7 @@
 
     megatron-adams precompile --arch sm_90 --cache-dir /opt/megatron-adams
     megatron-adams convert /checkpoints/adamw /checkpoints/adams
+    megatron-adams plan --model llama2-13b --tp 2 --pp 2 --dp 64
 
 It must not import Megatron at its top, and needs no GPU.
 """
@@ -10,9 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_adams.commands import convert, precompile
+from megatron_adams.commands import convert, plan, precompile
 
-_COMMANDS = (precompile, convert)
+_COMMANDS = (precompile, convert, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
