@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from emulator import EmulatedDriver
 
-from megatron_adams import cpu_rehearsal, kernels, optimizer
+from megatron_adams import cpu_rehearsal, kernels
 from megatron_adams.kernels import cuda
+from megatron_adams.optimizer import adams
 
 # What needs no more than that, and not long.
 _REHEARSED = (
@@ -35,7 +36,7 @@ def pytest_configure() -> None:
     torch.cuda.set_sync_debug_mode = lambda mode: None
     cuda.CudaDriver = EmulatedDriver
     kernels._check_device = lambda backend, device: None
-    optimizer.select_backend = _backend
+    adams.select_backend = _backend
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
