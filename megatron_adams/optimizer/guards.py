@@ -2,7 +2,7 @@
 
 A step that counts adds the squares of its updates to two integers for each param. A step with a cap
 or a target reads one factor for each param. Both stay on the params' device, so that nothing waits
-for it. Used by optimizer.py. Imports torch and update.py.
+for it. Used by adams.py and plan.py. Imports torch, update.py and tensors.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megatron_adams.optimizer.tensors import local_part
 from megatron_adams.update import update_factors, update_rms
 
 
@@ -25,7 +26,8 @@ class UpdateGuards:
         sums_of: param -> (2,) int64, as `count_squares` counts; for a kernel to add to.
         factor_of: param -> () fp32; for a kernel to read.
         rms: (num_params,) fp32, of the step before its factors; set by `set_factors`.
-        factors: (num_params,) fp32, likewise.
+        factors: (num_params,) fp32, what the updates of that step are multiplied by; set by
+            `set_factors`.
     """
 
     rms: Tensor
@@ -77,7 +79,7 @@ class UpdateGuards:
         """The RMS of the updates of whole params, (num_params,) fp32.
 
         Args:
-            reduce_sums: makes of the sums of shards those of whole params, in place.
+            reduce_sums: turns the sums of shards into those of whole params, in place.
         """
         sums = self.sums()
         if reduce_sums is not None:
@@ -101,3 +103,55 @@ class UpdateGuards:
         self.factors = update_factors(self.rms, max_rms=max_rms, match_rms=match_rms)
         for factors in self._factors.values():
             factors.copy_(self.factors)
+
+
+class StepGuards:
+    """The guards of an optimizer's last step, which are kept while its params stay the same.
+
+    Attributes:
+        current: the guards; None: no step had any.
+        is_counted: the last step has counted its updates.
+    """
+
+    def __init__(self) -> None:
+        self.current: UpdateGuards | None = None
+        self.is_counted = False
+
+    def begin(
+        self, params: Sequence[Tensor], whole_numels: Mapping[Tensor, int], *, is_reduced: bool
+    ) -> UpdateGuards:
+        """Return the guards of a step that counts, with nothing counted yet.
+
+        Args:
+            params: all of the optimizer's, in the order of the groups.
+            whole_numels: as `UpdateGuards`.
+            is_reduced: the sums of shards are turned into those of whole params.
+        Raises:
+            ValueError: DTensors without `is_reduced`.
+        """
+        known = self.current
+        if known is None or [*map(id, known.params)] != [*map(id, params)]:
+            if not is_reduced and any(local_part(param) is not param for param in params):
+                raise ValueError(
+                    "the update RMS of params that are sharded by DTensor: a rank knows its own "
+                    "shards alone; give reduce_update_sums and whole_numels, or leave out "
+                    "max_update_rms, match_update_rms and wants_update_rms"
+                )
+            devices = [local_part(param).device for param in params]
+            self.current = known = UpdateGuards(params, devices, whole_numels)
+        known.clear()
+        self.is_counted = True
+        return known
+
+    def counted(self) -> UpdateGuards:
+        """Return the guards of the last step.
+
+        Raises:
+            ValueError: it has not counted.
+        """
+        if self.current is None or not self.is_counted:
+            raise ValueError(
+                "the update RMS of a step that did not count it: set wants_update_rms = True "
+                "before the step"
+            )
+        return self.current
