@@ -8,6 +8,7 @@ SETUP := $(if $(VENV),$(VENV)/.complete,)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 # TransformerEngine's Python code, which only some tests see: tests/distributed/with_te.
 WITH_TE := $(if $(VENV),$(VENV)/transformer-engine/.complete,)
+CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/*.h
 
 .PHONY: help setup train test lint sweep bench docs clean
 help:  ## show this list
@@ -47,6 +48,7 @@ lint: $(SETUP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(if $(VENV),$(VENV)/bin/)clang-format --dry-run -Werror $(wildcard $(CPP))
 
 docs: $(SETUP)  ## build the documentation's site into build/docs; a broken link is an error
 	$(RUN) -m zensical build --strict --clean

@@ -1,10 +1,10 @@
 """--optimizer-cuda-graph: Megatron's whole optimizer step, captured once and replayed.
 
 Megatron (0.19, core/optimizer/optimizer_cuda_graph.py) calls the step of its chain of optimizers
-for --cuda-graph-warmup-steps iterations, captures the next one, and from then on replays what the
-device was told to do: no line of Python runs any more. So all that a step computes has to be
-computed on the device, from tensors that stay where they are, and what it does otherwise is refused
-at start. Used by config.py, arguments.py, optimizer.py and fused_step.py.
+for --cuda-graph-warmup-steps iterations and captures the next one. From then on it replays what the
+device was told to do, and no line of Python runs. So the device must compute everything in a step,
+from tensors that stay where they are. Settings that need the host are refused at start. Used by
+config.py, arguments.py, optimizer.py and fused_step.py.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_adams.optimizer import AdamS
 
 _FLAG = "--optimizer-cuda-graph"
-# What a step takes from a param group as a number: a graph repeats that of the capture.
+# The numbers that a step takes from a param group. A graph repeats those of the capture.
 _CAPTURED = ("weight_decay", "betas", "eps", "bias_correction", "adam_w_mode", "maximize")
 
 
@@ -29,7 +29,7 @@ def _refusal(given: str, reason: str, remedy: str) -> ValueError:
 
 
 def check_config(config: Any) -> None:
-    """Refuse what a replay cannot follow, of the fields that a configuration and arguments share.
+    """Refuse what a replay cannot follow in the fields that a configuration and arguments share.
 
     Raises:
         ValueError: naming the flag.
@@ -56,7 +56,7 @@ def check_config(config: Any) -> None:
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse what a replay cannot follow, of Megatron's other arguments, not validated yet.
+    """Refuse what a replay cannot follow in Megatron's other arguments, before they are validated.
 
     Raises:
         ValueError: naming the flag.
@@ -86,7 +86,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_model(config: Any, ddp_config: Any) -> None:
-    """Refuse what only the configuration of a model, or of megatron.core's API, shows.
+    """Refuse what a replay cannot follow in settings that only a model or megatron.core's API has.
 
     Raises:
         ValueError: naming the setting.
@@ -108,10 +108,10 @@ def check_model(config: Any, ddp_config: Any) -> None:
 
 
 def check_chain(chain: Any) -> None:
-    """Refuse a chain whose grad norm the host puts together.
+    """Refuse a chain whose grad norm the host adds up.
 
     Raises:
-        ValueError: its optimizers reduce it over different groups of ranks.
+        ValueError: the chain's optimizers reduce it over different groups of ranks.
     """
     if len(chain.chained_optimizers) > 1 and not chain.grads_states_parallel_group_is_shared():
         raise ValueError(
@@ -122,12 +122,12 @@ def check_chain(chain: Any) -> None:
 
 
 class GradKeeper:
-    """A hook before AdamS's step: gradients stay at the address of the first step.
+    """A hook before AdamS's step that keeps gradients at the addresses of the first step.
 
-    Megatron's fp32 gradients are views of its grad buffer, which stays. Those in other dtypes are
-    converted to a new tensor at each step, and the kernel's table of pointers cannot be written
-    while a graph is captured: their values are copied to the first step's tensor. The tensors
-    of the capture itself belong to the graph's pool, and the copy out of them is part of the graph.
+    Megatron's fp32 gradients are views of its grad buffer, which does not move. Gradients in other
+    dtypes are converted to a new tensor at each step, and the kernel's table of pointers cannot be
+    written while a graph is captured. So their values are copied to the first step's tensor. The
+    new tensors of the captured step belong to the graph's pool, and the graph contains the copy.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class GradKeeper:
 
     @torch.no_grad()
     def __call__(self, optimizer: AdamS, args: Any, kwargs: Any) -> None:
-        """Put the kept gradients in the place of those that moved."""
+        """Replace the gradients that have moved by the kept ones."""
         name = "decoupled_grad" if optimizer.use_decoupled_grad else "grad"
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -148,15 +148,15 @@ class GradKeeper:
                     setattr(param, name, kept)
 
 
-# A step is under way whose norm has to stay on the device, and whose Megatron would read it.
+# True while a step is under way whose norm must stay on the device, but which Megatron would read.
 _norm_stays: ContextVar[bool] = ContextVar("megatron_adams_norm_stays", default=False)
 
 
 @contextmanager
 def norm_on_device(is_graph: bool) -> Iterator[None]:
-    """Have `grad_norm` and `clip` used in the place of Megatron's, where those wait for the norm.
+    """Use `grad_norm` and `clip` instead of Megatron's functions if those wait for the norm.
 
-    With TransformerEngine Megatron's own keep it on the device.
+    With TransformerEngine, Megatron's own functions keep the norm on the device.
     """
     stays = is_graph and clip_grads.multi_tensor_scale_tensor_impl is None
     token = _norm_stays.set(stays)
@@ -176,10 +176,10 @@ def grad_norm(
     norm_type: float = 2,
     grad_stats_parallel_group: Any = None,
 ) -> Tensor:
-    """Megatron's get_grad_norm_fp32 without TransformerEngine, with the norm left on the device.
+    """Megatron's get_grad_norm_fp32 without TransformerEngine, but the norm stays on the device.
 
     Returns:
-        (1,) fp64 on the device: the root of the fp32 sum of squares is taken in double there, too.
+        (1,) fp64 on the device: as in Megatron, the root of the fp32 sum of squares is in double.
     """
     assert norm_type == 2, norm_type
     grads = [grads_for_norm] if isinstance(grads_for_norm, Tensor) else grads_for_norm
@@ -197,7 +197,7 @@ def clip(
     total_norm: float | Tensor,
     use_decoupled_grad: bool = False,
 ) -> None:
-    """As Megatron's clip_grad_by_total_norm_fp32, by the tensor of `grad_norm`."""
+    """Megatron's clip_grad_by_total_norm_fp32, for a norm in a tensor as `grad_norm` returns."""
     assert isinstance(total_norm, Tensor)
     name = "decoupled_grad" if use_decoupled_grad else "grad"
     clip_coeff = (max_norm / (total_norm + 1.0e-6)).clamp_max_(1.0).to(torch.float32)
@@ -207,7 +207,7 @@ def clip(
 
 
 class Captured:
-    """What a graph has of the host, to be compared before each iteration that replays it."""
+    """The host's numbers in a graph. They are compared before each iteration that replays it."""
 
     def __init__(self) -> None:
         self._numbers: list[dict[str, Any]] | None = None
@@ -218,10 +218,10 @@ class Captured:
             self._numbers = _numbers_of(groups)
 
     def check(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse to go on by a graph that has other numbers.
+        """Refuse to replay a graph that contains other numbers.
 
         Raises:
-            ValueError: one has changed since the capture.
+            ValueError: a number has changed since the capture.
         """
         if self._numbers is None:
             return
@@ -236,7 +236,7 @@ class Captured:
 
 
 def _numbers_of(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    # lr is a tensor: its place counts, not its value.
+    # lr must stay the same tensor. Its value may change.
     return [
         {**{name: group[name] for name in _CAPTURED}, "id(lr)": id(group["lr"])} for group in groups
     ]

@@ -1,9 +1,10 @@
 """AdamS under Megatron-FSDP, which keeps params, main params and gradients itself.
 
-The inner optimizer's params are Megatron-FSDP's main params (no_shard in one dtype: the params), as
-DTensors: of each a rank holds some rows, all of them, or none. exp_avg is a DTensor of the same
-placement. What DistributedOptimizer has of its own without FSDP does not exist: buffers, shards,
-main params. Used by optimizer.py and arguments.py.
+The inner optimizer's params are Megatron-FSDP's main params, as DTensors. (With no_shard in one
+dtype, they are the model's params.) A rank holds some rows of a param, all of them, or none.
+exp_avg is a DTensor with the same placement. The buffers, shards and main params that
+DistributedOptimizer has without FSDP do not exist here. Used by optimizer.py, arguments.py,
+checkpoint.py, update_rms.py and training_log.py.
 """
 
 import logging
@@ -28,26 +29,27 @@ from megatron_adams.optimizer import HYPERPARAMETERS
 logger = logging.getLogger(__name__)
 
 FSDP_FORMAT = "fsdp_dtensor"
-# Of a param group: what a run that goes on from Adam has of its own, and where Adam has its step.
+# Keys of a param group that a run from an Adam checkpoint does not take from it: those with values
+# of its own, and `step`, which Adam may keep elsewhere.
 _NOT_FROM_ADAM = (*HYPERPARAMETERS, "step", *RATES)
 
 
 class AdamSFsdpOptimizer(DistributedOptimizer):
     """Megatron's DistributedOptimizer (0.19) with Megatron-FSDP, around AdamS.
 
-    It gets its class by assignment, so that there is no constructor. A checkpoint has exp_avg of
-    every param in full (fp32), whatever it is kept in, so that it can be loaded into any precision.
+    An existing object is assigned this class, so there is no constructor. A checkpoint contains
+    every exp_avg in fp32, whatever dtype it is kept in, so it can be loaded into any precision.
     """
 
     optimizer_state_keys = ("exp_avg",)
 
-    # Set while Adam's state is loaded, see take_from_adam.
+    # Set while Adam's state is loaded: see take_from_adam.
     _adam_step_key: str | None = None
 
     def prepare_inner(self) -> None:
-        """Have the inner optimizer step the main params, which Megatron-FSDP keeps.
+        """Make the inner optimizer step the main params, which Megatron-FSDP keeps.
 
-        As upstream does with FusedAdam for the precision-aware optimizer, once it is built.
+        Upstream does this to FusedAdam for the precision-aware optimizer, once it is built.
         """
         self.optimizer.master_weights = False
         self.optimizer.store_param_remainders = False
@@ -55,7 +57,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         self.optimizer.use_decoupled_grad = self.config.use_precision_aware_optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, this rank's part of it; `load_state_dict` takes it."""
+        """Return this rank's part of the inner optimizer's state dict, for `load_state_dict`."""
         if self.is_stub_optimizer:
             return {}
         return self.optimizer.state_dict()
@@ -64,13 +66,13 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         """Say whether the checkpoint that is loaded next is Adam's.
 
         Args:
-            step_key: where it has the steps of the params, "param_to_group_meta" or "state"; None:
-                it is adams's own.
+            step_key: where it has the params' steps, "param_to_group_meta" or "state". None: it is
+                adams's own.
         """
         self._adam_step_key = step_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As upstream, from Adam's state, too; of a stub, which has nothing to load."""
+        """Load as upstream does, but also from Adam's state. A stub has nothing to load."""
         if self.is_stub_optimizer:
             return
         step_key, self._adam_step_key = self._adam_step_key, None
@@ -85,10 +87,10 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         super().load_state_dict(state_dict)
 
     def _with_own_rates(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """What the param groups of a checkpoint say of each param, with the run's learning rates.
+        """Return a checkpoint's entries for each param, with the learning rates of this run.
 
         Raises:
-            ValueError: they are others, and --override-opt_param-scheduler is not given.
+            ValueError: the rates differ, and --override-opt_param-scheduler is not given.
         """
         own = self._param_groups_to_param2group_meta(self.optimizer.param_groups)
         metas = dict(saved)
@@ -101,7 +103,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         return metas
 
     def _from_adam(self, state_dict: dict[str, Any], step_key: str) -> dict[str, Any]:
-        """What was loaded into Adam's part of `sharded_param_state_fsdp_dtensor`, as adams's."""
+        """Return adams's state, from Adam's as `sharded_param_state_fsdp_dtensor` has loaded it."""
         state = {name: dict(of_param) for name, of_param in state_dict["state"].items()}
         loaded = {"state": state, "param_to_group_meta": state_dict["param_to_group_meta"]}
         steps = {name: int(of_param.pop("step")) for name, of_param in loaded[step_key].items()}
@@ -115,7 +117,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         return {"state": state, "param_to_group_meta": metas}
 
     def sharded_param_state_fsdp_dtensor(self, is_loading: bool = False) -> dict[str, Any]:
-        """exp_avg of all params as DTensors, and what the param groups say of each param, by name.
+        """Return exp_avg as DTensors, and the entries of the param groups, by names of params.
 
         Before a load, upstream allocates Adam's state with a step with zero gradients, which also
         decays the weights. For a save, it takes only the state that is there: with torch's Adam, a
@@ -128,7 +130,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
             state[self._param_name(param)] = {"exp_avg": exp_avg}
         metas = self._param_groups_to_param2group_meta(self.optimizer.param_groups)
         if is_loading and self._adam_step_key is not None:
-            # Hyperparameters and rates are those of this run, as without Megatron-FSDP.
+            # Hyperparameters and rates stay those of this run, as without Megatron-FSDP.
             metas = {
                 name: {key: value for key, value in meta.items() if key not in _NOT_FROM_ADAM}
                 for name, meta in metas.items()
@@ -141,26 +143,26 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         return {"state": state, "param_to_group_meta": metas}
 
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
-        """Nothing to do: what Megatron-FSDP loads as the model are the main params.
+        """Do nothing: what Megatron-FSDP loads as the model are the main params.
 
-        Upstream raises, so that it cannot load weights alone (--finetune, --no-load-optim).
+        Upstream raises here, so it cannot load weights alone (--finetune, --no-load-optim).
         """
 
     def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
-        """This rank's gradients; upstream fails where it has no part of some param."""
+        """Return this rank's gradients. Upstream fails if it has no part of some param."""
         name = "decoupled_grad" if self.optimizer.use_decoupled_grad else "grad"
         grads = [getattr(param, name, None) for param in self.get_parameters()]
         return [local_part(grad) for grad in grads if grad is not None]
 
     def grad_dtype(self) -> torch.dtype | None:
-        """What the gradients will be, None: as their params."""
+        """Return the dtype that the gradients will have. None: that of their params."""
         if not self.optimizer.use_decoupled_grad:
             return None
         model_dtype = torch.bfloat16 if self.config.bf16 else torch.float32
         return self.ddp_config.megatron_fsdp_main_grads_dtype or model_dtype
 
     def describe(self) -> str:
-        """Which of Megatron's passes the step takes over: none."""
+        """Say which of Megatron's passes the step takes over: none."""
         strategy = self.ddp_config.data_parallel_sharding_strategy
         return (
             f"gradients are clipped and unscaled, and model params are written, by Megatron-FSDP "
@@ -169,7 +171,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
 
 
 def wrap_handle_swiglu_in_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Split exp_avg of gated layers alone: upstream splits exp_avg and exp_avg_sq, by name."""
+    """Split only exp_avg of gated layers. Upstream expects exp_avg_sq, too, and splits both."""
 
     def handle_swiglu_in_state_dict(
         model: Any, model_state_dict: Any, optimizer_state_dict: dict[str, Any] | None
@@ -195,12 +197,12 @@ def wrap_handle_swiglu_in_state_dict(original: Callable[..., Any]) -> Callable[.
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What a rank has of a DTensor; any other tensor as it is."""
+    """Return a rank's part of a DTensor; return any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check_fsdp(config: AdamSOptimizerConfig, model_chunks: Any) -> None:
-    """Refuse a configuration of the optimizer that the models of Megatron-FSDP do not have.
+    """Refuse a configuration of the optimizer that does not fit Megatron-FSDP's model.
 
     Raises:
         ValueError: naming the setting.
@@ -220,7 +222,7 @@ def check_fsdp(config: AdamSOptimizerConfig, model_chunks: Any) -> None:
 
 
 def check_fsdp_arguments(args: Any) -> None:
-    """Refuse flags that Megatron-FSDP contradicts, or drops without a word.
+    """Refuse flags that contradict Megatron-FSDP, or that it ignores silently.
 
     Args:
         args: Megatron's arguments, with --use-megatron-fsdp.
@@ -265,14 +267,15 @@ def check_fsdp_arguments(args: Any) -> None:
     loads_optimizer = args.load is not None and not (args.finetune or args.no_load_optim)
     if loads_optimizer and not args.strict_fsdp_dtensor_load:
         raise ValueError(
-            f"--no-strict-fsdp-dtensor-load {fsdp}: momentum that the checkpoint lacks would start "
-            f"anew without a word; remove the flag, or load the weights alone with --no-load-optim"
+            f"--no-strict-fsdp-dtensor-load {fsdp}: momentum that the checkpoint lacks would "
+            f"silently start at zero; remove the flag, or load the weights alone with "
+            f"--no-load-optim"
         )
     _check_fsdp_dtypes(args)
 
 
 def _check_gated_layers(args: Any) -> None:
-    """Refuse checkpoints at which Megatron would fail, after the work up to the first save."""
+    """Refuse, at start, checkpoints that Megatron would fail at later."""
     flag = "--save" if args.save is not None else "--load" if args.load is not None else None
     if not args.swiglu or flag is None:
         return

@@ -1,4 +1,4 @@
-"""register(): which of Megatron's functions the plugin wraps, and with what."""
+"""register(): the functions of Megatron that the plugin wraps, and their wrappers."""
 
 import importlib.util
 import logging
@@ -16,8 +16,8 @@ _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedO
 _OFFLOADING = "megatron.core.optimizer.cpu_offloading"
 _HYBRID_OPTIMIZER = f"{_OFFLOADING}.hybrid_optimizer.HybridDeviceOptimizer"
 
-# What AdamSDistributedOptimizer, AdamSFsdpOptimizer, AdamSChainedOptimizer and HybridAdamS
-# override, and what this package's modules import by name.
+# What AdamSDistributedOptimizer, AdamSFsdpOptimizer, AdamSChainedOptimizer and HybridAdamS override
+# or call, and what this package's modules import by name.
 _RELIED_ON = (
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.optimizer_state_keys"),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.state_dict", ("self",)),
@@ -116,7 +116,7 @@ _RELIED_ON = (
     ),
 )
 
-# Likewise of megatron.training.
+# The same for megatron.training.
 _RELIED_ON_IN_TRAINING = (
     Symbol("megatron.training.checkpointing.get_args"),
     Symbol("megatron.training.training.get_args"),
@@ -231,18 +231,19 @@ def _training_hooks() -> list[Hook]:
 def register() -> None:
     """Make `--optimizer adams` known to the Megatron of this environment.
 
-    Idempotent; says in one log line what it did. Call it before Megatron parses its arguments
-    (`python -m megatron_adams.launch script.py ...` does). Where only megatron.core is
-    installed, megatron.core's API alone is prepared (`AdamSOptimizerConfig`), and the line says
+    It is idempotent, and one log line says what it did. Call it before Megatron parses its
+    arguments, as `python -m megatron_adams.launch script.py ...` does. If only megatron.core is
+    installed, it prepares only that package's API (`AdamSOptimizerConfig`), and the log line says
     so.
 
     Raises:
-        UnsupportedMegatronError: Megatron is outside the supported range, or a function that is
-            wrapped has moved or changed; nothing has been wrapped then.
+        UnsupportedMegatronError: Megatron's version is outside the supported range, or a function
+            that the plugin relies on has moved or changed. Nothing has been wrapped then.
     """
     version = megatron.core.__version__
     check_version(version)
-    # Before the hooks, whose modules import some of these by name: they would fail with less.
+    # This comes before the hooks. Their modules import some of these symbols by name, and would
+    # fail with a less helpful error.
     require(_RELIED_ON, version)
     hooks = _core_hooks()
     with_training = importlib.util.find_spec("megatron.training") is not None

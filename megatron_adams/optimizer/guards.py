@@ -1,8 +1,8 @@
-"""The RMS of each param's update, and what a cap or a target makes of it.
+"""The RMS of each param's update, and the factors that a cap or a target derives from it.
 
 A step that counts adds the squares of its updates to two integers for each param. A step with a cap
 or a target reads one factor for each param. Both stay on the params' device, so that nothing waits
-for it. Used by adams.py and plan.py. Imports torch, update.py and tensors.py.
+for the device. Used by adams.py and plan.py. Imports torch, update.py and tensors.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +15,18 @@ from megatron_adams.update import update_factors, update_rms
 
 
 class UpdateGuards:
-    """Sums and factors of the params of an optimizer; no part of its state.
+    """The sums and factors of an optimizer's params. They are not part of its state.
 
     Args:
-        params: all of them, in the order of the groups.
-        devices: where each lies.
-        whole_numels: how many elements the whole of a param has, where it is a shard.
+        params: all params, in the order of the groups.
+        devices: the device of each param.
+        whole_numels: for each param that is a shard, the number of elements of the whole param.
 
     Attributes:
-        sums_of: param -> (2,) int64, as `count_squares` counts; for a kernel to add to.
-        factor_of: param -> () fp32; for a kernel to read.
-        rms: (num_params,) fp32, of the step before its factors; set by `set_factors`.
-        factors: (num_params,) fp32, what the updates of that step are multiplied by; set by
-            `set_factors`.
+        sums_of: param -> (2,) int64, as `count_squares` returns; a kernel adds to it.
+        factor_of: param -> () fp32; a kernel reads it.
+        rms: (num_params,) fp32; the RMS of the updates before factors. Set by `set_factors`.
+        factors: (num_params,) fp32; the factors of the step. Set by `set_factors`.
     """
 
     rms: Tensor
@@ -40,7 +39,7 @@ class UpdateGuards:
         whole_numels: Mapping[Tensor, int],
     ) -> None:
         self.params = list(params)
-        # A rank can own no param, and takes part in reductions.
+        # A rank may own no param, but it takes part in reductions.
         self._device = devices[0] if devices else torch.device("cpu")
         everywhere = dict.fromkeys([self._device, *devices])
         self._sums = {
@@ -68,7 +67,7 @@ class UpdateGuards:
             sums.zero_()
 
     def sums(self) -> Tensor:
-        """What has been counted here, (num_params, 2) int64, as a copy."""
+        """Return a copy of what has been counted on this rank: (num_params, 2) int64."""
         total = self._sums[self._device].clone()
         for device, sums in self._sums.items():
             if device != self._device:
@@ -76,7 +75,7 @@ class UpdateGuards:
         return total
 
     def whole_rms(self, reduce_sums: Callable[[Tensor], None] | None) -> Tensor:
-        """The RMS of the updates of whole params, (num_params,) fp32.
+        """Return the RMS of the updates of whole params: (num_params,) fp32.
 
         Args:
             reduce_sums: turns the sums of shards into those of whole params, in place.
@@ -93,11 +92,11 @@ class UpdateGuards:
         max_rms: float | None,
         match_rms: float | None,
     ) -> None:
-        """Set the factors of the step by what has been counted, without waiting for the device.
+        """Set the step's factors from what has been counted, without waiting for the device.
 
         Args:
-            reduce_sums: as `whole_rms`.
-            max_rms, match_rms: as `update_factors`.
+            reduce_sums: as in `whole_rms`.
+            max_rms, match_rms: as in `update_factors`.
         """
         self.rms = self.whole_rms(reduce_sums)
         self.factors = update_factors(self.rms, max_rms=max_rms, match_rms=match_rms)
