@@ -92,7 +92,7 @@ def sweep(world: str) -> dict[str, Any]:
 
 
 def _optimizer(name: str | None) -> Any:
-    from megatron_adams.megatron.optimizer import AdamSChainedOptimizer
+    from megatron_adams.megatron.distributed import AdamSChainedOptimizer
 
     if name == "adams":
         return AdamSChainedOptimizer([])
