@@ -3,7 +3,8 @@
 The command line is refused before any work is done (`check_arguments`), and a configuration of
 megatron.core's API when it is made (`check_config`). What only the model shows is refused before
 its optimizer is built (`check_model`). Each error has what was given, the rule and the remedy (see
-`refusal`). What a checkpoint's files cannot do is refused where they are read, in checkpoint.py.
+`refusal`). What a checkpoint's files cannot do is refused where they are read
+(training/checkpoint.py).
 
 Imports torch, optimizer and names.py: no Megatron, so that the rules can be read by themselves.
 """

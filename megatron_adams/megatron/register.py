@@ -165,7 +165,7 @@ def _core_hooks() -> list[Hook]:
 
 
 def _training_hooks() -> list[Hook]:
-    from megatron_adams.megatron import arguments, async_save, checkpoint, training_log
+    from megatron_adams.megatron.training import arguments, async_save, checkpoint, log
 
     training = "megatron.training"
     return [
@@ -201,14 +201,14 @@ def _training_hooks() -> list[Hook]:
                 f"{training}.training.train_step",
                 ("forward_step_func", "data_iterator", "model", "optimizer"),
             ),
-            training_log.wrap_train_step,
+            log.wrap_train_step,
         ),
         Hook(
             Symbol(
                 f"{training}.training.training_log",
                 ("loss_dict", "total_loss_dict", "learning_rate", "iteration"),
             ),
-            training_log.wrap_training_log,
+            log.wrap_training_log,
         ),
         Hook(
             Symbol(f"{training}.checkpointing.load_checkpoint", ("ddp_model", "optimizer")),

@@ -1,7 +1,7 @@
 """The update RMS of Megatron's params: of whole ones, over dp and tp, and of the whole model.
 
 `connect` tells the inner AdamS how the sums of its shards become those of whole params;
-`UpdateStats.of` adds up the model. Imports megatron.core alone; training_log.py writes the log.
+`UpdateStats.of` adds up the model. Imports megatron.core alone; training/log.py writes the log.
 """
 
 from collections.abc import Iterable, Sequence

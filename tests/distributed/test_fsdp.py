@@ -359,7 +359,7 @@ def _resume(cluster: Cluster, checkpoints: Path, flags: str = "") -> Outcome:
 def test_checkpoint_that_is_overwritten_is_out_of_use_meanwhile(
     runs: dict[str, Run], tmp_path: Path
 ) -> None:
-    from megatron_adams.megatron.checkpoint import withdraw
+    from megatron_adams.megatron.training.checkpoint import withdraw
 
     checkpoints = shutil.copytree(runs["optim"].checkpoints, tmp_path / "copy")
     last = checkpoints / f"iter_{NUM_STEPS:07d}"

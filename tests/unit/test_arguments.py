@@ -13,19 +13,19 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_adams.megatron import AdamSOptimizerConfig
-from megatron_adams.megatron.arguments import (
-    wrap_add_megatron_arguments,
-    wrap_compute_weight_and_optimizer_memory,
-    wrap_print_args,
-    wrap_validate_args,
-    wrap_validate_yaml,
-)
 from megatron_adams.megatron.config import built_as_adam, stated_as_adam
 from megatron_adams.megatron.offload import sub_kernels
 from megatron_adams.megatron.refusals import (
     check_config,
     check_graph_model,
     check_offloaded_model,
+)
+from megatron_adams.megatron.training.arguments import (
+    wrap_add_megatron_arguments,
+    wrap_compute_weight_and_optimizer_memory,
+    wrap_print_args,
+    wrap_validate_args,
+    wrap_validate_yaml,
 )
 
 

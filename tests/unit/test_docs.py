@@ -13,8 +13,8 @@ from urllib.parse import unquote
 import pytest
 
 import megatron_adams
-from megatron_adams.megatron.arguments import wrap_add_megatron_arguments
 from megatron_adams.megatron.config import ADAMS
+from megatron_adams.megatron.training.arguments import wrap_add_megatron_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
