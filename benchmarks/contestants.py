@@ -138,13 +138,13 @@ class Tensors(NamedTuple):
 
     def batch(self) -> Batch:
         return Batch(
-            self.params,
-            self.grads,
-            self.exp_avgs,
-            self.mains,
-            self.exp_avg_scales,
-            self.main_scales,
-            self.fp8,
+            params=self.params,
+            grads=self.grads,
+            exp_avgs=self.exp_avgs,
+            main_params=self.mains,
+            exp_avg_scales=self.exp_avg_scales,
+            main_scales=self.main_scales,
+            fp8_scaling=self.fp8,
         )
 
 

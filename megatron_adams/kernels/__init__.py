@@ -120,15 +120,15 @@ def multi_tensor_adams(
         CompileError: the kernel cannot be compiled.
     """
     batch = Batch(
-        params,
-        grads,
-        exp_avgs,
-        main_params,
-        exp_avg_scales,
-        main_scales,
-        fp8_scaling,
-        update_sums,
-        update_factors,
+        params=params,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        main_params=main_params,
+        exp_avg_scales=exp_avg_scales,
+        main_scales=main_scales,
+        fp8_scaling=fp8_scaling,
+        update_sums=update_sums,
+        update_factors=update_factors,
     )
     scalars = Scalars(
         lr=lr,

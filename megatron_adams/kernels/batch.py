@@ -43,7 +43,7 @@ class Fp8Scaling(NamedTuple):
     scale_inv: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Tensors with the same index belong together; `multi_tensor_adams` describes the lists."""
 

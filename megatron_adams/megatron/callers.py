@@ -11,9 +11,9 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from megatron_adams.megatron.config import ADAMS
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.megatron.fused_step import FusedStepChain
+from megatron_adams.megatron.names import ADAMS
 
 
 def bound(

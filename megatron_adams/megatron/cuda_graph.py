@@ -3,11 +3,10 @@
 Megatron (0.19, core/optimizer/optimizer_cuda_graph.py) calls the step of its chain of optimizers
 for --cuda-graph-warmup-steps iterations and captures the next one. From then on it replays what the
 device was told to do, and no line of Python runs. So the device must compute everything in a step,
-from tensors that stay where they are. Settings that need the host are refused at start. Used by
-config.py, arguments.py, optimizer.py and fused_step.py.
+from tensors that stay where they are. Settings that need the host are refused at start
+(refusals.py).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,108 +16,11 @@ import torch
 from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
+from megatron_adams.megatron.refusals import GRAPH_FLAG, refusal
 from megatron_adams.optimizer import AdamS
 
-_FLAG = "--optimizer-cuda-graph"
 # The numbers that a step takes from a param group. A graph repeats those of the capture.
 _CAPTURED = ("weight_decay", "betas", "eps", "bias_correction", "adam_w_mode", "maximize")
-
-
-def _refusal(given: str, reason: str, remedy: str) -> ValueError:
-    return ValueError(f"{given} with {_FLAG}: {reason}; {remedy}")
-
-
-def check_config(config: Any) -> None:
-    """Refuse what a replay cannot follow in the fields that a configuration and arguments share.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    if not config.optimizer_cuda_graph:
-        return
-    on_host = (
-        "the host reads on each step whether it overflowed, which a CUDA graph cannot wait for"
-    )
-    remedy = "remove one of the two"
-    if config.fp16:
-        raise _refusal("--fp16", on_host, f"give --bf16, or remove {_FLAG}")
-    if config.loss_scale is not None:
-        raise _refusal(f"--loss-scale {config.loss_scale}", on_host, remedy)
-    if config.log_num_zeros_in_grad:
-        reason = "the host reads the count inside the step, which a CUDA graph cannot wait for"
-        raise _refusal("--log-num-zeros-in-grad", reason, remedy)
-    if config.optimizer_cpu_offload:
-        reason = "a CUDA graph holds nothing of what the CPU computes"
-        raise _refusal("--optimizer-cpu-offload", reason, remedy)
-    if config.overlap_param_gather_with_optimizer_step:
-        reason = "the all-gather would go on behind the end of the CUDA graph"
-        raise _refusal("--overlap-param-gather-with-optimizer-step", reason, remedy)
-
-
-def check_arguments(args: Any) -> None:
-    """Refuse what a replay cannot follow in Megatron's other arguments, before they are validated.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    if not args.optimizer_cuda_graph:
-        return
-    remedy = "remove one of the two"
-    if args.start_weight_decay != args.end_weight_decay:
-        raise _refusal(
-            f"--start-weight-decay {args.start_weight_decay} "
-            f"--end-weight-decay {args.end_weight_decay}",
-            "a CUDA graph repeats the weight decay of the step that was captured",
-            "must be equal, or remove one of the flags",
-        )
-    if args.cuda_graph_warmup_steps < 1:
-        raise _refusal(
-            f"--cuda-graph-warmup-steps {args.cuda_graph_warmup_steps}",
-            "the first step allocates the state",
-            "must be at least 1",
-        )
-    if args.timing_log_level > 0:
-        reason = "the timers inside the step wait for the device"
-        raise _refusal(f"--timing-log-level {args.timing_log_level}", reason, remedy)
-    if args.rl_offload_optimizer_during_inference:
-        reason = "a CUDA graph needs the state where it was"
-        raise _refusal("--rl-offload-optimizer-during-inference", reason, remedy)
-
-
-def check_model(config: Any, ddp_config: Any) -> None:
-    """Refuse what a replay cannot follow in settings that only a model or megatron.core's API has.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    if not config.optimizer_cuda_graph:
-        return
-    for name in ("fp8_param_gather", "fp4_param_gather"):
-        if getattr(ddp_config, name):
-            reason = "not supported, the params are quantized behind the step"
-            raise _refusal(name, reason, "remove one of the two")
-    if ddp_config.use_megatron_fsdp:
-        raise _refusal("use_megatron_fsdp", "not supported", "use use_distributed_optimizer")
-    if math.isfinite(config.grad_norm_skip_threshold):
-        raise _refusal(
-            f"grad_norm_skip_threshold={config.grad_norm_skip_threshold}",
-            "the host decides by the norm of each step, which a CUDA graph cannot wait for",
-            "must be inf, or remove one of the two",
-        )
-
-
-def check_chain(chain: Any) -> None:
-    """Refuse a chain whose grad norm the host adds up.
-
-    Raises:
-        ValueError: the chain's optimizers reduce it over different groups of ranks.
-    """
-    if len(chain.chained_optimizers) > 1 and not chain.grads_states_parallel_group_is_shared():
-        raise ValueError(
-            f"{_FLAG} with {len(chain.chained_optimizers)} optimizers that sum the grad norm over "
-            "different ranks: not supported, the host adds the sums; add "
-            "--use-distributed-optimizer, or remove the flag"
-        )
 
 
 class GradKeeper:
@@ -228,10 +130,11 @@ class Captured:
         for captured, now in zip(self._numbers, _numbers_of(groups), strict=True):
             for name, value in captured.items():
                 if now[name] != value:
-                    raise ValueError(
-                        f"{name}={now[name]} with {_FLAG}: must stay {value}, which the CUDA graph "
-                        "of the optimizer repeats; keep it constant (a checkpoint's scheduler can "
-                        f"set it, too: --override-opt_param-scheduler), or remove {_FLAG}"
+                    raise refusal(
+                        f"{name}={now[name]} with {GRAPH_FLAG}",
+                        f"must stay {value}, which the CUDA graph of the optimizer repeats",
+                        "keep it constant (a checkpoint's scheduler can set it, too: "
+                        f"--override-opt_param-scheduler), or remove {GRAPH_FLAG}",
                     )
 
 

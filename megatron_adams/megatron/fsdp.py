@@ -3,8 +3,7 @@
 The inner optimizer's params are Megatron-FSDP's main params, as DTensors. (With no_shard in one
 dtype, they are the model's params.) A rank holds some rows of a param, all of them, or none.
 exp_avg is a DTensor with the same placement. The buffers, shards and main params that
-DistributedOptimizer has without FSDP do not exist here. Used by optimizer.py, arguments.py,
-checkpoint.py, update_rms.py and training_log.py.
+DistributedOptimizer has without FSDP do not exist here. refusals.py refuses what contradicts it.
 """
 
 import logging
@@ -15,20 +14,14 @@ import torch
 from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.utils import log_single_rank
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megatron_adams.checkpoint import continued_from_adam
-from megatron_adams.megatron.config import (
-    RATES,
-    AdamSOptimizerConfig,
-    dtype_name,
-    other_rates,
-)
-from megatron_adams.optimizer import HYPERPARAMETERS
+from megatron_adams.megatron.names import RATES
+from megatron_adams.megatron.refusals import rates_refusal
+from megatron_adams.optimizer import HYPERPARAMETERS, AdamS, local_part
 
 logger = logging.getLogger(__name__)
 
-FSDP_FORMAT = "fsdp_dtensor"
 # Keys of a param group that a run from an Adam checkpoint does not take from it: those with values
 # of its own, and `step`, which Adam may keep elsewhere.
 _NOT_FROM_ADAM = (*HYPERPARAMETERS, "step", *RATES)
@@ -41,6 +34,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
     every exp_avg in fp32, whatever dtype it is kept in, so it can be loaded into any precision.
     """
 
+    optimizer: AdamS
     optimizer_state_keys = ("exp_avg",)
 
     # Set while Adam's state is loaded: see take_from_adam.
@@ -98,7 +92,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
             rates = {key: own[name][key] for key in RATES if key in own[name]}
             if any(saved[name].get(key) != rate for key, rate in rates.items()):
                 if not self.config.override_opt_param_scheduler:
-                    raise other_rates(own[name], saved[name])
+                    raise rates_refusal(own[name], saved[name])
                 metas[name] = {**saved[name], **rates}
         return metas
 
@@ -161,7 +155,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         model_dtype = torch.bfloat16 if self.config.bf16 else torch.float32
         return self.ddp_config.megatron_fsdp_main_grads_dtype or model_dtype
 
-    def describe(self) -> str:
+    def describe_passes(self) -> str:
         """Say which of Megatron's passes the step takes over: none."""
         strategy = self.ddp_config.data_parallel_sharding_strategy
         return (
@@ -194,130 +188,3 @@ def wrap_handle_swiglu_in_state_dict(original: Callable[..., Any]) -> Callable[.
         return model_state_dict, split
 
     return handle_swiglu_in_state_dict
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return a rank's part of a DTensor; return any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def check_fsdp(config: AdamSOptimizerConfig, model_chunks: Any) -> None:
-    """Refuse a configuration of the optimizer that does not fit Megatron-FSDP's model.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    if len(model_chunks) > 1:
-        raise ValueError(
-            f"{len(model_chunks)} model chunks with Megatron-FSDP: must be one, its device mesh "
-            f"has no pipeline stages; build the model in one chunk"
-        )
-    is_decoupled = model_chunks[0].ddp_config.megatron_fsdp_use_decoupled_grad
-    if is_decoupled != config.use_precision_aware_optimizer:
-        raise ValueError(
-            f"megatron_fsdp_use_decoupled_grad={is_decoupled} in the model's ddp_config with "
-            f"use_precision_aware_optimizer={config.use_precision_aware_optimizer}: must be the "
-            f"same, or the optimizer finds no gradients; change one of them"
-        )
-
-
-def check_fsdp_arguments(args: Any) -> None:
-    """Refuse flags that contradict Megatron-FSDP, or that it ignores silently.
-
-    Args:
-        args: Megatron's arguments, with --use-megatron-fsdp.
-    Raises:
-        ValueError: naming the flag.
-    """
-    fsdp = "with --use-megatron-fsdp"
-    if args.ckpt_format != FSDP_FORMAT:
-        raise ValueError(
-            f"--ckpt-format {args.ckpt_format} {fsdp}: must be {FSDP_FORMAT}; add --ckpt-format "
-            f"{FSDP_FORMAT}"
-        )
-    if args.pipeline_model_parallel_size > 1:
-        raise ValueError(
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} {fsdp}: must be "
-            f"1, Megatron-FSDP's device mesh has no pipeline stages; use "
-            f"--use-distributed-optimizer"
-        )
-    if args.num_distributed_optimizer_instances > 1:
-        raise ValueError(
-            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} "
-            f"{fsdp}: not supported; remove one of the two"
-        )
-    if args.optimizer_cpu_offload:
-        raise ValueError(
-            f"--optimizer-cpu-offload {fsdp}: not supported, the params are DTensors; remove one "
-            f"of the two"
-        )
-    for name in ("main_params_dtype", "main_grads_dtype"):
-        if (dtype := dtype_name(getattr(args, name))) != "fp32":
-            flag = name.replace("_", "-")
-            raise ValueError(
-                f"--{flag} {dtype} {fsdp}: Megatron-FSDP has a flag of its own for it; give "
-                f"--megatron-fsdp-{flag} {dtype} instead"
-            )
-    if args.adams_no_param_remainders:
-        raise ValueError(
-            f"--adams-no-param-remainders {fsdp}: there are no remainders, Megatron-FSDP keeps the "
-            f"main params; remove the flag"
-        )
-    _check_gated_layers(args)
-    loads_optimizer = args.load is not None and not (args.finetune or args.no_load_optim)
-    if loads_optimizer and not args.strict_fsdp_dtensor_load:
-        raise ValueError(
-            f"--no-strict-fsdp-dtensor-load {fsdp}: momentum that the checkpoint lacks would "
-            f"silently start at zero; remove the flag, or load the weights alone with "
-            f"--no-load-optim"
-        )
-    _check_fsdp_dtypes(args)
-
-
-def _check_gated_layers(args: Any) -> None:
-    """Refuse, at start, checkpoints that Megatron would fail at later."""
-    flag = "--save" if args.save is not None else "--load" if args.load is not None else None
-    if not args.swiglu or flag is None:
-        return
-    words = f"--swiglu and {flag} with --use-megatron-fsdp"
-    if not (args.bf16 or args.fp16):
-        raise ValueError(
-            f"{words} in fp32: Megatron fails where it splits gated layers for a checkpoint; add "
-            f"--bf16 or --fp16, or remove {flag}"
-        )
-    if args.data_parallel_sharding_strategy == "no_shard":
-        raise ValueError(
-            f"{words} and --data-parallel-sharding-strategy no_shard: Megatron fails where it "
-            f"splits gated layers for a checkpoint; give another strategy, or remove {flag}"
-        )
-
-
-def _check_fsdp_dtypes(args: Any) -> None:
-    model = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    main_params, main_grads = (
-        "auto" if dtype is None else dtype_name(dtype)
-        for dtype in (args.megatron_fsdp_main_params_dtype, args.megatron_fsdp_main_grads_dtype)
-    )
-    params_flag = f"--megatron-fsdp-main-params-dtype {main_params}"
-    grads_flag = f"--megatron-fsdp-main-grads-dtype {main_grads}"
-    params_dtype = model if main_params == "auto" else main_params
-    grads_dtype = model if main_grads == "auto" else main_grads
-    if args.use_precision_aware_optimizer:
-        if grads_dtype == "fp16" and args.clip_grad > 0:
-            raise ValueError(
-                f"{grads_flag} in {model} with --use-precision-aware-optimizer: Megatron clips "
-                f"fp32 and bf16 gradients only; give --megatron-fsdp-main-grads-dtype fp32"
-            )
-        return
-    if params_dtype != "fp32" and args.clip_grad > 0:
-        raise ValueError(
-            f"{params_flag} in {model}: the gradients get the dtype of the main params, and "
-            f"Megatron clips fp32 gradients only; add --use-precision-aware-optimizer, or remove "
-            f"the flag"
-        )
-    if main_params == "auto" and grads_dtype != params_dtype:
-        raise ValueError(
-            f"{grads_flag} with {params_flag} in {model}: there are no main params, whose dtype "
-            f"the gradients would get, and torch takes gradients in the dtype of the param alone; "
-            f"add --use-precision-aware-optimizer, or remove one of the flags"
-        )

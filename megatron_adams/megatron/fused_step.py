@@ -6,8 +6,8 @@ factor for the gradients instead, and only reads them. It writes the model param
 main params. The bits are the same: a loss scale that is a power of two changes no rounding above
 fp32's smallest normal number, and Megatron's copy rounds as the step does.
 
-Megatron makes its own passes if something needs them: see `why_gradients_are_scaled` and
-`FusedStepOptimizer.why_params_are_copied`. The classes in optimizer.py derive from these.
+Megatron's own passes are kept where something needs them: see `why_gradients_are_scaled` and
+`FusedStepOptimizer.why_params_are_copied`. The classes in distributed.py derive from these.
 """
 
 import logging
@@ -22,7 +22,9 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from torch import Tensor
 
 from megatron_adams.megatron import cuda_graph
-from megatron_adams.optimizer import fp8_memory
+from megatron_adams.megatron.inner import InnerAdamS
+from megatron_adams.megatron.refusals import check_graph_chain
+from megatron_adams.optimizer import AdamS, fp8_memory
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,9 @@ class FusedStepOptimizer(DistributedOptimizer):
     once the inner optimizer is in place.
     """
 
-    # While a step leaves scaling to the inner optimizer: what the gradients have yet to be
-    # multiplied by.
+    optimizer: InnerAdamS
+    # What the gradients have still to be multiplied by, while a step leaves that to the inner
+    # optimizer.
     _grad_scale: float | Tensor | None = None
     # True while a step runs whose inner optimizer writes the model params.
     _params_are_written = False
@@ -53,8 +56,9 @@ class FusedStepOptimizer(DistributedOptimizer):
                     # Megatron leaves None there, and then --log-params-norm would skip the param.
                     vars(model_param).pop("main_param", None)
         if self.why_params_are_copied() is None and not self.has_main_params_inside():
-            # These tensors live as long as the model. If Megatron offloads param buffers or main
-            # params to the CPU, it exchanges the memory behind the tensors.
+            assert isinstance(self.optimizer, AdamS)
+            # These tensors live as long as the model: where Megatron offloads param buffers or main
+            # params to the CPU, it exchanges the memory behind them.
             self.optimizer.model_params = {
                 main_param: self._param_buffer_shard(model_param)
                 for model_param, main_param in _pairs(
@@ -166,7 +170,10 @@ class FusedStepChain(ChainedOptimizer):
         Raises:
             ValueError: it cannot be captured.
         """
-        cuda_graph.check_chain(self)
+        check_graph_chain(
+            len(self.chained_optimizers),
+            shares_groups=self.grads_states_parallel_group_is_shared(),
+        )
         self._captured = cuda_graph.Captured()
         for part in self.chained_optimizers:
             if not part.is_stub_optimizer:
@@ -187,6 +194,15 @@ class FusedStepChain(ChainedOptimizer):
                 return super().step()
             with _deferred(self.chained_optimizers):
                 return super().step()
+
+    def describe_passes(self) -> str:
+        """Say which of Megatron's passes the step takes over, and why not the others."""
+        scaled = why_gradients_are_scaled(self)
+        copied = next(filter(None, map(_why_params_are_copied, self.chained_optimizers)), None)
+        return (
+            f"gradients are clipped and unscaled {_where(scaled)}, model params are written "
+            f"{_where(copied)}"
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients. Every iteration begins with this, also one that replays."""
@@ -246,10 +262,16 @@ def why_gradients_are_scaled(chain: ChainedOptimizer) -> str | None:
     inv_scales = {part.inv_scale() for part in parts}
     if len(inv_scales) != 1:
         return "dense parameters and experts have loss scales of their own, which differ"
-    if math.frexp(*inv_scales)[0] != 0.5:
+    (inv_scale,) = inv_scales
+    if not _is_power_of_two(inv_scale):
         # gradient * inv_scale would be rounded before it is clipped.
         return "the loss scale is not a power of two"
     return None
+
+
+def _is_power_of_two(value: float) -> bool:
+    mantissa, _ = math.frexp(value)
+    return mantissa == 0.5
 
 
 class _Deferral(NamedTuple):
@@ -340,16 +362,6 @@ def _deferring_part(parameters: Sequence[Tensor]) -> FusedStepOptimizer | None:
         if ids == [id(param) for param in part.get_parameters()]:
             return part
     return None
-
-
-def describe(chain: ChainedOptimizer) -> str:
-    """Say which of Megatron's passes the step of a chain takes over, and why not the others."""
-    scaled = why_gradients_are_scaled(chain)
-    copied = next(filter(None, map(_why_params_are_copied, chain.chained_optimizers)), None)
-    return (
-        f"gradients are clipped and unscaled {_where(scaled)}, model params are written "
-        f"{_where(copied)}"
-    )
 
 
 def _why_params_are_copied(part: Any) -> str | None:

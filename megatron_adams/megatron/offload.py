@@ -3,7 +3,7 @@
 Megatron (0.19) knows two classes of sub-optimizers: Adam and, for every other name, SGD. Here both
 are AdamS, in the precisions of the run. An offloaded param has a copy in host memory. AdamS updates
 the copy, with the CPU's kernel, as it would have updated the param, so offloading changes no bit.
-optimizer.py builds it.
+adopt.py builds it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from megatron_adams.megatron.config import AdamSOptimizerConfig
+from megatron_adams.megatron.inner import params_of
 from megatron_adams.optimizer import AdamS
 
 
@@ -25,20 +26,6 @@ def sub_kernels(kernel: str) -> tuple[str, str]:
     A kernel for one device applies to that device only; the other uses its default.
     """
     return "auto" if kernel == "cuda" else kernel, "auto" if kernel == "host" else kernel
-
-
-def refuse_quantized(config: AdamSOptimizerConfig, ddp_config: Any) -> None:
-    """Refuse to offload params that are stored in 8 or 4 bits.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    for name in ("fp8_param_gather", "fp4_param_gather"):
-        if config.optimizer_cpu_offload and getattr(ddp_config, name):
-            raise ValueError(
-                f"--optimizer-cpu-offload with {name}: not supported, the CPU has no copies of "
-                f"quantized params; remove one of the two"
-            )
 
 
 class HybridAdamS(HybridDeviceOptimizer):
@@ -105,8 +92,7 @@ class HybridAdamS(HybridDeviceOptimizer):
         Returns:
             CPU groups, GPU groups, param -> CPU copy, CPU copy -> param, param -> fp32 copy (none).
         """
-        params = [param for group in self.param_groups for param in group["params"]]
-        threshold = offload_fraction * sum(param.numel() for param in params)
+        threshold = offload_fraction * sum(param.numel() for param in params_of(self))
         num_offloaded = 0
         copies: dict[Tensor, Tensor] = {}
         cpu_groups: list[dict[str, Any]] = []
@@ -139,9 +125,8 @@ class HybridAdamS(HybridDeviceOptimizer):
             grad_scale: as in `AdamS.step`.
         """
         assert closure is None
-        for group in self.param_groups:
-            for param in group["params"]:
-                self.initialize_state(param)
+        for param in params_of(self):
+            self.initialize_state(param)
         for optimizer in self.sub_optimizers:
             optimizer.wants_update_rms = self.wants_update_rms
         # Pass on the scheduler's lr and weight decay, and the step, which is counted here.
@@ -163,21 +148,21 @@ class HybridAdamS(HybridDeviceOptimizer):
 
     @property
     def is_counted(self) -> bool:
-        """See AdamS. All sub-optimizers take the same steps."""
+        """See InnerAdamS. All sub-optimizers take the same steps."""
         return all(optimizer.is_counted for optimizer in self.sub_optimizers)
 
     def forget_update_rms(self) -> None:
-        """See AdamS."""
+        """See InnerAdamS."""
         for optimizer in self.sub_optimizers:
             optimizer.forget_update_rms()
 
     def update_sums(self) -> Tensor:
-        """See AdamS. The result is for the params given, on the CPU."""
+        """See InnerAdamS. The result is for the params given, on the CPU."""
         sums = [optimizer.update_sums() for optimizer in self.sub_optimizers]
         return self._in_order(sums, torch.zeros(0, 2, dtype=torch.int64, device="cpu"))
 
     def update_factors(self) -> Tensor:
-        """See AdamS. The result is for the params given, on the CPU."""
+        """See InnerAdamS. The result is for the params given, on the CPU."""
         factors = [optimizer.update_factors() for optimizer in self.sub_optimizers]
         return self._in_order(factors, torch.ones(0, dtype=torch.float32, device="cpu"))
 
@@ -185,13 +170,13 @@ class HybridAdamS(HybridDeviceOptimizer):
         """Put the sub-optimizers' values for their params into the order of the params given."""
         of_inner: dict[Tensor, Tensor] = {}
         for optimizer, own in zip(self.sub_optimizers, values, strict=True):
-            of_inner.update(zip(_params_of(optimizer), own.cpu(), strict=True))
-        rows = [of_inner[self.param_to_inner_param[param]] for param in _params_of(self)]
+            of_inner.update(zip(params_of(optimizer), own.cpu(), strict=True))
+        rows = [of_inner[self.param_to_inner_param[param]] for param in params_of(self)]
         return torch.stack(rows) if rows else empty
 
     @property
     def whole_numels(self) -> dict[Tensor, int]:
-        """See AdamS."""
+        """See InnerAdamS."""
         return self._whole_numels
 
     @whole_numels.setter
@@ -216,11 +201,11 @@ class HybridAdamS(HybridDeviceOptimizer):
         sums = self.update_sums()
         if self.reduce_update_sums is not None:
             self.reduce_update_sums(sums)
-        inner_params = [self.param_to_inner_param[param] for param in _params_of(self)]
+        inner_params = [self.param_to_inner_param[param] for param in params_of(self)]
         of_inner = dict(zip(inner_params, sums, strict=True))
         for optimizer in self.sub_optimizers:
-            whole = torch.stack([of_inner[inner] for inner in _params_of(optimizer)])
-            optimizer.reduce_update_sums = partial(torch.Tensor.copy_, other=whole)
+            whole = torch.stack([of_inner[inner] for inner in params_of(optimizer)])
+            optimizer.reduce_update_sums = _replacing_by(whole)
 
     def _set_sub_optimizer_grads(self) -> None:
         """Copy the offloaded params' gradients to the CPU, in their own dtype.
@@ -246,7 +231,7 @@ class HybridAdamS(HybridDeviceOptimizer):
         return self._owners[inner], inner
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
-        """See AdamS."""
+        """See InnerAdamS."""
         return self._groups_owner.state_dtypes(param)
 
     @torch.no_grad()
@@ -263,7 +248,7 @@ class HybridAdamS(HybridDeviceOptimizer):
         self.state[param] = dict(optimizer.state[inner])
 
     def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
-        """See AdamS. The result is on the device where the state is kept."""
+        """See InnerAdamS."""
         optimizer, inner = self._home(param)
         return optimizer.get_unscaled_state(inner, name)
 
@@ -288,7 +273,7 @@ class HybridAdamS(HybridDeviceOptimizer):
     def compile_kernels(
         self, grad_dtype: torch.dtype | None = None, *, counts_updates: bool = False
     ) -> None:
-        """See AdamS. Compiles for both devices."""
+        """See InnerAdamS. Compiles for both devices."""
         for optimizer in self.sub_optimizers:
             optimizer.compile_kernels(grad_dtype, counts_updates=counts_updates)
 
@@ -321,8 +306,13 @@ class HybridAdamS(HybridDeviceOptimizer):
         """Do nothing. Megatron calls it after `set_scaled_state` has stored loaded state."""
 
 
-def _params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
+def _replacing_by(whole: Tensor) -> Callable[[Tensor], None]:
+    """A `reduce_update_sums` for sums that have been reduced already."""
+
+    def replace(sums: Tensor) -> None:
+        sums.copy_(whole)
+
+    return replace
 
 
 def _like_on_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:

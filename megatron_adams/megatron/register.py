@@ -104,7 +104,6 @@ _RELIED_ON = (
     ),
     Symbol("megatron.core.tensor_parallel.layers.param_is_not_gtp_duplicate", ("param",)),
     Symbol("megatron.core.transformer.module.param_is_not_shared", ("param",)),
-    Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.grads_states_parallel_group_is_shared", ("self",)),
     Symbol(f"{_OPTIMIZERS}.MegatronOptimizer.get_grad_stats_parallel_group", ("self",)),
     Symbol("megatron.core.models.mimo.model.base.MimoModel"),
     Symbol("megatron.core.utils.log_single_rank"),
@@ -128,17 +127,17 @@ _RELIED_ON_IN_TRAINING = (
 
 
 def _core_hooks() -> list[Hook]:
-    from megatron_adams.megatron import datasets, fsdp, fused_step, optimizer
+    from megatron_adams.megatron import adopt, datasets, fsdp, fused_step
 
     clip_grads = "megatron.core.optimizer.clip_grads"
     return [
         Hook(
             Symbol("megatron.core.optimizer.get_megatron_optimizer", ("config", "model_chunks")),
-            optimizer.wrap_get_megatron_optimizer,
+            adopt.wrap_get_megatron_optimizer,
         ),
         Hook(
             Symbol("megatron.core.optimizer._get_megatron_emerging_optimizer", ("config",)),
-            optimizer.wrap_get_megatron_emerging_optimizer,
+            adopt.wrap_get_megatron_emerging_optimizer,
         ),
         Hook(
             Symbol(f"{clip_grads}.get_grad_norm_fp32", ("grads_for_norm",)),
@@ -166,7 +165,7 @@ def _core_hooks() -> list[Hook]:
 
 
 def _training_hooks() -> list[Hook]:
-    from megatron_adams.megatron import arguments, async_save, checkpoint, training_log
+    from megatron_adams.megatron.training import arguments, async_save, checkpoint, log
 
     training = "megatron.training"
     return [
@@ -202,14 +201,14 @@ def _training_hooks() -> list[Hook]:
                 f"{training}.training.train_step",
                 ("forward_step_func", "data_iterator", "model", "optimizer"),
             ),
-            training_log.wrap_train_step,
+            log.wrap_train_step,
         ),
         Hook(
             Symbol(
                 f"{training}.training.training_log",
                 ("loss_dict", "total_loss_dict", "learning_rate", "iteration"),
             ),
-            training_log.wrap_training_log,
+            log.wrap_training_log,
         ),
         Hook(
             Symbol(f"{training}.checkpointing.load_checkpoint", ("ddp_model", "optimizer")),

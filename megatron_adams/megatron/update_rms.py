@@ -1,13 +1,13 @@
 """The update RMS of whole params, over dp and tp ranks, and of the whole model.
 
 `connect` gives the inner AdamS a function that turns the sums of its shards into those of whole
-params. `UpdateStats.of` adds up the whole model. training_log.py writes the log. Of Megatron, this
+params. `UpdateStats.of` adds up the whole model. training/log.py writes the log. Of Megatron, this
 module imports only megatron.core.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
@@ -17,6 +17,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
+from megatron_adams.megatron.inner import InnerAdamS
 from megatron_adams.update import update_rms
 
 
@@ -142,23 +143,47 @@ class UpdateStats:
 
     @classmethod
     def _from(cls, total: Tensor) -> Self:
-        *_, numel, num_scaled, num_tensors, num_counted = total.tolist()
-        numels = torch.tensor(numel, dtype=torch.int64, device="cpu")
-        rms = update_rms(total[:2].cpu(), numels).item()
-        return cls(rms if num_counted else None, num_scaled, num_tensors)
+        counts = _Counts(*total.cpu())
+        rms = update_rms(torch.stack([counts.squares, counts.num_not_finite]), counts.numel)
+        return cls(
+            rms=rms.item() if counts.num_parts else None,
+            num_scaled=int(counts.num_scaled),
+            num_tensors=int(counts.num_tensors),
+        )
+
+
+class _Counts(NamedTuple):
+    """What is added up over the parts of a chain and over ranks.
+
+    Attributes:
+        squares: sum of the squares of all updates, in the units of `count_squares` (update.py).
+        num_not_finite: elements that are infinite or NaN.
+        numel: all elements.
+        num_scaled: tensors whose update had another factor than 1.
+        num_tensors: all tensors.
+        num_parts: parts whose last step has counted.
+    """
+
+    squares: Any = 0
+    num_not_finite: Any = 0
+    numel: Any = 0
+    num_scaled: Any = 0
+    num_tensors: Any = 0
+    num_parts: Any = 0
+
+    def stacked(self) -> Tensor:
+        """Return them as one tensor, (6,) int64 on the current device."""
+        device = torch.cuda.current_device()
+        return torch.stack(
+            [torch.as_tensor(each, dtype=torch.int64, device=device) for each in self]
+        )
 
 
 def _count(part: Any) -> Tensor:
-    """Count the updates of a part on this rank.
-
-    Returns:
-        (6,) int64: the two numbers of `count_squares`, then the numbers of elements, of scaled
-        tensors, of tensors, and of parts that counted.
-    """
+    """What a part adds to `_Counts`, see `_Counts.stacked`."""
     device = torch.cuda.current_device()
-    total = torch.zeros(6, dtype=torch.int64, device=device)
     if part.is_stub_optimizer or not part.optimizer.is_counted:
-        return total
+        return _Counts().stacked()
     params = _params_of(part)
     tp_rank = {
         group: group.rank() for group in dict.fromkeys(_tp_group(part, param) for param in params)
@@ -179,12 +204,15 @@ def _count(part: Any) -> Tensor:
     ]
     counted = torch.tensor(counts, dtype=torch.bool, device=device)
     is_head = torch.tensor(heads, dtype=torch.bool, device=device)
-    total[:2] = part.optimizer.update_sums().to(device)[counted].sum(dim=0)
-    total[2] = sum(param.numel() for param, count in zip(params, counts, strict=True) if count)
-    total[3] = ((part.optimizer.update_factors().to(device) != 1) & is_head).sum()
-    total[4] = sum(heads)
-    total[5] = 1
-    return total
+    squares, num_not_finite = part.optimizer.update_sums().to(device)[counted].sum(dim=0)
+    return _Counts(
+        squares=squares,
+        num_not_finite=num_not_finite,
+        numel=sum(param.numel() for param, count in zip(params, counts, strict=True) if count),
+        num_scaled=((part.optimizer.update_factors().to(device) != 1) & is_head).sum(),
+        num_tensors=sum(heads),
+        num_parts=1,
+    ).stacked()
 
 
 def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
@@ -193,11 +221,11 @@ def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
     The mesh of a dense param has all ranks. The mesh of an expert's has the ranks that have this
     expert. If a mesh has no tp dimension, all tp ranks have the same param.
     """
-    total = torch.zeros(6, dtype=torch.int64, device=torch.cuda.current_device())
     if part.is_stub_optimizer or not part.optimizer.is_counted:
-        return total
+        return _Counts().stacked()
     params = _params_of(part)
     sums = part.optimizer.update_sums()
+    assert part.optimizer.reduce_update_sums is not None
     part.optimizer.reduce_update_sums(sums)
     counts = [
         not any(param.device_mesh.get_coordinate())
@@ -205,12 +233,15 @@ def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
         for param in params
     ]
     counted = torch.tensor(counts, dtype=torch.bool, device=sums.device)
-    total[:2] = sums[counted].sum(dim=0)
-    total[2] = sum(param.numel() for param, count in zip(params, counts, strict=True) if count)
-    total[3] = ((part.optimizer.update_factors() != 1) & counted).sum()
-    total[4] = sum(counts)
-    total[5] = 1
-    return total
+    squares, num_not_finite = sums[counted].sum(dim=0)
+    return _Counts(
+        squares=squares,
+        num_not_finite=num_not_finite,
+        numel=sum(param.numel() for param, count in zip(params, counts, strict=True) if count),
+        num_scaled=((part.optimizer.update_factors() != 1) & counted).sum(),
+        num_tensors=sum(counts),
+        num_parts=1,
+    ).stacked()
 
 
 def _params_of(part: Any) -> list[Any]:
@@ -253,8 +284,8 @@ def _tp_size(part: Any, param: Any) -> int:
     return int(_tp_group(part, param).size()) if _is_split(param) else 1
 
 
-def inner_optimizers(optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> Iterable[Any]:
-    """Return the AdamS of each of Megatron's optimizers that has one."""
+def inner_optimizers(optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> list[InnerAdamS]:
+    """The AdamS of each of Megatron's optimizers that has one."""
     is_fsdp = isinstance(optimizer, AdamSFsdpOptimizer)
     parts = [optimizer] if is_fsdp else optimizer.chained_optimizers
     return [part.optimizer for part in parts if not part.is_stub_optimizer]
