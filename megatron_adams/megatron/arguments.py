@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_adams.megatron import cuda_graph
+from megatron_adams.megatron import cuda_graph, gpu_memory
 from megatron_adams.megatron.callers import asks_for_adams
 from megatron_adams.megatron.config import (
     ADAMS,
@@ -126,6 +126,7 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             help="Keep fp32 main params as they are. The precision-aware optimizer keeps of a bf16 "
             "param's main param the 16 bits that the param lacks, and loses nothing.",
         )
+        gpu_memory.add_argument(group)
         return parser
 
     return add_megatron_arguments
