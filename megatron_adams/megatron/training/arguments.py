@@ -28,6 +28,7 @@ from megatron_adams.megatron.refusals import (
     exp_avg_sq_refusal,
     yaml_refusal,
 )
+from megatron_adams.megatron.training import gpu_memory
 from megatron_adams.update import update_bound
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -117,6 +118,7 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             help="Keep fp32 main params as they are. The precision-aware optimizer keeps of a bf16 "
             "param's main param the 16 bits that the param lacks, and loses nothing.",
         )
+        gpu_memory.add_argument(group)
         return parser
 
     return add_megatron_arguments
