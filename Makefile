@@ -9,6 +9,7 @@ RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 BIN := $(if $(VENV),$(VENV)/bin/)
 # TransformerEngine's Python code, which only some tests see: tests/distributed/with_te.
 WITH_TE := $(if $(VENV),$(VENV)/transformer-engine/.complete,)
+CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/*.h
 
 # Two tests at a time on two cores. More than four hold up each other: each test may start processes.
 # A file's tests stay together, as they share runs.
@@ -55,6 +56,7 @@ lint: $(SETUP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(BIN)clang-format --dry-run -Werror $(wildcard $(CPP))
 	$(BIN)hadolint docker/*.Dockerfile
 	$(RUN) -m yamllint --strict .github .pre-commit-config.yaml .yamllint.yaml examples/jobs
 

@@ -1,7 +1,8 @@
-"""What step.py times: AdamS in every mode, its memory stream, a copy, and the optimizers of others.
+"""What step.py times: AdamS in every mode, its memory stream, a copy, and other optimizers.
 
-A contestant's `step` updates tensors that all contestants of a mode share, so that all of them
-meet the same pages; each has its own state, but for the stream, which leaves every number as it is.
+The contestants of a mode share the tensors that their `step` updates, so that all of them use the
+same pages of memory. Each has its own state. The stream needs none, because it leaves every number
+as it is.
 """
 
 import ctypes
@@ -41,7 +42,7 @@ DTYPES = {
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 BF16 = Mode("bf16", "bf16", "bf16", "none")
 MIXED = Mode("fp32", "bf16", "fp32", "fp32")
-"""Megatron's default bf16 training."""
+"""The mode of Megatron's default bf16 training."""
 REMAINDER = Mode("fp32", "bf16", "fp32", "remainder")
 BF16_REMAINDER = Mode("bf16", "bf16", "bf16", "remainder")
 FP8_PARAMS = Mode("bf16", "e4m3", "fp32", "fp32")
@@ -63,7 +64,7 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": LR, "betas": BETAS, "weight_decay": WEI
 ADAMS, TUNED, STREAM, COPY = "AdamS", "AdamS, tuned", "stream", "copy"
 FUSED, FOREACH = "torch AdamW, fused", "torch AdamW, foreach"
 APEX_SHAPE = "Adam in Apex's launch shape"
-# What a copy reads, and writes: more than any cache holds.
+# How many bytes a copy reads, and writes: more than any cache holds.
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 Step = Callable[[], object]
@@ -74,11 +75,10 @@ class Contestant:
     """A step to be timed.
 
     Attributes:
-        name: in tables and plots.
-        step: what is timed.
-        num_bytes: what it has to read and write; foreach implementations, and updates that are
-            followed by a copy, move more than their algorithm needs, and that counts here only
-            where it is a pass of its own.
+        name: its name in tables and plots.
+        step: the function that is timed.
+        num_bytes: the bytes that it has to read and write. A copy that follows the update counts.
+            What a foreach implementation moves more than its algorithm needs does not.
     """
 
     name: str
@@ -87,16 +87,16 @@ class Contestant:
 
 
 def bytes_per_param(mode: Mode) -> int:
-    """What an AdamS step reads and writes of the full-size tensors, in bytes a parameter.
+    """Return how many bytes per parameter an AdamS step reads and writes, scalars left out.
 
-    Scaled state is measured before it is written, which reads everything a second time.
+    Scaled state is measured before it is written, so everything is read twice.
     """
     read, written = (sum(side.values()) for side in traffic(mode))
     return read + written + (read if mode.is_scaled else 0)
 
 
 def traffic(mode: Mode) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes a parameter that one pass of a mode's kernel reads and writes, by `Batch.columns`."""
+    """Return the bytes per parameter that one pass reads and writes, by `Batch.columns`."""
     widths = _widths(mode)
     is_read = {**widths, "params": widths["params"] if reads_param(mode) else 0}
     return is_read, {**widths, "grads": 0}
@@ -112,12 +112,12 @@ def _widths(mode: Mode) -> dict[str, int]:
 
 
 def reads_param(mode: Mode) -> bool:
-    """Whether the master weight is in the param, wholly or in part."""
+    """Whether param holds the main param or its upper half."""
     return mode.main in ("none", "remainder")
 
 
 class Tensors(NamedTuple):
-    """The tensors of a mode, in lists of one kind each; what has one index is (numel,) each."""
+    """The tensors of a mode, one list for each kind. Those with one index are (numel,) each."""
 
     mode: Mode
     grads: list[Tensor]
@@ -138,25 +138,25 @@ class Tensors(NamedTuple):
 
     def batch(self) -> Batch:
         return Batch(
-            self.params,
-            self.grads,
-            self.exp_avgs,
-            self.mains,
-            self.exp_avg_scales,
-            self.main_scales,
-            self.fp8,
+            params=self.params,
+            grads=self.grads,
+            exp_avgs=self.exp_avgs,
+            main_params=self.mains,
+            exp_avg_scales=self.exp_avg_scales,
+            main_scales=self.main_scales,
+            fp8_scaling=self.fp8,
         )
 
 
 def make_tensors(mode: Mode, numels: Sequence[int], device: torch.device) -> Tensors:
-    """Random gradients and weights, and an exp_avg like one of training; every page written."""
+    """Make random gradients and params, and an exp_avg as in training. Every page is written."""
     generator = torch.Generator(device).manual_seed(0)
     columns = zip(*(_make_one(mode, numel, generator) for numel in numels), strict=True)
     return Tensors(mode, *(None if column[0] is None else list(column) for column in columns))
 
 
 def _make_one(mode: Mode, numel: int, generator: torch.Generator) -> tuple[Any, ...]:
-    """One of each list of `Tensors`."""
+    """Make one tensor for each list of `Tensors`."""
     device = generator.device
 
     def random(scale: float) -> Tensor:
@@ -188,7 +188,7 @@ def _make_one(mode: Mode, numel: int, generator: torch.Generator) -> tuple[Any, 
 
 
 def adams(tensors: Tensors) -> Contestant:
-    """AdamS: the optimizer where it has the mode, otherwise the function that its step calls."""
+    """Return AdamS as a contestant: for fp32 and mixed, the optimizer; else what its step calls."""
     mode = tensors.mode
     backend = "cuda" if tensors.device.type == "cuda" else "host"
     num_bytes = bytes_per_param(mode) * tensors.numel
@@ -245,10 +245,10 @@ SCALARS = Scalars(
 def adams_kernel(
     name: str, tensors: Tensors, tuning: Tuning | None = None, chunk: int | None = None
 ) -> Contestant:
-    """The launches of a step alone, with other constants than the product's.
+    """Return a contestant that only launches the kernel, with the given constants.
 
     Args:
-        tuning, chunk: None: the product's.
+        tuning, chunk: None means the product's.
     """
     from megatron_adams.kernels import cuda
     from megatron_adams.kernels.batch import update_table
@@ -259,7 +259,7 @@ def adams_kernel(
 
     @torch.no_grad()
     def step() -> None:
-        # tensors is used: the table keeps none of them alive.
+        # This uses `tensors`, because the table does not keep them alive.
         assert table.num_tensors == len(tensors.params)
         cuda.launch(table, SCALARS, driver)
 
@@ -267,9 +267,9 @@ def adams_kernel(
 
 
 def make_driver(device: torch.device, mode: Mode, tuning: Tuning | None) -> Any:
-    """What launches the CUDA kernel: a GPU or, for a CPU, the tests' emulator.
+    """Return what launches the CUDA kernel: a GPU's driver or, for a CPU, the tests' emulator.
 
-    The emulator shows that a script runs to its end; its times say nothing.
+    The emulator shows that a script runs to its end. Its times mean nothing.
     """
     if device.type == "cuda":
         from megatron_adams.kernels.cuda import CudaDriver
@@ -282,10 +282,10 @@ def make_driver(device: torch.device, mode: Mode, tuning: Tuning | None) -> Any:
 
 
 def copy(device: torch.device, num_bytes: int) -> Contestant:
-    """A copy from memory to memory of the device: the ceiling that bandwidths are compared with.
+    """Return a copy within the device's memory, which bandwidths are compared with.
 
     Args:
-        num_bytes: what is read, and written.
+        num_bytes: how much is read; as much is written.
     """
     shape = (num_bytes // 4,)
     source = torch.ones(shape, dtype=torch.float32, device=device)
@@ -294,7 +294,7 @@ def copy(device: torch.device, num_bytes: int) -> Contestant:
 
 
 def stream(tensors: Tensors) -> Contestant:
-    """One tensor read and written in the passes of AdamS, with next to no arithmetic."""
+    """Return a loop with the memory accesses of AdamS's passes and almost no arithmetic."""
     mode = tensors.mode
     (grad,), (param,), (exp_avg,) = tensors.grads, tensors.params, tensors.exp_avgs
     (main,) = tensors.mains or (None,)
@@ -316,7 +316,7 @@ def stream(tensors: Tensors) -> Contestant:
         kernels = [Kernel(image, name) for name in entry_points]
 
         def step() -> None:
-            # seen is used: it must live as long as this function.
+            # This uses `seen`, which must live as long as this function.
             assert seen.numel() == 1
             for kernel in kernels:
                 kernel.launch(-(-numel // 16384), 256, arguments)
@@ -349,7 +349,7 @@ def _stream_cubin(mode: Mode, arch: str) -> bytes:
 
 
 def stream_defines(mode: Mode) -> dict[str, str]:
-    """The macros of stream.cpp."""
+    """Return the macros of stream.cpp for a mode."""
     _, width = traffic(mode)
     types = {1: "U8", 2: "U16", 4: "U32", 0: "U8"}
     return {
@@ -367,13 +367,13 @@ class Peer:
     """An optimizer of another library.
 
     Attributes:
-        name: in tables and plots.
+        name: its name in tables and plots.
         devices: "cpu", "cuda" or both.
-        package: what has to be importable.
-        modes: for which `build` works.
-        build: makes it for tensors.
-        num_states: tensors of state that an update reads and writes.
-        num_temporaries: tensors as large as a master weight that it makes during a step.
+        package: the package that must be importable.
+        modes: the modes that `build` works for.
+        build: makes the optimizer's step for given tensors.
+        num_states: how many tensors of state an update reads and writes.
+        num_temporaries: how many tensors as large as the main params it makes during a step.
     """
 
     name: str
@@ -388,13 +388,13 @@ class Peer:
         mode = tensors.mode
         read, written = traffic(mode)
         more_states = 2 * (self.num_states - 1) * DTYPES[mode.exp_avg].itemsize
-        # A copy reads the masters once more.
+        # A copy reads the main params once more.
         copied = 4 if mode == MIXED and self.build is not transformer_engine_adam else 0
         moved = sum(read.values()) + sum(written.values()) + more_states + copied
         return Contestant(self.name, self.build(tensors), moved * tensors.numel)
 
     def bytes_held(self, mode: Mode) -> int:
-        """Bytes a parameter that it takes beside the tensors that all contestants share."""
+        """The bytes per parameter that it needs in addition to the shared tensors."""
         return (self.num_states + self.num_temporaries) * DTYPES[mode.exp_avg].itemsize
 
 
@@ -408,8 +408,10 @@ def _over(
 
 
 def with_copy(make: Callable[[list[Any]], Any]) -> Callable[[Tensors], Step]:
-    """Of a torch optimizer; where the masters are tensors of their own, it is followed by the copy
-    into the model's params, as in Megatron."""
+    """Make a builder of steps from a torch optimizer.
+
+    If there are main params, the step ends with their copy to the model's params, as in Megatron.
+    """
 
     def build(tensors: Tensors) -> Step:
         if tensors.mains is None:
@@ -454,7 +456,7 @@ def apex_shape_adam(tensors: Tensors) -> Step:
     return with_copy(make)(tensors)
 
 
-# Before it is timed, in every process.
+# Every process checks it once, before it is timed.
 _check_apex_shape = cache(multi_tensor_adam.check)
 
 
@@ -535,10 +537,10 @@ PEERS = (
 def peers_of(
     tensors: Tensors, missing: dict[str, str], without: frozenset[str] = frozenset()
 ) -> Iterator[Contestant]:
-    """Those that have the mode and run here; why another does not is put into `missing`.
+    """Yield the peers that have the mode and run here; say in `missing` why others do not.
 
     Args:
-        without: names of peers that are not asked for.
+        without: the names of peers to leave out.
     """
     mode = tensors.mode
     device = tensors.device.type
@@ -556,7 +558,7 @@ def peers_of(
         try:
             contestant = peer.contestant(tensors)
             contestant.step()
-        except Exception as exc:  # libraries fail in ways of their own: a build, a driver, a dtype
+        except Exception as exc:  # each library fails in its own way: a build, a driver, a dtype
             reason = str(exc).partition("\n")[0]
             missing[f"{peer.name} in {mode.name}"] = f"failed ({type(exc).__name__}: {reason})"
             continue
@@ -564,9 +566,9 @@ def peers_of(
 
 
 def bytes_needed(workload: Workload, mode: Mode, device: str, without: frozenset[str]) -> int:
-    """About what a group of contestants takes of memory."""
+    """Return about how much memory a group of contestants needs."""
     per_param = sum(_widths(mode).values())
-    # Making them takes fp32 numbers for a while.
+    # While they are made, there are fp32 numbers, too.
     per_param += max(
         8,
         sum(

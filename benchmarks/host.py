@@ -1,9 +1,9 @@
-"""Time what Python takes of an optimizer step, with gradients that stay and that move.
+"""Time how long Python takes for an optimizer step, if gradients stay and if they move.
 
     python benchmarks/host.py [--out FILE] [--device cpu|cuda] [--tensors 148 1000] [--rounds N]
 
-The tensors have 16 elements, so that on a CPU next to nothing but the host's work is left of a
-step, the kernel's included. On a GPU the clock stops when the call returns. It is the clock of this
+The tensors have 16 elements, so that on a CPU a step consists of almost nothing but the host's
+work. (The kernel is part of it.) On a GPU, the clock stops when the call returns. The clock is this
 thread's CPU time, which other processes on the machine do not lengthen. Gradients move when
 `zero_grad(set_to_none=True)`, torch's default, frees them and backward makes new ones.
 """
@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 
 class Case(NamedTuple):
-    """One optimizer on so many tensors; whether its gradients move before each step."""
+    """One optimizer on a number of tensors; `moves`: whether gradients move before each step."""
 
     num_tensors: int
     optimizer: str
@@ -64,7 +64,7 @@ class Subject:
 
     def time_s(self, *, moves: bool) -> float:
         if moves:
-            # Made while the old ones are there, so that none gets its old address.
+            # The new ones are made while the old ones are there, so that none gets an old address.
             grads = [param.grad.clone() for param in self._params if param.grad is not None]
             for param, grad in zip(self._params, grads, strict=True):
                 param.grad = grad
@@ -81,7 +81,7 @@ class Subject:
 
 
 def measure(tensors: list[int], num_rounds: int, device: torch.device) -> dict[Case, list[float]]:
-    """Return the times of each case in seconds, a round each; all take turns in every round."""
+    """Return the times of each case in seconds, one per round. In a round, all take turns."""
     subjects = {(n, name): Subject(name, n, device) for n in tensors for name in OPTIMIZERS}
     times: dict[Case, list[float]] = {
         Case(*subject, moves): [] for subject in subjects for moves in (False, True)
@@ -145,7 +145,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    # Tensors this small are not for several threads.
+    # The tensors are too small for several threads.
     torch.set_num_threads(1)
     device = torch.device(args.device)
     facts = {"CPU": f"{cpu_model()}, 1 thread", "torch": torch.__version__}

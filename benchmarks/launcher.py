@@ -1,4 +1,4 @@
-"""Kernels of the benchmarks' own on a GPU: loaded and launched through the driver's bindings."""
+"""Loads and launches the benchmarks' own GPU kernels through the driver's bindings."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ import torch
 
 
 class Kernel:
-    """An entry point of a cubin; torch must have used the device in this thread before.
+    """An entry point of a cubin. Torch must have used the device in this thread before.
 
     Raises:
-        DriverError: the driver refuses; with its own words.
+        DriverError: the driver refuses. The text has the driver's words.
     """
 
     def __init__(self, image: bytes, entry_point: str) -> None:
-        # Here, and not above: without a GPU there may be no bindings of the driver.
+        # Imported here, because without a GPU the driver's bindings may be missing.
         from megatron_adams.kernels.cuda import call_driver
 
         self._call_driver = call_driver
@@ -26,7 +26,7 @@ class Kernel:
         """Launch on torch's current stream.
 
         Args:
-            arguments: ctypes numbers and pointers, or ctypes structures, which go by value.
+            arguments: ctypes numbers and pointers, or ctypes structures, which are passed by value.
         """
         values = tuple(a if isinstance(a, ctypes.Structure) else a.value or 0 for a in arguments)
         types = tuple(None if isinstance(a, ctypes.Structure) else type(a) for a in arguments)

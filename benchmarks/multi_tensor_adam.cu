@@ -1,8 +1,8 @@
-// AdamW on many fp32 tensors in the launch shape of Apex's and TransformerEngine's multi-tensor
-// kernels: a block takes 65,536 elements. A thread moves four of them at a time, by one access each,
-// and they lie as far apart as the block is wide. What a launch needs to know of its tensors stands
-// in its arguments, which bounds it to 320 blocks and 36 tensors. Compiled by NVRTC; by the tests
-// also by g++.
+// AdamW on many fp32 tensors, launched as the multi-tensor kernels of Apex and TransformerEngine
+// are. A block takes 65,536 elements. A thread moves four of them at a time, with one access each;
+// they are as far apart as the block is wide. The pointers and sizes of the tensors are arguments
+// of the launch, which limits it to 320 blocks and 36 tensors. NVRTC compiles it. The tests also
+// compile it with g++.
 
 constexpr int THREADS = 512;
 constexpr int ELEMENTS = 4;

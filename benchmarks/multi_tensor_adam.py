@@ -1,4 +1,4 @@
-"""AdamW in Apex's launch shape, a peer on GPUs where neither it nor TransformerEngine is there."""
+"""AdamW in Apex's launch shape: a peer on GPUs without Apex and TransformerEngine."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from megatron_adams.kernels import compile
 SOURCE = Path(__file__).parent / "multi_tensor_adam.cu"
 THREADS, CHUNK, MAX_TENSORS, MAX_BLOCKS = 512, 65536, 36, 320
 _LISTS = ("grad", "param", "exp_avg", "exp_avg_sq")
-# What it may differ from torch's AdamW by, of a number or, below 1, in all.
+# How much it may differ from torch's AdamW: relative to a number, or absolute if that is below 1.
 TOLERANCE = 1e-6
 
 
 class Arguments(ctypes.Structure):
-    """Of one launch; as in multi_tensor_adam.cu."""
+    """The arguments of one launch; multi_tensor_adam.cu has the same structure."""
 
     _fields_ = (
         *((name, ctypes.c_void_p * MAX_TENSORS) for name in _LISTS),
@@ -37,15 +37,15 @@ class Arguments(ctypes.Structure):
 
 
 type Launch = Callable[[int, Arguments], None]
-"""Launches so many blocks with these arguments."""
+"""Launches a number of blocks with these arguments."""
 
 
 class MultiTensorAdam:
-    """AdamW on fp32 tensors, whose arguments are put together once: no tensor may move.
+    """AdamW on fp32 tensors. It prepares the arguments once, so no tensor may move.
 
     Args:
-        params, grads: dense, and as many of the one as of the other.
-        launch: by default on the GPU where the tensors are.
+        params, grads: dense tensors, one grad for each param.
+        launch: by default, launches on the tensors' GPU.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ def pack(tensors: Sequence[tuple[Tensor, ...]]) -> list[tuple[int, Arguments]]:
     """Divide tensors into launches.
 
     Args:
-        tensors: grad, param, exp_avg and exp_avg_sq of each.
+        tensors: for each param, (grad, param, exp_avg, exp_avg_sq).
     Returns:
-        The blocks and the arguments of each launch.
+        The number of blocks, and the arguments, of each launch.
     """
     launches: list[tuple[int, Arguments]] = []
     arguments, num_tensors, num_blocks = Arguments(), 0, 0
@@ -137,7 +137,7 @@ def check(device: torch.device, launch: Launch | None = None) -> None:
     """Compare three steps with torch's AdamW.
 
     Raises:
-        RuntimeError: it computes something else.
+        RuntimeError: the results differ by more than TOLERANCE.
     """
     generator = torch.Generator(device).manual_seed(0)
     numels = (1, 700, CHUNK, 2 * CHUNK + 333, *(33 * [17]))  # more tensors than a launch takes

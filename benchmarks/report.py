@@ -1,9 +1,9 @@
-"""Tables and a picture of what step.py and tune.py measured.
+"""Write tables and a picture of what step.py and tune.py measured.
 
     python benchmarks/report.py gpu FOLDER [--out DIR]
 
-writes gpu-DEVICE.md and gpu-DEVICE.png from the step.json in a folder and, where they are there,
-from the confirm.json, sweep.csv and best.json beside it.
+writes gpu-DEVICE.md and gpu-DEVICE.png from the step.json in a folder, and from its confirm.json,
+sweep.csv and best.json if they are there.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 from workloads import size_name
 
 REFERENCE = "AdamS, fp32"
-"""AdamS on fp32 tensors: what the time of a mode is compared with."""
+"""AdamS on fp32 tensors, which the time of a mode is compared with."""
 _ADAMS, _STREAM, _COPY = "AdamS", "stream", "copy"
 
 
@@ -29,12 +29,12 @@ class Row:
 
     Attributes:
         workload: the name of its tensors.
-        numel: parameters, of all tensors together.
+        numel: the number of parameters in all tensors together.
         mode: `Mode.name`.
-        name: the contestant's.
+        name: the name of the contestant.
         num_bytes: see `contestants.Contestant`.
-        times_s: of one step, in seconds, a round each.
-        wall_s: of one of many steps back to back, Python included.
+        times_s: the times of one step in seconds, one per round.
+        wall_s: the time of one step among many without a pause, Python included.
     """
 
     workload: str
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """The distance of the quartiles, as a part of the median."""
+        """The distance between the quartiles, divided by the median."""
         return spread(self.times_s)
 
     @property
@@ -61,11 +61,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Memory:
-    """What an optimizer takes beside parameters and gradients, in bytes.
+    """The bytes that an optimizer needs in addition to parameters and gradients.
 
     Attributes:
-        held: between steps.
-        peak: at most, during a step.
+        held: the bytes between steps.
+        peak: the most bytes during a step.
     """
 
     workload: str
@@ -77,7 +77,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Results:
-    """Attributes: what the numbers depend on; why something was not measured, by name; the rows."""
+    """What a run has measured.
+
+    Attributes:
+        facts: what the numbers depend on.
+        missing: for each name of something that was not measured, the reason.
+        rows: the times.
+        memory: the memory of each optimizer.
+    """
 
     facts: dict[str, str]
     missing: dict[str, str]
@@ -85,7 +92,7 @@ class Results:
     memory: list[Memory]
 
     def groups(self) -> Iterator[dict[str, Row]]:
-        """What was measured side by side, by the contestant's name."""
+        """Yield what was measured together, as a dict by the contestant's name."""
         groups: dict[tuple[str, str], dict[str, Row]] = {}
         for row in self.rows:
             groups.setdefault((row.workload, row.mode), {})[row.name] = row
@@ -93,7 +100,7 @@ class Results:
 
 
 def spread(times: Sequence[float]) -> float:
-    """The distance of the quartiles, as a part of the median."""
+    """The distance between the quartiles, divided by the median."""
     if len(times) < 2:
         return 0.0
     low, _, high = quantiles(times, n=4, method="inclusive")
@@ -101,12 +108,12 @@ def spread(times: Sequence[float]) -> float:
 
 
 def ratio(top: Row, bottom: Row) -> float:
-    """The median over the rounds of time over time: both met the same neighbours on the machine."""
+    """Return the median of the rounds' ratios: in one round both met the same load."""
     return median(a / b for a, b in zip(top.times_s, bottom.times_s, strict=True))
 
 
 def part_of_copy(row: Row, group: dict[str, Row]) -> float:
-    """Bandwidth over that of the copy which was measured beside it."""
+    """Return a bandwidth divided by that of the copy in the same group."""
     copy = group[_COPY]
     return row.num_bytes / copy.num_bytes / ratio(row, copy)
 
@@ -129,7 +136,7 @@ COLUMNS = (
 
 
 def table(results: Results) -> Iterator[tuple[str, ...]]:
-    """Rows of text, as COLUMNS."""
+    """Yield the rows of the table as texts, in the order of COLUMNS."""
     for group in results.groups():
         fp32, stream = group.get(REFERENCE), group.get(_STREAM)
         for row in group.values():
@@ -156,7 +163,7 @@ def markdown(results: Results) -> str:
     lines = [f"- {name}: {value}" for name, value in results.facts.items()]
     lines += [f"- {name}: not measured, {why}" for name, why in results.missing.items()]
     rows = list(table(results))
-    # Columns that say nothing of these results are left out.
+    # Columns that are empty for these results are left out.
     kept = [i for i in range(len(COLUMNS)) if i < 3 or any(cells[i] for cells in rows)]
     columns, *rows = ([cells[i] for i in kept] for cells in (COLUMNS, *rows))
     text = "\n".join(lines) + "\n\n" + text_table(columns, rows, num_words=3)
@@ -166,7 +173,7 @@ def markdown(results: Results) -> str:
 
 
 def _memory_table(results: Results) -> str:
-    """In bytes a parameter, and in all."""
+    """The memory in bytes per parameter, and in all."""
     rows = (
         (
             row.workload,
@@ -188,13 +195,13 @@ def _memory_table(results: Results) -> str:
 
 
 def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, num_words: int) -> str:
-    """A table in Markdown, whose columns but the first are numbers."""
+    """Return a table in Markdown. All columns after the first num_words are numbers."""
     rules = ["---"] * num_words + ["---:"] * (len(columns) - num_words)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rules, *rows))
 
 
 def write_json(results: Results, folder: Path, stem: str = "step") -> None:
-    """Write what there is so far; a kill leaves the file of before, or this one."""
+    """Write what there is so far. If the process is killed, the old or the new file is left."""
     folder.mkdir(parents=True, exist_ok=True)
     partly = folder / f".{stem}.json"
     partly.write_text(json.dumps(asdict(results), indent=1) + "\n")
@@ -202,7 +209,7 @@ def write_json(results: Results, folder: Path, stem: str = "step") -> None:
 
 
 def write(results: Results, folder: Path, stem: str = "step") -> None:
-    """Write step.json, step.csv, step.md and, where matplotlib is installed, step.png."""
+    """Write step.json, step.csv, step.md and, if matplotlib is installed, step.png."""
     write_json(results, folder, stem)
     with (folder / f"{stem}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -213,14 +220,14 @@ def write(results: Results, folder: Path, stem: str = "step") -> None:
 
 
 def read(path: Path) -> Results:
-    """Read what `write` left in step.json."""
+    """Read a step.json that `write` has written."""
     data = json.loads(path.read_text())
     rows = [Row(**row) for row in data["rows"]]
     return Results(data["facts"], data["missing"], rows, [Memory(**m) for m in data["memory"]])
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw every contestant's bandwidth as a part of the copy's."""
+    """Draw every contestant's bandwidth as a percentage of the copy's."""
     groups = _shown(results)
     if not groups:
         print(f"nothing was measured: no {path.name}")
@@ -259,7 +266,7 @@ def plot(results: Results, path: Path) -> None:
 
 
 def _shown(results: Results) -> list[dict[str, Row]]:
-    """Of each mode the largest tensor, then all lists, then the other sizes of the first modes."""
+    """Order the groups: each mode's largest tensor, the lists, other sizes of the first modes."""
     groups = list(results.groups())
     first = [next(iter(group.values())) for group in groups]
     largest: dict[str, int] = {}
@@ -281,12 +288,12 @@ def _is_list(row: Row) -> bool:
 
 
 def _num_lines(group: dict[str, Row]) -> float:
-    # A heading, and a bar for each but the copy.
+    # A heading, and a bar for each contestant except the copy.
     return len(group) + 0.5
 
 
 def _in_columns(groups: list[dict[str, Row]]) -> list[list[dict[str, Row]]]:
-    """One column of few groups, or two that are about as long as each other."""
+    """Put a few groups into one column, and more into two columns of about the same length."""
     total = sum(map(_num_lines, groups))
     if total < 20:
         return [groups]
@@ -321,7 +328,7 @@ def _duration(seconds: float) -> str:
 
 
 def write_gpu(folder: Path, out: Path) -> Path:
-    """Write the page and the picture of a GPU from what lies in a folder; return the page."""
+    """Write the page and the picture of a GPU from the results in a folder; return the page."""
     results = read(folder / "step.json")
     confirmed = folder / "confirm.json"
     stem = "gpu-" + re.sub("[^a-z0-9]+", "-", results.facts["device"].lower()).strip("-")
@@ -391,7 +398,7 @@ SWEEP_COLUMNS = (
 
 
 def sweep_table(rows: list[dict[str, str]], num_rows: int = 5) -> str:
-    """The best few variants of each mode and size, and the default, of the rows of sweep.csv."""
+    """Return a table of the best few variants of each mode and size, and the default."""
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["mode"], row["parameters"]), []).append(row)

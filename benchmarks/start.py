@@ -1,10 +1,10 @@
-"""Time what a job waits for before its first step: an empty and a filled cache of kernels.
+"""Time what a job waits for before its first step, with an empty and a filled kernel cache.
 
     python benchmarks/start.py [--arch sm_90] [--rounds N]
 
-Each measurement is a process of its own, with torch imported before the clock starts: importing
-the optimizer, getting the kernel of a mode for this CPU, and its cubin for a GPU, which need not be
-there. A GPU would also load the cubin, which is not measured.
+Each measurement is a process of its own, which imports torch before the clock starts. It then
+imports the optimizer and gets the kernel of a mode: the library for this CPU, or the cubin for a
+GPU, which need not be there. A job on a GPU would also load the cubin; that is not measured.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Prints seconds; the mode is Megatron's default in bf16.
+# Prints seconds. The mode is Megatron's default in bf16.
 _START = """
 import json, sys, time
 import torch
@@ -38,7 +38,7 @@ print(json.dumps({"import": imported - start, "kernel": ready - imported}))
 
 
 def start(target: str, cache: str) -> dict[str, float]:
-    """Seconds of the import and of getting the kernel, in a new process."""
+    """Return the seconds of the import and of getting the kernel, in a new process."""
     environment = {**os.environ, "MEGATRON_ADAMS_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", _START, target]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
 
-    start("host", tempfile.mkdtemp())  # the files of torch and of this package are read from disk
+    start("host", tempfile.mkdtemp())  # reads the files of torch and of this package from disk
     print("| kernel | cache | import, ms | kernel, ms | together, ms |")
     print("| --- | --- | ---: | ---: | ---: |")
     for target in ("host", args.arch):

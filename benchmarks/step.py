@@ -4,8 +4,8 @@
     python benchmarks/step.py --suite gpu
     python benchmarks/step.py --suite confirm --tuning best.json
 
-Contestants of one group take turns, one step each, in an order that changes every round; before
-each step the caches are overwritten, as forward and backward passes do. The README beside this file
+Contestants of one group take turns, one step each, in an order that changes every round. Before
+each step the caches are overwritten, as forward and backward passes do. README.md in this folder
 explains the results: step.json (all times), step.csv and step.md (medians), step.png.
 """
 
@@ -64,19 +64,19 @@ from megatron_adams.kernels import Mode, compile
 from megatron_adams.kernels.tuning import tuning_of
 
 WARM_UP_ROUNDS = 2
-# What is copied, and what is overwritten before a step, where a script is only tried out.
+# How many bytes are copied, and are overwritten before a step, if a script is only tried out.
 TRIED_BYTES = 2**16
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# torch.cuda._sleep counts clocks; no GPU has more in a second.
+# torch.cuda._sleep counts clock cycles. No GPU has more in a second.
 _CLOCKS_PER_S = 2e9
 
 
 class Time(NamedTuple):
-    """Of one step, in seconds.
+    """The time of one step, in seconds.
 
     Attributes:
-        device_s: what the device took; on a CPU, all of it.
-        host_s: until the call returned.
+        device_s: the device's time; on a CPU, the whole time.
+        host_s: the time until the call returned.
     """
 
     device_s: float
@@ -84,10 +84,10 @@ class Time(NamedTuple):
 
 
 class Clock:
-    """Times a step on one device, from cold caches.
+    """Times a step on one device, with cold caches.
 
     Args:
-        num_bytes: how much is overwritten before each step; see `evicted_bytes`.
+        num_bytes: how much memory is overwritten before each step; see `evicted_bytes`.
     """
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
@@ -98,8 +98,8 @@ class Clock:
         """Time one step.
 
         Args:
-            head_start_s: how long a GPU waits before it begins, while all of the step is queued, so
-                that its time is measured and not Python's; longer than Python takes.
+            head_start_s: how long a GPU waits before it begins. If that is longer than Python takes
+                to queue the step, the GPU's time is measured and not Python's.
         """
         self.evict()
         if not self._is_cuda:
@@ -121,7 +121,7 @@ class Clock:
         """Fill the caches with other memory."""
         self._evictor.add_(1)
         if self._is_cuda:
-            # What was written last would be carried out of the cache during the step.
+            # This read makes the GPU write the cache back now, and not during the step.
             self._evictor.sum()
 
     def synchronize(self) -> None:
@@ -130,10 +130,10 @@ class Clock:
 
 
 def evicted_bytes(device: torch.device) -> int:
-    """How much is written between two steps: 256 MiB, or twice the CPU's largest cache.
+    """Return how much is written between two steps: 256 MiB, or twice the CPU's largest cache.
 
-    Servers have caches in which a good part of 50 million parameters would last until the next
-    contestant's step.
+    In a server's cache, a good part of 50 million parameters would last until the next contestant's
+    step.
     """
     if device.type != "cpu":
         return 2**28
@@ -142,13 +142,13 @@ def evicted_bytes(device: torch.device) -> int:
 
 
 def measure(contestants: list[Contestant], clock: Clock, num_rounds: int) -> dict[str, list[float]]:
-    """Return the times of each contestant in seconds, a round each, by name."""
+    """Return the times of each contestant in seconds, one per round, by name."""
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    # For the first, which may compile something, no wait is long enough.
+    # The first step may compile something. No wait is long enough for that.
     head_starts = dict.fromkeys(times, 0.02)
     generator = random.Random(0)
     for index in range(WARM_UP_ROUNDS + num_rounds):
-        # No contestant always comes after the same one, of whose tensors the caches may keep some.
+        # The order is random, because the caches may keep something of the contestant before.
         for contestant in generator.sample(contestants, len(contestants)):
             name = contestant.name
             taken = clock.time(contestant.step, head_start_s=head_starts[name])
@@ -159,7 +159,7 @@ def measure(contestants: list[Contestant], clock: Clock, num_rounds: int) -> dic
 
 
 def wall_s(contestant: Contestant, clock: Clock, step_s: float) -> float:
-    """Return the time of one of many steps back to back, in which Python and the device overlap."""
+    """Return the time of one step among many without a pause: Python and the device overlap."""
     num_steps = max(3, min(50, round(0.05 / step_s)))
     contestant.step()
     clock.synchronize()
@@ -171,13 +171,14 @@ def wall_s(contestant: Contestant, clock: Clock, step_s: float) -> float:
 
 
 class Group(NamedTuple):
-    """What is measured side by side.
+    """The contestants that are measured together.
 
     Attributes:
-        mode: of all contestants, but for AdamS on fp32 tensors.
-        workloads: the first that fits the memory is taken.
-        without: names of contestants that do not take part.
-        tuned: the constants of a second AdamS, or None; then these two and the copy are alone.
+        mode: the mode of all contestants except the reference, AdamS on fp32 tensors.
+        workloads: the first one that fits the memory is measured.
+        without: the names of contestants that do not take part.
+        tuned: the constants of a second AdamS. If they are given, only the two and the copy take
+            part.
     """
 
     mode: Mode
@@ -191,7 +192,7 @@ class Group(NamedTuple):
 
 
 def groups_of(args: argparse.Namespace) -> Iterator[Group]:
-    """What was asked for."""
+    """Yield the groups that the arguments ask for."""
     if args.suite == "gpu":
         yield from _gpu_suite()
     elif args.suite == "confirm":
@@ -205,14 +206,14 @@ def groups_of(args: argparse.Namespace) -> Iterator[Group]:
                 yield Group(mode, (workload,))
 
 
-# AdamS on fp32 tensors once more in every group, and peers that are slow to build, would take most
-# of a minute; torch's foreach is slow, and needs most memory.
+# What the suite leaves out. The reference in every group, and peers that are slow to build, would
+# take most of a minute. torch's foreach is slow, and needs the most memory.
 _SHORT = frozenset({REFERENCE, *(p.name for p in PEERS if p.name not in (FUSED, APEX_SHAPE))})
 _LARGE = tuple(one_tensor(numel) for numel in (10**9, 5 * 10**8, 25 * 10**7))
 
 
 def _gpu_suite() -> Iterator[Group]:
-    """A minute on an H100, the most telling first."""
+    """Yield the groups of the suite, the most telling first. They take a minute on an H100."""
     large_modes = (FP32, MIXED, REMAINDER, BF16_REMAINDER, BF16, FP8_PARAMS)
     for mode in large_modes[:2]:
         yield Group(mode, _LARGE, _SHORT)
@@ -228,7 +229,7 @@ def _gpu_suite() -> Iterator[Group]:
 
 
 def _confirm_suite(best: dict[str, dict[str, Any]]) -> Iterator[Group]:
-    """Each mode of best.json at three sizes; the usual ones with lists."""
+    """Yield each mode of best.json at three sizes, and the two usual modes with lists, too."""
     for mode in MODES:
         if mode.name not in best:
             continue
@@ -239,9 +240,9 @@ def _confirm_suite(best: dict[str, dict[str, Any]]) -> Iterator[Group]:
 
 
 def knobs_for(best: dict[str, dict[str, Any]], mode: Mode, workload: Workload) -> dict[str, Any]:
-    """The constants of a mode in best.json, and those for a problem of this size.
+    """Return the constants that best.json has for a mode and a problem of this size.
 
-    A key "MODE up to SIZE" holds what differs for SIZE elements and fewer.
+    The key "MODE up to SIZE" has what differs for SIZE elements and fewer.
     """
     knobs = dict(best[mode.name])
     prefix = f"{mode.name} up to "
@@ -255,7 +256,7 @@ def knobs_for(best: dict[str, dict[str, Any]], mode: Mode, workload: Workload) -
 
 
 class Session:
-    """One run: measures group after group, and writes what there is after each."""
+    """One run. It measures group after group, and writes all results after each."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -292,7 +293,7 @@ class Session:
             except torch.OutOfMemoryError:
                 missing[name] = f"out of memory, of which {free / 1e9:.3g} GB were free"
             finally:
-                gc.collect()  # what a library holds in cycles is as large as the tensors
+                gc.collect()  # a library's reference cycles can hold as much memory as the tensors
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
             if name not in missing:
@@ -300,7 +301,7 @@ class Session:
         self._write()
 
     def _measure(self, group: Group, workload: Workload) -> list[Row]:
-        """Measure what takes part in a group."""
+        """Measure the contestants of a group."""
         mode, without = group.mode, group.without
         tensors = make_tensors(mode, workload.numels, self._device)
         contestants = [self._copy]
@@ -354,12 +355,12 @@ class Session:
 
 
 def stem_of(args: argparse.Namespace) -> str:
-    """The name of the files of results: a folder can hold a suite's and its confirmation's."""
+    """Return the name of the result files. One folder can hold those of both suites."""
     return "confirm" if args.suite == "confirm" else "step"
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that tensors can be made of."""
+    """Return how many bytes are free for tensors."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
@@ -370,9 +371,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measure_memory(workload: Workload, device: torch.device) -> list[Memory]:
-    """What each optimizer takes beside fp32 params and gradients; without a GPU, nobody counts.
+    """Measure the memory that each optimizer needs in addition to fp32 params and gradients.
 
-    On a CPU the steps are taken all the same, to try the script out.
+    Only a GPU's allocator counts. On a CPU the steps run all the same, to try the script out.
     """
     makers: dict[str, Callable[[Any], Callable[[], object]]] = {
         ADAMS: lambda tensors: _over_new(tensors, partial(AdamS, eps=EPS)),
@@ -424,7 +425,7 @@ def _over_new(tensors: Any, make: Callable[..., Any]) -> Callable[[], object]:
 
 
 def machine_facts(device: torch.device, args: argparse.Namespace) -> dict[str, str]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     facts = {
         "rounds": str(args.rounds),
         "torch": torch.__version__,

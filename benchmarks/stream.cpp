@@ -1,8 +1,10 @@
-// The memory traffic of one AdamS step, and next to no arithmetic: how fast a step can be at best.
+// The memory traffic of one AdamS step with next to no arithmetic. It shows how fast a step can be
+// at best.
 //
-// Compiled like the kernels: by g++ or clang++ for the host, by NVRTC for a GPU. The macros are the
-// widths of a mode's tensors: STREAM_GRAD, STREAM_PARAM, STREAM_EXP_AVG and STREAM_MAIN (U8 to U32),
-// STREAM_HAS_MAIN, and STREAM_READS_PARAM where the master weights are in param, wholly or in part.
+// It is compiled like the kernels: by g++ or clang++ for the host, by NVRTC for a GPU. Macros
+// describe the tensors of a mode. STREAM_GRAD, STREAM_PARAM, STREAM_EXP_AVG and STREAM_MAIN are
+// their widths (U8 to U32). STREAM_HAS_MAIN is set if `main` exists, and STREAM_READS_PARAM if
+// param holds the main params or their upper halves.
 
 using U8 = unsigned char;
 using U16 = unsigned short;
@@ -19,19 +21,20 @@ using Main = STREAM_MAIN;
 #define STREAM_FUNCTION static inline __attribute__((always_inline))
 #endif
 
-#define STREAM_PARAMETERS \
-    long long count, const Grad *grad, Param *param, ExpAvg *exp_avg, Main *main, U32 mask, U32 *seen
+#define STREAM_PARAMETERS                                                                   \
+    long long count, const Grad *grad, Param *param, ExpAvg *exp_avg, Main *main, U32 mask, \
+        U32 *seen
 
-// With a mask of 0, which no compiler knows, every number stays what it is.
-STREAM_FUNCTION void update(long long i, const Grad* grad, Param* param, ExpAvg* exp_avg, Main* main,
-                            U32 mask) {
+// The mask is 0, so every number stays what it is. The compiler cannot know that.
+STREAM_FUNCTION void update(long long i, const Grad* grad, Param* param, ExpAvg* exp_avg,
+                            Main* main, U32 mask) {
     const U32 bits = grad[i] & mask;
     exp_avg[i] = ExpAvg(exp_avg[i] ^ bits);
     if (STREAM_HAS_MAIN) main[i] = Main(main[i] ^ bits);
     param[i] = Param(STREAM_READS_PARAM ? param[i] ^ bits : main[i] ^ bits);
 }
 
-// What is read before scaled state is written.
+// What the kernel reads before it writes scaled state.
 STREAM_FUNCTION U32 read(long long i, const Grad* grad, const Param* param, const ExpAvg* exp_avg,
                          const Main* main) {
     return grad[i] | exp_avg[i] | (STREAM_HAS_MAIN ? main[i] : 0u) |
@@ -87,7 +90,7 @@ STREAM_FUNCTION void process(STREAM_PARAMETERS) {
             copy(param + i, p);
         }
     }
-    // Always false, which no compiler knows: found is needed, and nothing is written.
+    // Always false, but the compiler cannot know that: it has to compute `found`.
     if (!STORE && (found & mask)) *seen = found;
 }
 

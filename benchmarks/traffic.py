@@ -1,12 +1,12 @@
-"""Count the bytes a parameter that the optimizer step of a bf16 Megatron run moves, pass by pass.
+"""Count the bytes per parameter that an optimizer step moves in a bf16 Megatron run, by pass.
 
     python benchmarks/traffic.py
 
-Two counts. The first is derived from the code: what each pass of Megatron-Core 0.19 and of
-TransformerEngine's FusedAdam reads and writes. The second is measured on the real thing: a small
-GPT is trained on the CPU, and in one step every PyTorch operation on the optimizer's tensors, and
-every launch of AdamS's kernel, is recorded with the bytes that it reads and writes. It is made for
-AdamS, and for stock Adam to show that it sees the passes which the fused step does without.
+The script prints two counts. The first is derived from the code: what each pass of Megatron-Core
+0.19 and of TransformerEngine's FusedAdam reads and writes. The second is measured. A small GPT is
+trained on the CPU, and one step is recorded: the bytes that every PyTorch operation on the
+optimizer's tensors, and every launch of AdamS's kernel, reads and writes. Stock Adam is measured as
+well, to show that the counter sees the passes that the fused step leaves out.
 """
 
 import argparse
@@ -32,7 +32,7 @@ sys.path.insert(0, str(REPO))
 from contestants import traffic  # noqa: E402
 
 SCRIPT = REPO / "examples" / "pretrain_gpt" / "pretrain_gpt.py"
-# Bf16 with fp32 gradients and main params: Megatron's default. The gradients are always clipped.
+# bf16 with fp32 gradients and main params, Megatron's default. The gradients are always clipped.
 FLAGS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 "
     "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 2 --train-iters 3 "
@@ -41,25 +41,25 @@ FLAGS = (
     "--use-cpu-initialization --num-workers 0 --eval-iters 0 --eval-interval 1000 "
     "--attention-dropout 0 --hidden-dropout 0 --bf16 --use-distributed-optimizer"
 )
-# The step that is counted, from 1: at the first one, state is allocated.
+# The step that is counted, from 1. The first step allocates state.
 COUNTED_STEP = 2
 
 MAIN_GRAD, MAIN_PARAM, MODEL_PARAM = "main_grad", "main param", "model param"
 OTHER = "temporaries"
-# Tensors that are none of the optimizer's: larger ones are counted as OTHER; norms, scalars and
-# tables are not.
+# Tensors that do not belong to the optimizer count as OTHER if they have more elements than this.
+# Norms, scalars and tables have fewer, and do not count.
 LARGEST_SCALAR = 1024
 NORM, CLIP, UPDATE, COPY, ELSEWHERE = "norm", "clip", "update", "copy", "elsewhere"
 RMS = "update RMS"
 
 
 class Pass(NamedTuple):
-    """One pass over memory, as the code has it.
+    """One pass over memory, derived from the code.
 
     Attributes:
         kind: NORM, CLIP, RMS, UPDATE or COPY.
-        function: who makes it.
-        read, written: bytes a parameter, by tensor.
+        function: the function that makes it.
+        read, written: bytes per parameter, by tensor.
     """
 
     kind: str
@@ -115,12 +115,12 @@ GUARDED_ADAMS = (
 
 
 def total(passes: tuple[Pass, ...]) -> int:
-    """Bytes a parameter of all passes but the norm, which every clipping optimizer has to take."""
+    """Return the bytes per parameter of all passes except the norm, which clipping always needs."""
     return sum(each.total for each in passes if each.kind != NORM)
 
 
 class Region(NamedTuple):
-    """Memory of the optimizer: [begin, end) belongs to the tensor kind `name`."""
+    """A region of the optimizer's memory: [begin, end) belongs to tensors of the kind `name`."""
 
     begin: int
     end: int
@@ -128,7 +128,7 @@ class Region(NamedTuple):
 
 
 class Touched(NamedTuple):
-    """What is counted: bytes that a pass moves of a kind of tensors."""
+    """What bytes are counted by: the pass, the kind of tensor, and whether they are written."""
 
     kind: str
     tensor: str
@@ -138,11 +138,11 @@ class Touched(NamedTuple):
 class TrafficCounter(TorchDispatchMode):
     """Counts the bytes of PyTorch operations and of AdamS's kernel, by pass and tensor.
 
-    An operation reads each argument once and writes each result and each mutated argument once; a
-    view moves nothing. Collectives are no passes over memory: they are left out.
+    An operation reads each argument once, and writes each result and each mutated argument once. A
+    view moves nothing. Collectives are left out, because they are not passes over memory.
 
     Args:
-        regions: of the optimizer's tensors, which may lie anywhere in them.
+        regions: the regions of the optimizer's tensors.
     """
 
     def __init__(self, regions: list[Region]) -> None:
@@ -177,8 +177,8 @@ class TrafficCounter(TorchDispatchMode):
         """Count a launch of AdamS's kernel for the tensors that a `PointerTable` lists.
 
         Args:
-            only_count: of adams_rms, which reads gradients and exp_avg and writes no such tensor
-                (tests/kernels/test_guards.py).
+            only_count: whether adams_rms is launched. It reads gradients and exp_avg, and writes
+                none of these tensors (tests/kernels/test_guards.py).
         """
         read, written = traffic(table.mode)
         if only_count:
@@ -207,7 +207,7 @@ class TrafficCounter(TorchDispatchMode):
             self.kind = before
 
     def marking(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose operations are counted as this pass."""
+        """Wrap a function so that its operations count for this pass."""
 
         def marked(*args: Any, **kwargs: Any) -> Any:
             with self.in_pass(kind):
@@ -226,7 +226,7 @@ def _named(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
 
 
 def _overwrites(func: Any, argument: Any) -> bool:
-    """Whether a mutated argument is written without being read."""
+    """Whether a mutated argument is only written, not read."""
     return argument.is_out or func._schema.name in (
         "aten::copy_",
         "aten::_foreach_copy_",
@@ -243,10 +243,10 @@ class Count(NamedTuple):
     """What one step moved.
 
     Attributes:
-        bytes_per_param: see `Touched`.
-        params_are_unread: model params that were overwritten with NaN before the step came out as
-            the rounded main params.
-        grads_are_unwritten: the gradients were the same, bit for bit, after it.
+        bytes_per_param: the bytes by `Touched`.
+        params_are_unread: whether model params that were set to NaN before the step are the rounded
+            main params after it.
+        grads_are_unwritten: whether the step left the gradients the same, bit for bit.
     """
 
     bytes_per_param: dict[Touched, float]
@@ -254,7 +254,7 @@ class Count(NamedTuple):
     grads_are_unwritten: bool
 
     def total(self, *kinds: str) -> float:
-        """Bytes a parameter that these passes move of the optimizer's tensors."""
+        """Return the bytes per parameter of the optimizer's tensors that these passes move."""
         return sum(
             value
             for key, value in self.bytes_per_param.items()
@@ -263,9 +263,9 @@ class Count(NamedTuple):
 
 
 def count_step(optimizer: str, flags: str = FLAGS) -> Count:
-    """Train for three steps in this process, a rank of Megatron, and count the second one.
+    """Train for three steps in this process, as Megatron's only rank, and count the second step.
 
-    torch.cuda's stand-in has to be installed already, and the plugin be registered.
+    The stand-in for torch.cuda must be installed, and the plugin registered, before.
     """
     from megatron.core.optimizer import optimizer as megatron_optimizer
     from megatron.training import training
@@ -320,7 +320,7 @@ def _counted(chain: Any, step: Callable[[], Any], megatron_optimizer: Any) -> tu
     def counted_launch(table: Any, scalars: Any, *, only_count: bool) -> None:
         with counter.in_pass(RMS if only_count else counter.kind):
             counter.add_launch(table, only_count=only_count)
-        # Its own handling of the table and the scalars is no traffic of tensors.
+        # What it does with the table and the scalars does not count as traffic of tensors.
         launch(table, scalars, only_count=only_count)
 
     with _replaced(
@@ -368,7 +368,7 @@ def _model_and_main(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 @contextmanager
 def _replaced(*functions: tuple[Any, str, str], counter: TrafficCounter) -> Iterator[None]:
-    """Have the counter know while one of these functions, (owner, name, pass), runs."""
+    """Wrap functions, given as (owner, name, pass), so that the counter knows the pass."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in functions]
     for owner, name, kind in functions:
         setattr(owner, name, counter.marking(kind, getattr(owner, name)))
@@ -380,7 +380,7 @@ def _replaced(*functions: tuple[Any, str, str], counter: TrafficCounter) -> Iter
 
 
 def _count_in_new_process(optimizer: str) -> Count:
-    """Megatron can be started once in a process."""
+    """Count in a new process, because Megatron can be started only once in a process."""
     environment = {
         **os.environ,
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},

@@ -1,15 +1,15 @@
-"""Time the CUDA kernel with other constants than the product's, and choose the best.
+"""Time the CUDA kernel with other constants than the product's, and choose the best ones.
 
     python benchmarks/tune.py [--out DIR] [--seconds N] [--modes MODE ...] [--knobs KNOB ...]
 
-Every variant is compiled from the product's own source (megatron_adams/kernels/tuning.py). Before
-its time counts it has to give the default's bits on the same inputs; then it is timed beside the
-default. First one constant at a time is changed, then the best values of each are combined, then
-the chunk is chosen for small problems. Writes sweep.csv (all variants) and best.json (the winners),
-which `step.py --suite confirm --tuning best.json` measures once more.
+Every variant is compiled from the product's own source (megatron_adams/kernels/tuning.py). It must
+first give the default's bits on the same inputs, and is then timed in turn with the default. The
+sweep first changes one constant at a time, then combines the best values of each, and then chooses
+the chunk for small problems. It writes sweep.csv (all variants) and best.json (the winners).
+`step.py --suite confirm --tuning best.json` measures the winners once more.
 
-Without a GPU, `--device cpu` runs all of it on the tests' emulator, which shows that the script
-works; its times say nothing.
+Without a GPU, `--device cpu` runs everything on the tests' emulator. This shows that the script
+works; the times mean nothing.
 """
 
 import argparse
@@ -60,7 +60,8 @@ from megatron_adams.kernels.batch import update_table
 from megatron_adams.kernels.tuning import Tuning, tuning_of
 
 MODES = (FP32, MIXED, REMAINDER, BF16_REMAINDER, BF16, FP8_PARAMS, FP16_STATE)
-# What is expected of every mode that it changes, and what is changed one at a time from there.
+# BASE is expected to be best for every mode that it changes. From there, KNOBS are changed one at a
+# time.
 BASE = {"group": 4, "hardware_conversions": True}
 KNOBS: dict[str, tuple[Any, ...]] = {
     "group": (4, 0, 8),
@@ -75,12 +76,12 @@ KNOBS: dict[str, tuple[Any, ...]] = {
 SMALL_CHUNKS = (None, 1024, 2048, 4096, 8192, 16384, 32768)
 MAX_COMBINATIONS = 18
 ROUNDS = 10
-# A median of fewer rounds chooses nothing.
+# The median of fewer rounds is not used.
 MIN_ROUNDS = 3
 
 
 class Variant(NamedTuple):
-    """A kernel's constants, and the elements that a block takes; None: as many as the product's."""
+    """A kernel's constants, and how many elements a block takes; None: the product's number."""
 
     tuning: Tuning
     chunk: int | None = None
@@ -90,7 +91,7 @@ class Variant(NamedTuple):
         return {**self.tuning._asdict(), "chunk": self.chunk}
 
     def changed(self, default: "Variant") -> dict[str, Any]:
-        """The constants that differ."""
+        """Return the constants that differ."""
         return {k: v for k, v in self.knobs.items() if v != default.knobs[k]}
 
     def words(self, default: "Variant") -> str:
@@ -102,7 +103,7 @@ def default_of(mode: Mode) -> Variant:
 
 
 def variant_of(mode: Mode, knobs: dict[str, Any]) -> Variant:
-    """The default of a mode with other values of some constants."""
+    """Return the default of a mode with other values of some constants."""
     constants = dict(knobs)
     chunk = constants.pop("chunk", None)
     return Variant(tuning_of(mode)._replace(**constants), chunk)
@@ -110,12 +111,12 @@ def variant_of(mode: Mode, knobs: dict[str, Any]) -> Variant:
 
 @dataclass
 class Trial:
-    """A variant on tensors of a mode.
+    """A variant, tried on tensors of a mode.
 
     Attributes:
-        bits: "equal" to the default's, or what else happened; then it has no times.
-        times_s: of one launch, a round each.
-        ratios: of those and the default's beside it.
+        bits: "equal" if its results are the default's, or else what happened; then it has no times.
+        times_s: the times of one launch, one per round.
+        ratios: each of those divided by the default's time just before it.
     """
 
     mode: Mode
@@ -159,7 +160,7 @@ class Trial:
 
 
 class Sweep:
-    """One run; what there is so far is in the files at any time."""
+    """One run of the sweep. At any time, the files have all results so far."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -172,7 +173,7 @@ class Sweep:
         self._identities: dict[tuple[Mode, Tuning], str] = {}
         self._failures: dict[tuple[Mode, Tuning], str] = {}
         self._expected: dict[Mode, list[Tensor]] = {}
-        # What was timed under another name, for it is the same machine code on the same chunks.
+        # Variants with the same machine code and chunks as another one, which was timed for both.
         self._same: dict[tuple[Mode, int, Variant], Variant] = {}
         self.trials: list[Trial] = []
 
@@ -200,7 +201,7 @@ class Sweep:
         print(f"{time.perf_counter() - self._start:6.1f} s  {words}", flush=True)
 
     def _compile(self, wanted: Iterable[tuple[Mode, Tuning]]) -> None:
-        """Compile what is missing, on all CPUs."""
+        """Compile missing kernels, on all CPUs."""
         missing = [key for key in dict.fromkeys(wanted) if key not in self._identities]
         if self.is_over() or not missing:
             return
@@ -210,7 +211,7 @@ class Sweep:
         self._say(f"{len(missing)} kernels compiled")
 
     def _compile_one(self, mode: Mode, tuning: Tuning) -> str:
-        """Compile one kernel; return a name that equal machine code shares."""
+        """Compile one kernel; return an identity that is the same for equal machine code."""
         try:
             if self._device.type == "cuda":
                 from megatron_adams.kernels.cuda import arch_of
@@ -224,7 +225,7 @@ class Sweep:
 
     @torch.no_grad()
     def _time(self, mode: Mode, numel: int, variants: Sequence[Variant]) -> None:
-        """Time variants beside the default on one tensor."""
+        """Time variants in turn with the default, on one tensor."""
         if self.is_over() or not variants:
             return
         default = default_of(mode)
@@ -268,7 +269,7 @@ class Sweep:
         return self._clock.time(contestant.step, head_start_s=4e-4).device_s
 
     def _admitted(self, tensors: Tensors, variants: Sequence[Variant]) -> list[Trial]:
-        """Trials of those that compile, are another kernel, and give the same bits."""
+        """Return trials of the variants that compile, are new, and give the default's bits."""
         mode, numel = tensors.mode, tensors.numel
         default = default_of(mode)
         names: dict[tuple[str, int, int], Variant] = {}
@@ -280,7 +281,7 @@ class Sweep:
         for known in (default, *(trial.variant for trial in self._timed(mode, numel))):
             names.setdefault(kernel_of(known), known)
         admitted = []
-        # The fewest changes first: of equal ones, these are the ones to be named.
+        # Variants with the fewest changes come first: if several are equal, the first is named.
         for variant in sorted(variants, key=lambda v: len(v.changed(default))):
             if (mode, variant.tuning) not in self._identities or self.is_over():
                 continue
@@ -303,7 +304,7 @@ class Sweep:
         return admitted
 
     def _resources(self, mode: Mode, tuning: Tuning) -> tuple[int | None, int | None]:
-        """Registers and bytes of local memory that a thread of adams_update takes, on a GPU."""
+        """Return the registers and bytes of local memory of a thread of adams_update, on a GPU."""
         if self._device.type != "cuda":
             return None, None
         from cuda.bindings import driver
@@ -325,7 +326,7 @@ class Sweep:
         return registers, local
 
     def _compare(self, mode: Mode, variant: Variant) -> str:
-        """ "equal", or in which tensors a step's results differ from the default's."""
+        """Return "equal", or which tensors differ from the default's results."""
         if mode not in self._expected:
             self._expected[mode] = self._results(mode, default_of(mode))
         try:
@@ -340,7 +341,7 @@ class Sweep:
         return f"differ in tensors {' '.join(wrong)}" if wrong else "equal"
 
     def _results(self, mode: Mode, variant: Variant) -> list[Tensor]:
-        """All that two steps write of tensors with every kind of number."""
+        """Return everything that two steps write, for tensors with every kind of number."""
         tensors = awkward_tensors(mode, self._device, self._args.checked)
         driver = make_driver(self._device, mode, variant.tuning)
         table = _table(variant.chunk)
@@ -358,11 +359,11 @@ class Sweep:
         return [t for t in self.trials if (t.mode, t.numel) == (mode, numel) and t.is_timed]
 
     def _best(self, mode: Mode, numel: int) -> Variant:
-        """The variant to choose: see `winner`."""
+        """Return the variant to choose: see `winner`."""
         return winner(self._timed(mode, numel), default_of(mode))
 
     def _combinations(self, mode: Mode) -> list[Variant]:
-        """The product of the best two values of each knob, the most promising first."""
+        """Return combinations of the best two values of each knob, the most promising first."""
         numel = self._args.numel
         timed = {t.variant: t.ratio for t in self._timed(mode, numel)}
         ratios = {
@@ -376,7 +377,7 @@ class Sweep:
         known = ratios[variant_of(mode, base)]
         choices = []
         for knob in self._args.knobs:
-            # What changing it alone did.
+            # How changing this knob alone changed the time.
             factors = {
                 value: ratios[variant] / known
                 for value in KNOBS[knob]
@@ -394,12 +395,12 @@ class Sweep:
         return sorted(promised, key=promised.__getitem__)[:MAX_COMBINATIONS]
 
     def _parts_of_base(self, mode: Mode) -> list[Variant]:
-        """The default, and it with each of BASE alone."""
+        """Return the default, and variants with one constant of BASE each."""
         parts = [variant_of(mode, {knob: BASE[knob]}) for knob in BASE if knob in self._args.knobs]
         return [default_of(mode), *parts]
 
     def _base(self, mode: Mode) -> dict[str, Any]:
-        """Where one constant at a time is changed from: what of BASE is another kernel at all."""
+        """Return the constants to start from: those of BASE that make another kernel."""
         default, *parts = (
             self._identities.get((mode, variant.tuning)) for variant in self._parts_of_base(mode)
         )
@@ -409,14 +410,14 @@ class Sweep:
         }
 
     def _singles(self, mode: Mode) -> list[Variant]:
-        """The default, the base, and the base with one constant changed."""
+        """Return the default, the base, and variants of the base with one constant changed."""
         base = self._base(mode)
         changed = [{**base, knob: v} for knob in self._args.knobs for v in KNOBS[knob]]
         variants = [variant_of(mode, knobs) for knobs in (base, *changed)]
         return [*dict.fromkeys([default_of(mode), *variants])]
 
     def best(self) -> dict[str, dict[str, Any]]:
-        """What best.json holds: the constants to change, by mode, and by size where they differ."""
+        """Return the contents of best.json: the constants to change, by mode and by size."""
         found = {}
         for mode in self._args.modes:
             default = default_of(mode)
@@ -427,7 +428,7 @@ class Sweep:
             for numel in self._args.small:
                 timed = self._timed(mode, numel)
                 if timed:
-                    # The tuning of a mode is one for all sizes: only chunks of it are compared.
+                    # A mode has one tuning for all sizes, so only chunks are compared.
                     same = [t for t in timed if t.variant.tuning == large.tuning]
                     chosen = winner(same, Variant(large.tuning))
                     found[f"{mode.name} up to {size_name(numel)}"] = {"chunk": chosen.chunk}
@@ -443,11 +444,11 @@ class Sweep:
 
 
 def winner(trials: Sequence[Trial], default: Variant) -> Variant:
-    """The variant to choose of those that were timed on the same tensors.
+    """Return the variant to choose among those that were timed on the same tensors.
 
-    The noise is how far the default's times, each over the one before, lie apart. A variant must
-    beat the default by more than that; of those that are within the noise of the fastest, the one
-    that changes least is taken.
+    The noise is the spread of the default's times, each divided by the one before. A variant must
+    beat the default by more than the noise. Among those that are within the noise of the fastest,
+    the one with the fewest changes wins.
     """
     reference = next((t for t in trials if t.variant == default), None)
     if reference is None:
@@ -477,7 +478,7 @@ def _num_chunks(tensors: Tensors, chunk: int | None) -> int:
 
 
 def awkward_tensors(mode: Mode, device: torch.device, numel: int) -> Tensors:
-    """Numbers as in training, of all magnitudes, and any bits at all; several sizes; misaligned."""
+    """Make tensors with normal numbers, all magnitudes, and any bits; some are misaligned."""
     third = numel // 3 + 1
     sizes = (numel, third, third, third, 17, 1)
     made = make_tensors(mode, [size + 1 for size in sizes], device)
@@ -499,7 +500,7 @@ def awkward_tensors(mode: Mode, device: torch.device, numel: int) -> Tensors:
         first, second, third, *rest = column
         is_float = second.dtype.is_floating_point
         magnitudes = of_all_magnitudes(second) if is_float else any_bits(second)
-        # From its second element on, a tensor is not aligned.
+        # A tensor that begins at another's second element is not aligned.
         return [
             t[1:] if index == 3 else t[:-1]
             for index, t in enumerate([first, magnitudes, any_bits(third), *rest])
@@ -510,7 +511,7 @@ def awkward_tensors(mode: Mode, device: torch.device, numel: int) -> Tensors:
 
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal bit by bit, any NaN being as good as any other."""
+    """Whether two tensors are equal bit by bit. All NaNs count as equal."""
     if found.dtype.is_floating_point:
         found, expected = (t.float() if t.element_size() < 4 else t for t in (found, expected))
         nan = found.isnan()

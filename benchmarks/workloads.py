@@ -1,4 +1,4 @@
-"""What a step is timed on: one tensor of some size, or a list of tensors as a model has them."""
+"""What a step is timed on: one tensor, or a list of tensors as in a model."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ class Workload(NamedTuple):
     """Tensors of one kind.
 
     Attributes:
-        name: in tables and plots.
+        name: its name in tables and plots.
         numels: the number of elements of each tensor.
     """
 
@@ -16,7 +16,7 @@ class Workload(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements of all tensors together."""
+        """The number of elements of all tensors together."""
         return sum(self.numels)
 
     @property
@@ -29,7 +29,7 @@ def one_tensor(numel: int) -> Workload:
 
 
 def size_name(numel: int) -> str:
-    """A number of elements in words: 16k, 124.4M, 1G."""
+    """Return a number of elements in short: 16k, 124.4M, 1G."""
     for name, factor in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if numel >= factor:
             return f"{numel / factor:.4g}{name}"
@@ -37,7 +37,7 @@ def size_name(numel: int) -> str:
 
 
 def shrunk(workload: Workload, divisor: int) -> Workload:
-    """The same list with tensors of a fraction of the size; multiples of 16 remain such."""
+    """Divide the size of every tensor. Multiples of 16 stay multiples of 16."""
     if divisor == 1:
         return workload
     numels = [
@@ -52,7 +52,7 @@ def shrunk(workload: Workload, divisor: int) -> Workload:
 def gpt2_numels(
     *, hidden_size: int = 768, num_layers: int = 12, num_positions: int = 1024, vocab: int = 50257
 ) -> tuple[int, ...]:
-    """Elements of each parameter of GPT-2, whose output layer is its embedding; default: 124M."""
+    """Return the elements of each parameter of GPT-2 with tied embeddings. Default: 124M."""
     h = hidden_size
     norm = (h, h)
     attention = (3 * h * h, 3 * h, h * h, h)
@@ -72,10 +72,9 @@ def llama_shard_numels(
     tensor_parallel: int = 8,
     data_parallel: int = 64,
 ) -> tuple[int, ...]:
-    """Elements that a rank holds of each parameter of a Llama; default: 8B on 512 GPUs.
+    """Return how many elements of each Llama parameter a rank holds. Default: 8B on 512 GPUs.
 
-    Tensor parallelism cuts the matrices, and data parallelism cuts every tensor, as sharding by
-    parameter does (FSDP).
+    Tensor parallelism divides the matrices. Data parallelism divides every tensor, as FSDP does.
     """
     h = hidden_size
     kv = h // num_heads * num_query_groups

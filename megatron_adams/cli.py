@@ -2,8 +2,8 @@
 
     megatron-adams precompile --arch sm_90 --cache-dir /opt/megatron-adams
     megatron-adams convert /checkpoints/adamw /checkpoints/adams
-    megatron-adams doctor --expect-gpus 8
     megatron-adams plan --model llama2-13b --tp 2 --pp 2 --dp 64
+    megatron-adams doctor --expect-gpus 8
 
 It must not import Megatron at its top, and needs no GPU.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from megatron_adams.commands import convert, doctor, plan, precompile
 
-_COMMANDS = (precompile, convert, doctor, plan)
+_COMMANDS = (plan, doctor, precompile, convert)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 8 -m megatron_adams.launch pretrain_gpt.py --optimizer adams ...
 
-The script sees its own sys.argv, sys.path, `__main__` and exit code, and its tracebacks hold no
-frame of this file. Processes that it spawns get the same set-up: multiprocessing re-imports the
-main module in them, and is told that this one is it (`_prepare_spawned_processes`). Megatron is
-imported by `megatron_adams.register()`, never here.
+The script sees its own sys.argv, sys.path, `__main__` and exit code, and its tracebacks contain no
+frame of this file. Processes that it spawns are set up in the same way: multiprocessing imports
+this module in them, in place of the main one (`_prepare_spawned_processes`). This module never
+imports Megatron; `megatron_adams.register()` does.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 import megatron_adams
 from megatron_adams import cpu_rehearsal
 
-# Inherited by spawned processes: the Job that they have to set up.
+# Spawned processes inherit this variable. It holds the Job that they set up.
 _ENVIRONMENT_VARIABLE = "MEGATRON_ADAMS_LAUNCH"
 _PACKAGE_PARENT = str(Path(megatron_adams.__file__).parents[1])
 
@@ -41,10 +41,10 @@ after its name belongs to it.
 
 _EPILOG = """\
 CPU rehearsal:
-  Runs the same script with the same flags on CPU processes over gloo: real Megatron, no GPU. It
-  is for trying the exact parallel layout of a cluster job, shrunk, before queueing it: keep the
-  parallel sizes and the optimizer's and checkpoint's flags, and take a small hidden size, a short
-  sequence and few iterations.
+  Runs the same script with the same flags on CPU processes over gloo: real Megatron, no GPU. Use it
+  to try the exact parallel layout of a cluster job before you queue it. Keep the parallel sizes and
+  the flags of the optimizer and of checkpoints. Choose a small hidden size, a short sequence and
+  few iterations.
 
     torchrun --nproc-per-node 8 -m megatron_adams.launch --cpu-rehearsal pretrain_gpt.py \\
         --optimizer adams --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \\
@@ -67,14 +67,14 @@ class Job(NamedTuple):
     force_rehearsal: bool
 
     def set_up(self) -> None:
-        """Install the stand-in where asked for, then register AdamS: Megatron comes second."""
+        """Install the stand-in if asked to. Then register AdamS, which imports Megatron."""
         if self.rehearse:
             cpu_rehearsal.install(force=self.force_rehearsal)
         megatron_adams.register()
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, once on each machine."""
+    """An ArgumentParser that prints an error as one line, once per machine."""
 
     def error(self, message: str) -> NoReturn:
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -108,7 +108,7 @@ def _parser() -> _Parser:
 
 
 def _load(job: Job) -> tuple[CodeType, dict[str, Any]]:
-    """The script's code, and the attributes that Python gives a main module of its kind.
+    """Return the script's code, and the attributes that Python would give its main module.
 
     Raises:
         OSError: the script cannot be read.
@@ -139,14 +139,14 @@ def _load(job: Job) -> tuple[CodeType, dict[str, Any]]:
 def _main_module(name: str, attributes: dict[str, Any]) -> ModuleType:
     module = ModuleType(name)
     module.__dict__.update(attributes, __builtins__=builtins)
-    # Both names: what the script defines is pickled under the second one by spawned processes,
-    # and under the first by this one.
+    # Spawned processes pickle what the script defines under the second name, and this process under
+    # the first.
     sys.modules[name] = sys.modules["__mp_main__"] = module
     return module
 
 
 def _run_as_main(job: Job, script_args: Sequence[str]) -> None:
-    """Become the script: its sys.argv, and a `__main__` of its own."""
+    """Become the script, with its sys.argv and a `__main__` of its own."""
     code, attributes = _load(job)
     main_module = _main_module("__main__", attributes)
     sys.argv = [str(main_module.__file__) if job.is_module else job.target, *script_args]
@@ -154,10 +154,10 @@ def _run_as_main(job: Job, script_args: Sequence[str]) -> None:
 
 
 def _prepare_spawned_processes(job: Job) -> None:
-    """Have spawned processes re-import this module as their main one, and with it the script.
+    """Make spawned processes import this module as their main module, and run the script from it.
 
-    A process started by spawn or forkserver first re-imports its parent's main module. Left
-    alone it would import the script without the stand-in and without AdamS. Megatron's
+    A process started by spawn or forkserver first imports its parent's main module again. Without
+    this function it would import the script without the stand-in and without AdamS. Megatron's
     persistent checkpoint worker is such a process, and calls torch.cuda
     (core/dist_checkpointing/strategies/async_utils.py:PersistentAsyncCaller, 0.19.2).
     """
@@ -169,7 +169,7 @@ def _prepare_spawned_processes(job: Job) -> None:
         data = prepare(name)
         data.pop("init_main_from_path", None)
         data["init_main_from_name"] = "megatron_adams.launch"
-        # The script's folder has taken the place of the one where `python -m` found this package.
+        # The script's folder has replaced the folder in which `python -m` found this package.
         data["sys_path"] = [*data["sys_path"], _PACKAGE_PARENT]
         return data
 
@@ -177,20 +177,20 @@ def _prepare_spawned_processes(job: Job) -> None:
 
 
 def _run_in_spawned_process() -> dict[str, Any]:
-    """Set up as the parent did and re-import its script; returns the main module's names."""
+    """Set up as the parent did, and run its script again; return the main module's names."""
     job = Job(*json.loads(os.environ[_ENVIRONMENT_VARIABLE]))
     _prepare_spawned_processes(job)
     job.set_up()
     code, attributes = _load(job)
     main_module = _main_module("__mp_main__", attributes)
-    # runpy has put this file there.
+    # runpy has put this file's path there.
     sys.argv[0] = str(main_module.__file__)
     exec(code, main_module.__dict__)
     return main_module.__dict__
 
 
 def _hide_own_frames() -> None:
-    """Leave this file's frames, and runpy's above them, out of uncaught exceptions' tracebacks."""
+    """Leave the frames of runpy and of this file out of the tracebacks of uncaught exceptions."""
     show = sys.excepthook
 
     @functools.wraps(show)
@@ -206,10 +206,10 @@ def _hide_own_frames() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Set up and run the script; returns when it ends, raises what it raises.
+    """Set up and run the script. Returns when it ends, and raises what it raises.
 
     Args:
-        argv: the launcher's flags, the script and the script's own arguments; sys.argv's if None.
+        argv: the launcher's flags, the script and the script's own arguments. None: sys.argv.
     """
     argv = sys.argv[1:] if argv is None else argv
     # No launcher flag takes a value, so the script is the first argument that is no flag.
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = Job(target, flags.module, rehearse, flags.force_cpu_rehearsal)
     try:
         if not job.is_module:
-            # Now, and not after the seconds that the set-up takes.
+            # Fail now, not after the seconds that the set-up takes.
             io.open_code(os.path.abspath(target)).close()
         if job.rehearse:
             added = cpu_rehearsal.rehearsal_flags(script_args)

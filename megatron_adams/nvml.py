@@ -1,7 +1,7 @@
 """What the driver says of the GPUs, through NVML (nvidia-ml-py): the one module that asks it.
 
-Called by the doctor and by megatron/gpu_memory.py; imports the standard library alone at its top.
-NVML answers without CUDA: no context is made on any GPU, and nothing stays there.
+Called by the doctor and by megatron/training/gpu_memory.py; imports the standard library alone at
+its top. NVML answers without CUDA: no context is made on any GPU, and nothing stays there.
 
 Few GPUs support every call, and not every user is permitted each. Such a call is answered by an
 `Unanswered` that says why, never by a number that looks healthy, and never by an exception.

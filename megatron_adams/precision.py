@@ -1,31 +1,32 @@
 """How optimizer state is stored in fewer bits: pure functions, the oracle of the kernels.
 
-Called by optimizer.py, kernels/foreach.py and by tests. Imports torch alone.
+Called by optimizer.py, kernels/foreach.py and the tests. Imports only torch.
 
-- remainder: an fp32 master weight is its bf16 param and the 16 bits that the param lacks.
-- scaled: fp16 or fp8 (e4m3) state is stored with one fp32 scale per tensor; TransformerEngine's
-  FusedAdam keeps state in the same form (state = stored * scale), with another choice of scale.
+- remainder: an fp32 main param is stored as its bf16 param and the 16 bits that the param lacks.
+  (The names below say "master", as TransformerEngine's key `master_param` does.)
+- scaled: fp16 or fp8 (e4m3) state is stored with one fp32 scale per tensor: state = stored * scale.
+  TransformerEngine's FusedAdam uses the same form, but chooses the scale in another way.
 - fp8 params: cast with saturation, as TransformerEngine does.
 """
 
 import torch
 from torch import Tensor
 
-# The largest magnitude that scaled state takes: e4m3's largest number; half of fp16's range, so
-# that rounding cannot overflow.
+# The largest magnitude of scaled state: e4m3's largest number, and half of fp16's range, so that
+# rounding cannot overflow.
 _LARGEST_SCALED = {torch.float16: 2.0**15, torch.float8_e4m3fn: 448.0}
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split an fp32 master weight into its bf16 param and the remainder.
+    """Split an fp32 main param into its bf16 param and the remainder.
 
-    Exact for every number: `join_master` returns the same bits. The param is the master rounded
-    to the nearest bf16, ties away from zero; of a NaN, both halves are a canonical NaN's.
+    `join_master` returns the same bits for every number. The param is the main param rounded to the
+    nearest bf16 number, ties away from zero. Every NaN becomes one canonical NaN.
 
     Args:
         master: any shape, fp32.
     Returns:
-        (param, remainder): bf16 and int16, of master's shape.
+        (param, remainder): bf16 and int16, with master's shape.
     """
     bits = master.view(torch.int32)
     low = bits & 0xFFFF
@@ -43,14 +44,14 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
         param: any shape, bf16.
         remainder: param's shape, int16.
     Returns:
-        The master weight, fp32.
+        The main param, fp32.
     """
     high = param.view(torch.int16).to(torch.int32) - (remainder < 0).to(torch.int32)
     return ((high << 16) | (remainder.to(torch.int32) & 0xFFFF)).view(torch.float32)
 
 
 def _to_int16(low_bits: Tensor) -> Tensor:
-    # A conversion of a number outside int16's range is not defined everywhere.
+    # Converting a number outside int16's range is not defined everywhere.
     low_bits = low_bits & 0xFFFF
     return torch.where(low_bits >= 0x8000, low_bits - 0x10000, low_bits).to(torch.int16)
 
@@ -58,19 +59,19 @@ def _to_int16(low_bits: Tensor) -> Tensor:
 def encode_scaled(state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Store fp32 state in fp16 or fp8 with one scale.
 
-    The scale is a power of two, so that scaling itself rounds nothing: the largest magnitude
-    lands in (L/2, L], L being 448 for e4m3 and 32768 for fp16. The scale of zeros is 1.
+    The scale is a power of two, so that scaling itself rounds nothing. The largest magnitude lands
+    in (L/2, L], where L is 448 for e4m3 and 32768 for fp16. The scale of zeros is 1.
 
     Args:
         state: any shape, fp32.
         dtype: torch.float16 or torch.float8_e4m3fn.
     Returns:
-        (stored, scale): of state's shape in `dtype`; () fp32. state is near stored * scale.
+        (stored, scale): state's shape in `dtype`, and () fp32; state is about stored * scale.
     """
     amax = state.abs().max() if state.numel() else state.new_zeros(())
     largest = torch.tensor(_LARGEST_SCALED[dtype], dtype=torch.float32, device="cpu")
     limit = int(largest.view(torch.int32).item())
-    # A NaN counts as infinity: either way the tensor's other values are lost.
+    # A NaN counts as infinity. Either way, the tensor's other values are lost.
     bits = (amax.view(torch.int32) & 0x7FFFFFFF).clamp(max=0x7F800000)
     is_above = (bits & 0x7FFFFF) > (limit & 0x7FFFFF)
     field = (bits >> 23) - (limit >> 23) + 127 + is_above.to(torch.int32)
@@ -88,7 +89,7 @@ def decode_scaled(stored: Tensor, scale: Tensor) -> Tensor:
 
 
 def to_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round fp32 values to fp8, to nearest even; what is too large becomes the largest number.
+    """Round fp32 values to fp8, to nearest even. Too large values become the largest number.
 
     Args:
         values: any shape, fp32.
@@ -101,15 +102,15 @@ def to_fp8(values: Tensor, dtype: torch.dtype) -> Tensor:
 def read_stored(
     stored: Tensor, *, scale: Tensor | None = None, param: Tensor | None = None
 ) -> Tensor:
-    """Return the full state of which `stored` is the form in memory.
+    """Return the full state that `stored` holds in fewer bits.
 
     Args:
-        stored: any shape. fp32, bf16 and fp64 are the state itself; fp16 and float8_e4m3fn with
-            `scale`; int16 is the remainder of `param`.
+        stored: any shape. fp32, bf16 and fp64 are the state itself, fp16 and float8_e4m3fn need
+            `scale`, and int16 is the remainder of `param`.
         scale: one fp32 element, or None.
-        param: stored's shape, bf16; read with remainders only.
+        param: stored's shape, bf16; read only with remainders.
     Returns:
-        fp32, or fp64 where it is stored; `stored` itself where it is nothing else.
+        fp32, or fp64 if that is stored; `stored` itself if nothing has to be converted.
     """
     if stored.dtype == torch.int16:
         assert param is not None
@@ -122,13 +123,13 @@ def read_stored(
 def write_stored_(
     stored: Tensor, state: Tensor, *, scale: Tensor | None = None, param: Tensor | None = None
 ) -> None:
-    """Store full state, in place: what `read_stored` takes apart.
+    """Store full state in place, so that `read_stored` returns it.
 
     Args:
-        stored: as `read_stored`; written.
+        stored: as in `read_stored`; written.
         state: stored's shape, floating.
-        scale: as `read_stored`; written.
-        param: as `read_stored`; written with remainders, of which it is the other half.
+        scale: as in `read_stored`; written.
+        param: as in `read_stored`; written only with remainders, of which it is the other half.
     """
     if stored.dtype == torch.int16:
         assert param is not None

@@ -1,10 +1,10 @@
-"""The AdamS update on plain tensors: the only place in the project where the formula stands.
+"""The AdamS update on plain tensors: the formula, one operation after the other.
 
-It is the oracle: every implementation is tested against it. The package itself calls only the
-helpers below it. Imports torch alone.
+`adams_update_` is the oracle: every backend is tested against it. The package itself calls only the
+helpers below it. This module imports only torch.
 
-Source: Zhang, Wang, Chen 2025, arXiv:2505.16363, Algorithm 1. The optional bias correction
-is the one of the authors' released code.
+Source: Zhang, Wang, Chen 2025, arXiv:2505.16363, Algorithm 1. The optional bias correction is that
+of the authors' released code.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-# What `count_squares` counts in, and the most that an element counts for.
+# The unit that `count_squares` counts in, and the most units that one element counts for.
 _SQUARE_UNIT = 2.0**-20
 _LARGEST_SQUARE = 2.0**30 - 64
 
@@ -45,8 +45,7 @@ def adams_update_(
     `decoupled_weight_decay=False`, weight_decay * p_{t-1} is added to g_t instead (L2).
 
     Every operation below is rounded on its own (no fused multiply-add) and acts on each element
-    alone, so any split of a tensor into shards gives the same bits. A kernel has to reproduce
-    this order:
+    alone, so any split of a tensor into shards gives the same bits. A kernel must keep this order:
 
         c = bias_correction ? 1 / (1 - beta1^step) : 1      # double
         g = grad                                            # L2: g += weight_decay * param
@@ -57,10 +56,10 @@ def adams_update_(
         u = update_factor * u                               # decoupled: u += weight_decay * param
         param = param - lr * u
 
-    param and grad are first converted to exp_avg's dtype, the arithmetic is in that dtype, and
+    param and grad are first converted to exp_avg's dtype, and the arithmetic is in that dtype.
     param is rounded once, to nearest even, when it is written. 1 - beta1, 1 - beta2 and c are
-    computed in double; they and the other scalars are then rounded once to that dtype. The terms
-    with weight_decay are left out where it is 0.
+    computed in double. They and the other scalars are then rounded once to that dtype. If
+    weight_decay is 0, its terms are left out.
 
     Args:
         param: any shape; fp32, bf16, fp16 or fp64.
@@ -70,12 +69,11 @@ def adams_update_(
         beta1: in [0, 1).
         beta2: in (0, 1).
         eps: positive.
-        weight_decay: coefficient; 0 is off.
-        step: the number of this step, from 1; read with `bias_correction` only.
+        weight_decay: the coefficient of weight decay; 0 turns it off.
+        step: the number of this step, from 1; read only with `bias_correction`.
         bias_correction: the authors' released form (True) or the paper's (False).
         decoupled_weight_decay: AdamW's weight decay (True) or L2 (False).
-        update_sums: (2,) int64; what `count_squares` says of u, before it is multiplied by
-            update_factor, is added to it.
+        update_sums: (2,) int64; `count_squares(u)` is added to it, for u before update_factor.
         update_factor: what u is multiplied by, in fp32; 1 changes no bit. See `update_factors`.
 
     Raises:
@@ -92,9 +90,9 @@ def adams_update_(
             f"exp_avg.dtype={exp_avg.dtype}: must be {dtype} for a {param.dtype} param"
         )
 
-    # Only mul, add, sub, div and _sqrt: each is correctly rounded. addcmul, addcdiv, lerp and
-    # alpha= may be contracted in a vector body and not in its tail, and then a shard's bits
-    # depend on its alignment.
+    # Only mul, add, sub, div and _sqrt are used, because each is correctly rounded. addcmul,
+    # addcdiv, lerp and alpha= may be contracted in a vectorized loop but not in its tail. A shard's
+    # bits would then depend on its alignment.
     old_param = param.to(dtype)
     grad = grad.to(dtype)
     if isinstance(lr, Tensor):
@@ -114,8 +112,8 @@ def adams_update_(
         update_factor = update_factor.to(dtype).reshape(())
     update.mul_(update_factor)
     if weight_decay != 0 and decoupled_weight_decay:
-        # Not `param *= 1 - lr * weight_decay`: in fp32 that factor is 1 where lr * weight_decay
-        # is near 1e-8.
+        # Not `param *= 1 - lr * weight_decay`: if lr * weight_decay is near 1e-8, that factor is 1
+        # in fp32.
         update.add_(old_param * weight_decay)
     param.copy_(old_param - update.mul_(lr))
 
@@ -123,45 +121,45 @@ def adams_update_(
 def _sqrt(v: Tensor) -> Tensor:
     """Return sqrt(v), correctly rounded in fp32.
 
-    On the CPU torch takes it from MKL, which is an ulp off for 16% of fp32 values (torch 2.15,
-    AVX-512). The double result is off too, but too little to round to another fp32 number.
+    On the CPU torch calls MKL's, which is an ulp off for 16% of fp32 values (torch 2.15, AVX-512).
+    The double result is off, too, but by too little to round to another fp32 number.
     """
     return v.double().sqrt().to(v.dtype) if v.device.type == "cpu" else v.sqrt()
 
 
 def count_squares(update: Tensor) -> Tensor:
-    """Sum the squares of an update in integers, whose sum does not depend on an order.
+    """Sum the squares of an update in integers, so that the order of the additions does not matter.
 
-    So a tensor's sum has the same bits on every device and however it is cut into shards. Each
-    element counts for u * u in units of 2^-20, rounded to the nearest, each operation in fp32: an
-    error of at most 2^-21 in a mean square, which is 6e-6 of an RMS of 0.2, 0.3 % of one of 0.01;
-    an element below 7e-4 counts as 0. From |u| = 32 on it counts as 32: no update is larger with
+    A tensor's sum has the same bits on every device and for every division into shards. An element
+    u counts as u * u in units of 2^-20, rounded to the nearest; each operation is in fp32. The
+    error of a mean square is at most 2^-21: 6e-6 of an RMS of 0.2, and 0.3% of an RMS of 0.01. An
+    element below 7e-4 counts as 0. An element above 32 counts as 32, but no update is larger with
     beta2 up to 0.999, in either form (`update_bound`). The sum of 2^33 elements does not overflow.
 
     Args:
         update: any shape, floating; converted to fp32.
     Returns:
-        (2,) int64: the sum, and how many elements are infinite or NaN.
+        (2,) int64: the sum, and the number of elements that are infinite or NaN.
     """
     update = update.to(torch.float32)
     scaled = (update * update) * (1 / _SQUARE_UNIT)
-    # Not clamp, which keeps a NaN: its conversion to an integer is not defined.
+    # Not clamp: it keeps a NaN, whose conversion to an integer is not defined.
     fixed_point = torch.where(scaled < _LARGEST_SQUARE, scaled, _LARGEST_SQUARE).add_(0.5)
     not_finite = ~update.isfinite()
     return torch.stack((fixed_point.to(torch.int64).sum(), not_finite.sum()))
 
 
 def update_rms(sums: Tensor, numels: Tensor) -> Tensor:
-    """Return the root of the mean square of updates, from what `count_squares` has counted.
+    """Return the root mean square of updates, from what `count_squares` has counted.
 
     Args:
-        sums: (..., 2) int64; those of parts of a tensor are added up before.
-        numels: (...) integers, how many elements were counted; the RMS of none is 0.
+        sums: (..., 2) int64; if a tensor is in parts, their sums added up.
+        numels: (...) integers; how many elements were counted. The RMS of none is 0.
     Returns:
-        (...) fp32; NaN where an element was not finite. Correctly rounded steps only, so the same
-        bits on every device.
+        (...) fp32; NaN where an element was not finite. Every operation is correctly rounded, so
+        the bits are the same on every device.
     """
-    # By tensors: torch on CUDA divides by a number through its reciprocal.
+    # The divisor is a tensor, because torch on CUDA divides by a number through its reciprocal.
     mean = sums[..., 0].double() / (numels.clamp(min=1).double() * (1 / _SQUARE_UNIT))
     # Through fp32, for the reason in _sqrt.
     rms = mean.float().double().sqrt().float()
@@ -171,15 +169,15 @@ def update_rms(sums: Tensor, numels: Tensor) -> Tensor:
 def update_factors(
     rms: Tensor, *, max_rms: float | None = None, match_rms: float | None = None
 ) -> Tensor:
-    """Return what updates of these RMS are multiplied by: one of the two is given.
+    """Return the factors that bring updates of these RMS to a cap or to a target.
 
     Args:
-        rms: any shape, fp32, of `update_rms`.
-        max_rms: cap: min(1, max_rms / rms).
-        match_rms: match: match_rms / rms.
+        rms: any shape, fp32; what `update_rms` returned.
+        max_rms: the cap; the factor is min(1, max_rms / rms). Give this or match_rms.
+        match_rms: the target; the factor is match_rms / rms.
     Returns:
-        rms's shape, fp32. 1 where the RMS is 0, and where it is not a number: a tensor's other
-        elements are left as they would be.
+        rms's shape, fp32. The factor is 1 where the RMS is 0 or NaN, so that the finite elements of
+        a tensor with a NaN are updated as without a cap or target.
     """
     target = max_rms if match_rms is None else match_rms
     assert target is not None
@@ -203,10 +201,10 @@ def bias_correction_factor(beta1: float, step: Tensor) -> Tensor: ...
 
 
 def bias_correction_factor(beta1: float, step: int | Tensor) -> float | Tensor:
-    """Return 1 / (1 - beta1^step), in double; of an fp64 tensor, as a tensor beside it.
+    """Return 1 / (1 - beta1^step) in double: a float, or for an fp64 tensor a tensor on its device.
 
-    A factor and not a divisor: torch on CUDA divides by a scalar through its reciprocal, on the
-    CPU it does not.
+    It is a factor, not a divisor, because torch divides by a scalar through its reciprocal on CUDA
+    but not on the CPU.
     """
     return 1 / (1 - beta1**step)
 
@@ -216,9 +214,10 @@ def update_bound(
 ) -> float:
     """Return the largest |m_t / (sqrt(v_t) + eps)| that any gradients can produce, in units of lr.
 
-    By Cauchy-Schwarz on m_t = beta1 * m_{t-1} + (1 - beta1) * g_t against v_t: 1.026 at (0.9,
-    0.95), 3.29 at (0.9, 0.999). `step` matters with `bias_correction` only, which enlarges the
-    first steps. In fp32 it needs eps >= 2**-63: smaller squares underflow.
+    The bound follows from the Cauchy-Schwarz inequality for m_t and v_t. It is 1.026 for betas
+    (0.9, 0.95), and 3.29 for (0.9, 0.999). `step` matters only with `bias_correction`, which
+    enlarges the first steps. In fp32 the bound needs eps >= 2**-63, because smaller squares
+    underflow.
     """
     correction = bias_correction_factor(beta1, step) if bias_correction else 1.0
     return math.sqrt(beta1**2 / beta2 + (correction * (1 - beta1)) ** 2 / (1 - beta2))

@@ -1,7 +1,8 @@
-"""A small GPT as functions of its parameters, so that one compiled block serves all layers.
+"""A small GPT, written as functions of its parameters, so that all layers share a compiled block.
 
-RMSNorm before each part, rotary positions, GELU, no biases, embedding and head apart. Parameters
-are fp32; the matrix products and what runs between the blocks are in the dtype of the product."""
+It has RMSNorm before each part, rotary positions, GELU, no biases, and an untied head. Parameters
+are fp32. The matrix products, and the activations between blocks, have the model's `dtype`.
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The kinds of tensors that are reported apart.
+# The kinds of tensors that results are reported for.
 KINDS = ("matrices", "embedding", "head", "norms")
 _BLOCK = ("attention_norm", "qkv", "attention_out", "mlp_norm", "mlp_in", "mlp_out")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes."""
+    """The sizes of a model."""
 
     num_layers: int
     width: int
@@ -31,14 +32,14 @@ class Shape:
 
 
 def kind_of(name: str) -> str:
-    """Which of KINDS a parameter belongs to, by its name."""
+    """Return the kind of a parameter, one of KINDS, from its name."""
     if name in ("embedding", "head"):
         return name
     return "norms" if name.endswith("norm") else "matrices"
 
 
 def make_params(shape: Shape, device: torch.device) -> dict[str, Tensor]:
-    """Allocate the parameters, fp32, without values; `initialize_` gives them some."""
+    """Allocate the fp32 parameters without values; `initialize_` sets these."""
     width = shape.width
     sizes = {"embedding": (shape.vocab_size, width)}
     for layer in range(shape.num_layers):
@@ -59,9 +60,10 @@ def make_params(shape: Shape, device: torch.device) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def initialize_(params: dict[str, Tensor], shape: Shape, seed: int) -> None:
-    """Give the parameters the values of a seed, in place, and forget their gradients.
+    """Set the parameters to the start values of a seed, in place, and drop their gradients.
 
-    Normal with a deviation of 0.02, less for what is added to the residual stream; norms are 1.
+    The values are normal with a standard deviation of 0.02, and less for what is added to the
+    residual stream. Norms are 1.
     """
     device = params["embedding"].device
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -76,7 +78,7 @@ def initialize_(params: dict[str, Tensor], shape: Shape, seed: int) -> None:
 
 
 def rotations(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles, each (seq_length, head_dim / 2) fp32."""
+    """Return the cosine and the sine of each position's angles: (seq_length, head_dim / 2) fp32."""
     half = shape.head_dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=device) / half
     positions = torch.arange(shape.seq_length, dtype=torch.float32, device=device)
@@ -92,7 +94,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the two halves of each head, (batch, seq, heads, head_dim), by its position's angle."""
+    """Rotate the two halves of each head, (batch, seq, heads, head_dim), by position."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
@@ -109,7 +111,7 @@ def block(
     mlp_in: Tensor,
     mlp_out: Tensor,
 ) -> Tensor:
-    """One layer: causal attention, then the MLP; (batch, seq, width) to the same."""
+    """Apply one layer to (batch, seq, width): causal attention, then the MLP."""
     batch, seq, width = x.shape
     head_dim = 2 * cos.shape[-1]
     mixed = F.linear(rms_norm(x, attention_norm), qkv.to(x.dtype))
@@ -125,7 +127,7 @@ def block(
 
 
 def loss_of(x: Tensor, final_norm: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss of the last layer's (batch, seq, width), in nats a token, fp32."""
+    """Return the mean loss for the last layer's (batch, seq, width), in nats per token, fp32."""
     logits = F.linear(rms_norm(x, final_norm), head.to(x.dtype))
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -144,16 +146,16 @@ class Gpt:
         self._block, self._loss = block, loss_of
 
     def compile(self) -> None:
-        """Have the next forward pass compile the block, once for all layers, and the loss."""
+        """Make the next forward pass compile the loss, and the block once for all layers."""
         self._block = torch.compile(block, fullgraph=True, dynamic=False)
         self._loss = torch.compile(loss_of, fullgraph=True, dynamic=False)
 
     def forget_compiled(self) -> None:
-        """Run as without `compile`."""
+        """Undo `compile`."""
         self._block, self._loss = block, loss_of
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Return the mean loss of (batch, seq_length + 1) int64 tokens, in nats a token."""
+        """Return the mean loss of (batch, seq_length + 1) int64 tokens, in nats per token."""
         params = self.params
         x = F.embedding(tokens[:, :-1], params["embedding"]).to(self.dtype)
         for layer in range(self.shape.num_layers):

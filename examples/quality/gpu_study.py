@@ -1,10 +1,11 @@
-"""Compare AdamS and AdamW on one GPU in the time that is given; PLAN.md says how.
+"""Compare AdamS and AdamW on one GPU in a given time; PLAN.md says how.
 
     python gpu_study.py --data FOLDER --out FOLDER --seconds 150
 
-The folder of --data is prepare.py's. In --out are quality.csv, with a row a run, curves.jsonl and
-log.txt; runs that quality.csv holds are not repeated. The script ends by itself before --seconds
-are over, counted from its start, imports included."""
+prepare.py has written the folder --data. The script writes quality.csv (one row per run),
+curves.jsonl and log.txt to --out. Runs that are in quality.csv are not repeated. The script ends by
+itself before --seconds are over. They count from its start, imports included.
+"""
 
 import argparse
 import sys
@@ -15,22 +16,22 @@ from pathlib import Path
 import results
 import schedule
 
-# Left at the end for the interpreter, the device and whoever collects the files.
+# The time left at the end for the interpreter, the device and collecting the files.
 RESERVE_S = 8.0
-# Runs of A that the time should hold: about as many as there are up to the end of the first seed of
-# axis B, whose runs are longer by a third.
+# How many runs of A should fit into the time. That is about as many as the plan has up to the end
+# of axis B's first seed; runs of B take a third longer.
 TARGET_RUNS = 20
-# Compiling takes some 20 s, which a shorter study does not win back.
+# Compiling takes about 20 s. A shorter study does not regain them.
 MIN_SECONDS_TO_COMPILE = 60.0
-# For what a run does beside its steps: start values, order of the batches, held-out loss.
+# The time that a run needs outside its steps: start values, order of the batches, held-out loss.
 OVERHEAD_PER_RUN_S = 0.6
 
 
 def steps_for(seconds: float, seconds_per_step: float, min_steps: int, max_steps: int) -> int:
-    """Steps of each run of A, so that TARGET_RUNS fit, or where that is too short as many as do.
+    """Return the steps of each run of A, so that TARGET_RUNS fit, or fewer if the time is short.
 
     Args:
-        seconds: that are left for all runs.
+        seconds: the time left for all runs.
     """
 
     def steps_of(num_runs: int) -> int:
@@ -43,12 +44,12 @@ def steps_for(seconds: float, seconds_per_step: float, min_steps: int, max_steps
 
 
 def study(args: argparse.Namespace, started: float) -> None:
-    """Do runs until the time is over or none is left.
+    """Do runs until the time is over or no run is left.
 
     Raises:
-        ValueError: the data, the results that are there, or an argument cannot be used.
+        ValueError: the data, existing results, or an argument cannot be used.
     """
-    # Here, and not above: the clock runs while torch is imported.
+    # Imported here, because importing torch counts as time.
     import torch
     from lab import COMPILE_TIMEOUT_S, PRESETS, Lab, OutOfTime
 
@@ -120,7 +121,7 @@ def study(args: argparse.Namespace, started: float) -> None:
 
 
 def _steps_of_rows(rows: list[dict[str, str]]) -> int | None:
-    """How many steps the runs of A had that are done already."""
+    """Return the number of steps of the finished runs of A; None if there are none."""
     return next((int(row["steps"]) for row in rows if row["axis"] == "A"), None)
 
 
@@ -135,7 +136,7 @@ def _reporter(log: Path, started: float) -> Callable[[str], None]:
 
 
 def main() -> int:
-    """Run the study from the command line; 2 for what the user has to change."""
+    """Run the study from the command line. Returns 2 if the user has to change something."""
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder of prepare.py")

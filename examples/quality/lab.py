@@ -1,4 +1,4 @@
-"""What a run needs, made once: the tokens and the model on the device. gpu_study.py drives it."""
+"""What all runs share: the tokens and the model on the device. gpu_study.py drives it."""
 
 import json
 import math
@@ -20,22 +20,22 @@ from megatron_adams import AdamS
 
 CLIP_NORM = 1.0
 WARMUP_SHARE, LAST_LR_SHARE = 0.1, 0.1
-# Of axis B, in those of axis A.
+# The tokens per step and the steps of axis B, relative to axis A's.
 TOKENS_FACTOR, STEPS_FACTOR = 4, 1 / 3
-# Gradients of one matrix are kept for so many steps from the middle on, in short runs from their
-# first quarter on, and compared up to this distance.
+# The gradients of one matrix are kept for this many steps, from the middle of a run on (in short
+# runs, from the first quarter on), and compared up to this many steps apart.
 KEPT_STEPS, MAX_LAG = 30, 10
 COMPILE_TIMEOUT_S = 75
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A size of the study.
+    """The sizes of a study.
 
     Attributes:
-        batch: sequences that pass through the model at once; A's step has as many.
-        min_steps, max_steps: of a run of A.
-        max_eval_batches: held-out tokens are read up to so many times `batch` sequences.
+        batch: how many sequences pass through the model at once; a step of A has as many.
+        min_steps, max_steps: the limits for the steps of a run of A.
+        max_eval_batches: the held-out loss is that of at most this many batches.
     """
 
     name: str
@@ -58,11 +58,11 @@ PRESETS = {
 
 
 class OutOfTime(Exception):
-    """The deadline comes before the end of a run."""
+    """A run would end after the deadline."""
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """The rate of a step, from 0: linear warm-up, then a cosine down to a tenth of the peak."""
+    """Return the rate of a step, from 0: linear warm-up, then a cosine to a tenth of the peak."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -71,7 +71,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def gradient_cosines(grads: Tensor, max_lag: int) -> list[float]:
-    """Mean cosine of gradients that are 1, 2, ..., max_lag steps apart; (steps, numel) fp32."""
+    """Return the mean cosine of gradients 1, 2, ..., max_lag steps apart; (steps, numel) fp32."""
     unit = grads.float()
     unit = unit / unit.norm(dim=1, keepdim=True)
     gram = (unit @ unit.T).double().cpu()
@@ -79,7 +79,7 @@ def gradient_cosines(grads: Tensor, max_lag: int) -> list[float]:
 
 
 def rms_by_kind(updates: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
-    """Root mean square of the updates of each of KINDS, (4,) fp32."""
+    """Return the root mean square of the updates of each of KINDS, (4,) fp32."""
     results = []
     for kind in KINDS:
         chosen = [update for update, each in zip(updates, kinds, strict=True) if each == kind]
@@ -115,7 +115,7 @@ class Lab:
         shape = Shape(
             preset.num_layers, preset.width, preset.num_heads, preset.seq_length, meta["vocab_size"]
         )
-        # The CPU has no fast bf16, and a rehearsal needs none.
+        # A CPU is slow in bf16, and a rehearsal does not need it.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = Gpt(shape, device, dtype)
         self.params = list(self.model.params.values())
@@ -130,7 +130,7 @@ class Lab:
         return tokens.to(self.device)
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device has finished all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -138,7 +138,7 @@ class Lab:
         return tokens[starts[:, None] + self._offsets].long()
 
     def batches(self, seed: int, num_batches: int) -> Tensor:
-        """Where the sequences of a run start, (num_batches, batch) int64: each once an epoch."""
+        """Return where a run's sequences start, (num_batches, batch) int64; each once per epoch."""
         seq = self.preset.seq_length
         num_sequences = (len(self.train_tokens) - 1) // seq
         generator = torch.Generator().manual_seed(seed)
@@ -153,7 +153,7 @@ class Lab:
         return starts.to(self.device)
 
     def compile(self, timeout_s: float) -> None:
-        """Compile the model; where that fails or takes too long, go on without and say why."""
+        """Compile the model. If that fails or takes too long, go on without and say why."""
 
         def give_up(*_: object) -> None:
             raise TimeoutError(f"took over {timeout_s:.0f} s")
@@ -165,7 +165,7 @@ class Lab:
             self._forward_and_backward()
             self.wait()
             self.compiled = "yes"
-        except Exception as exc:  # the compiler has a dozen kinds of its own
+        except Exception as exc:  # the compiler raises a dozen kinds
             self.model.forget_compiled()
             reason = str(exc).strip().splitlines() or [""]
             self.compiled = f"no: {type(exc).__name__}: {reason[0][:120]}"
@@ -174,7 +174,7 @@ class Lab:
             signal.signal(signal.SIGALRM, handler)
 
     def compile_optimizer(self) -> None:
-        """Compile the product's kernel, so that no run waits for it."""
+        """Compile AdamS's kernel now, so that no run waits for it."""
         optimizer = build(VARIANTS["AdamS"], self._params_by_kind(), 1e-3)
         assert isinstance(optimizer, AdamS)
         optimizer.compile_kernels()
@@ -184,7 +184,7 @@ class Lab:
         self.model.loss(self._sequences(self.train_tokens, starts)).backward()
 
     def seconds_per_batch(self, num_batches: int) -> float:
-        """Measure a step of A with AdamW; the parameters are others afterwards."""
+        """Measure the time of a step of A with AdamW. This changes the parameters."""
         initialize_(self.model.params, self.model.shape, 0)
         optimizer = build(VARIANTS["AdamW"], self._params_by_kind(), 1e-3)
         for batch in range(2 + num_batches):
@@ -205,23 +205,24 @@ class Lab:
         }
 
     def held_out_loss(self) -> float:
-        """The mean loss of held-out text in nats a token, of as many whole batches as there are."""
+        """Return the mean loss of all whole batches of held-out text, in nats per token."""
         seq, batch = self.preset.seq_length, self.preset.batch
         num_batches = (len(self.held_out_tokens) - 1) // (seq * batch)
         num_batches = min(num_batches, self.preset.max_eval_batches)
         starts = torch.arange(num_batches * batch, device=self.device).view(num_batches, -1) * seq
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for each in starts:
-            # With gradients, which nobody asks for: without them it would be compiled again.
+            # Gradients stay enabled, although nothing needs them. Otherwise the model would be
+            # compiled again.
             total += self.model.loss(self._sequences(self.held_out_tokens, each)).detach()
         return total.item() / num_batches
 
     def steps_of(self, axis: str, steps: int) -> int:
-        """The steps of a run, from those of a run of A."""
+        """Return the steps of a run of an axis, given those of a run of A."""
         return steps if axis == "A" else max(2, round(steps * STEPS_FACTOR))
 
     def batches_per_step(self, axis: str) -> int:
-        """How many times a step passes through the model."""
+        """Return how many batches pass through the model in a step."""
         return 1 if axis == "A" else TOKENS_FACTOR
 
     def train(
@@ -234,12 +235,12 @@ class Lab:
         """Do a run of `steps` steps.
 
         Args:
-            deadline: a time of time.monotonic().
-            report: told at each quarter how far the run is.
+            deadline: a time on the clock of time.monotonic().
+            report: called at each quarter with the run's progress.
         Returns:
             The row of quality.csv and the entry of curves.jsonl.
         Raises:
-            OutOfTime: at a quarter, where the rest would end after the deadline.
+            OutOfTime: at a quarter, if the run would end after the deadline.
         """
         begin = time.monotonic()
         variant = VARIANTS[run.variant]
@@ -333,7 +334,7 @@ class Lab:
 
     @torch.no_grad()
     def _rms(self, before: list[Tensor], optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
-        """RMS of the step just taken, before lr and weight decay, by kind; (4,)."""
+        """Return the RMS of the last step's updates before lr and weight decay, by kind: (4,)."""
         decays = {
             id(param): group["weight_decay"]
             for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""Draw a study's results, and tabulate them: quality.png and summary.md beside its quality.csv.
+"""Draw and tabulate a study's results: writes quality.png and summary.md next to quality.csv.
 
 python plot.py FOLDER"""
 
@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from schedule import ADAMS, ADAMW, CANDIDATES, CHANGED_ADAMW, MARGIN, VARIANTS, Losses, Run
 
 ORDER = (ADAMW, ADAMS, *CANDIDATES, *CHANGED_ADAMW)
-# AdamW's variants share its color's hue by being dashed; Okabe and Ito's palette.
+# The colors are from Okabe and Ito's palette. A changed AdamW has the color of the AdamS with the
+# same change, but is dashed.
 _CANDIDATE_COLORS = ("#009E73", "#CC79A7", "#56B4E9")
 COLORS = {ADAMW.name: "#000000", ADAMS.name: "#D55E00"}
 COLORS |= {each.name: color for each, color in zip(CANDIDATES, _CANDIDATE_COLORS, strict=True)}
@@ -26,15 +27,15 @@ COLORS |= {each.name: color for each, color in zip(CHANGED_ADAMW, _CANDIDATE_COL
 
 
 def style(name: str) -> dict[str, Any]:
-    """How a variant is drawn: a change has a color, AdamW's is dashed."""
+    """Return how a variant is drawn: each change has a color, and AdamW's line is dashed."""
     is_changed_adamw = VARIANTS[name] in CHANGED_ADAMW
     return {"color": COLORS[name], "linestyle": "--" if is_changed_adamw else "-"}
 
 
 def draw_rates(axes: Axes, losses: Losses) -> None:
-    """Held-out loss of axis A over the peak rate: every seed a point, a line through seed 0.
+    """Draw the held-out loss of axis A over the peak rate: one point per seed, a line for seed 0.
 
-    Seed 0 alone was run at all rates. Bars go from the lowest to the highest seed at a rate.
+    Only seed 0 was run at all rates. A bar goes from the lowest to the highest seed at a rate.
     """
     lrs: set[float] = set()
     for variant in ORDER:
@@ -68,7 +69,7 @@ def draw_rates(axes: Axes, losses: Losses) -> None:
 
 
 def draw_differences(axes: Axes, losses: Losses) -> None:
-    """Paired differences to AdamW: a point a seed, a line at the mean, a bar of the spread."""
+    """Draw paired differences to AdamW: a point per seed, a line at the mean, a bar of spread."""
     ticks: list[str] = []
     for variant in ORDER[1:]:
         for axis in ("A", "B"):
@@ -94,7 +95,7 @@ def draw_differences(axes: Axes, losses: Losses) -> None:
 
 
 def compared(losses: Losses) -> list[tuple[str, Run]]:
-    """The runs at seed 0 of each variant at its best rate, with A before B."""
+    """Return each variant's runs with seed 0 at its best rate, A before B."""
     runs = []
     for axis in ("A", "B"):
         for variant in ORDER:
@@ -105,7 +106,7 @@ def compared(losses: Losses) -> list[tuple[str, Run]]:
 
 
 def draw_curves(axes: Axes, losses: Losses, curves: dict[Run, dict[str, Any]]) -> None:
-    """Training loss of axis A at each variant's best rate."""
+    """Draw the training loss of axis A at each variant's best rate."""
     for label, run in compared(losses):
         if run.axis == "A" and run in curves:
             axes.plot(
@@ -116,7 +117,7 @@ def draw_curves(axes: Axes, losses: Losses, curves: dict[Run, dict[str, Any]]) -
 
 
 def draw_cosines(axes: Axes, losses: Losses, curves: dict[Run, dict[str, Any]]) -> None:
-    """Cosine of a matrix's gradients over their distance in steps; B has rings."""
+    """Draw the cosine of a matrix's gradients over their distance in steps; B has rings."""
     for label, run in compared(losses):
         cosines = curves.get(run, {}).get("gradient_cosines")
         if cosines:
@@ -154,7 +155,7 @@ def draw(losses: Losses, curves: dict[Run, dict[str, Any]], title: str, picture:
 
 
 def summary(losses: Losses) -> str:
-    """The results as markdown: a row a variant, then what the rule of PLAN.md says."""
+    """Return the results as Markdown: a row per variant, then the verdict by PLAN.md's rule."""
     lines = [
         f"{len(losses)} runs, {sum(map(math.isinf, losses.values()))} of them diverged. Losses are "
         "held-out nats a token.",
@@ -191,7 +192,7 @@ def summary(losses: Losses) -> str:
 
 
 def main() -> int:
-    """Draw from the command line; 2 for what the user has to change."""
+    """Draw from the command line. Returns 2 if the user has to change something."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=Path, help="--out of gpu_study.py")
     args = parser.parse_args()

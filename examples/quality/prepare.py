@@ -2,8 +2,9 @@
 
     python prepare.py --out FOLDER [--megabytes 36] [--text FOLDER ...]
 
-Without --text, the sources are those of the running Python's standard library and of the packages
-that are installed beside it. Needs the package `tokenizers`; the study itself does not."""
+Without --text, the sources are the running Python's standard library and installed packages. This
+script needs the package `tokenizers`; the study itself does not.
+"""
 
 import argparse
 import hashlib
@@ -18,48 +19,48 @@ import numpy as np
 
 END_OF_FILE = "<|endoffile|>"
 VOCAB_SIZE = 4096
-MIN_BYTES, MAX_BYTES = 512, 200_000  # of a file; larger ones are mostly tables
+MIN_BYTES, MAX_BYTES = 512, 200_000  # of a file; larger files are mostly tables
 MAX_BYTES_PER_LINE = 120  # on average; more is data, not code
 HELD_OUT_SHARE = 0.05
-# The tokenizer sees this much of the training text; more of it moves few merges.
+# The tokenizer sees this much of the training text. More text would change few merges.
 TOKENIZER_BYTES = 16_000_000
-# The code pages in "encodings" are nearly the same file 120 times.
+# "encodings" has 120 code pages, which are nearly the same file.
 SKIPPED_FOLDERS = {"encodings", "__pycache__", "site-packages", "dist-packages"}
-# A held-out file is dropped where more of its lines than this stand in the training text.
+# A held-out file is dropped if a larger share of its lines is in the training text.
 MAX_SHARE_OF_KNOWN_LINES = 0.5
-# Shorter lines ("return None", "else:") are in every file and say nothing about copies.
+# Shorter lines ("return None", "else:") are in every file, and show no copy.
 MIN_LINE_CHARACTERS = 24
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file: its path below the folder that it was found in, and its text."""
+    """A file: its path within the folder that it was found in, and its text."""
 
     name: str
     text: str
 
     @property
     def digest(self) -> str:
-        """Of the text without its white space, so that a reformatted copy has the same."""
+        """The digest of the text without white space, so that a reformatted copy has the same."""
         return hashlib.sha256("".join(self.text.split()).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Split:
-    """Files for training and held-out files; no text is in both."""
+    """The training files and the held-out files. No text is in both."""
 
     train: list[Source]
     held_out: list[Source]
 
 
 def default_folders() -> list[Path]:
-    """Where the running Python keeps its standard library and its packages."""
+    """Return the folders of the running Python's standard library and packages."""
     paths = sysconfig.get_paths()
     return [Path(paths["stdlib"]), Path(paths["purelib"])]
 
 
 def read_sources(folders: Iterable[Path]) -> list[Source]:
-    """Read the Python files below some folders, in the order of their names, each text once.
+    """Read all Python files in some folders, in the order of their names, each text once.
 
     Raises:
         ValueError: a folder does not exist.
@@ -87,19 +88,18 @@ def read_sources(folders: Iterable[Path]) -> list[Source]:
 
 
 def _lines(source: Source) -> set[str]:
-    """The lines that are long enough to say where they come from."""
+    """Return the lines that are long enough to show where they come from."""
     stripped = (line.strip() for line in source.text.splitlines())
     return {line for line in stripped if len(line) >= MIN_LINE_CHARACTERS}
 
 
 def split_sources(sources: Sequence[Source], max_bytes: int) -> Split:
-    """Divide files into training and held-out ones, in an order that their texts decide.
+    """Divide files into training and held-out ones, in the order of their digests.
 
-    A held-out file most of whose lines stand in the training text is dropped: it is a copy that
-    was edited.
+    A held-out file is dropped if most of its lines are in the training text: it is an edited copy.
 
     Args:
-        sources: each text once.
+        sources: the files, each text once.
         max_bytes: files are taken up to this many bytes.
     """
     train, held_out, size = [], [], 0
@@ -107,7 +107,7 @@ def split_sources(sources: Sequence[Source], max_bytes: int) -> Split:
         if size >= max_bytes:
             break
         size += len(source.text.encode())
-        # The digest's end: its beginning is sorted by.
+        # The digest's end, because the files are sorted by its beginning.
         is_held_out = int(source.digest[-8:], 16) < HELD_OUT_SHARE * 2**32
         (held_out if is_held_out else train).append(source)
     known: set[str] = set()
@@ -145,9 +145,11 @@ def train_tokenizer(sources: Sequence[Source]):
 
 
 def encode(tokenizer, sources: Sequence[Source], max_tokens: int) -> tuple[np.ndarray, int, int]:
-    """Return (tokens,) uint16 with an end of file after each file, their bytes, and the files used.
+    """Encode files until max_tokens are reached. The last file is left out if it does not fit.
 
-    The last file is left out where it does not fit whole.
+    Returns:
+    (tokens,) uint16 with an end-of-file token after each file, the number of bytes, and the number
+    of files.
     """
     parts, num_tokens, num_bytes, num_files = [], 0, 0, 0
     for start in range(0, len(sources), 256):
@@ -168,14 +170,14 @@ def prepare(folders: Sequence[Path], out: Path, max_bytes: int) -> dict[str, obj
     """Write train.bin, heldout.bin (uint16) and meta.json, together at most `max_bytes`.
 
     Returns:
-        What meta.json holds. `held_out_bytes_per_token` turns a loss in nats a token into nats a
-        byte: an end of file counts for one byte.
+        The contents of meta.json. A loss in nats per token, divided by `held_out_bytes_per_token`,
+        is one in nats per byte. An end of file counts as one byte.
 
     Raises:
         ValueError: a folder does not exist, or there is too little text.
     """
     max_tokens = (max_bytes - 4096) // 2
-    # Four bytes a token are more than this tokenizer makes of Python.
+    # On Python sources, this tokenizer has fewer than four bytes per token.
     split = split_sources(read_sources(folders), max_bytes=4 * max_tokens)
     if not split.train or not split.held_out:
         raise ValueError(
@@ -205,7 +207,7 @@ def prepare(folders: Sequence[Path], out: Path, max_bytes: int) -> dict[str, obj
 
 
 def main() -> int:
-    """Prepare from the command line; 2 for what the user has to change."""
+    """Prepare from the command line. Returns 2 if the user has to change something."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="the folder that is written")
     parser.add_argument("--megabytes", type=float, default=36, help="at most (%(default)s)")

@@ -1,7 +1,8 @@
-"""The files that a study leaves: quality.csv, a row a run, and curves.jsonl. Imports no torch.
+"""The files that a study writes: quality.csv, one row per run, and curves.jsonl.
 
-A row is on the disk before the next run starts. A line that a kill cut in two is dropped by the
-reader."""
+A row is on the disk before the next run starts. If the process was killed in the middle of a line,
+the reader drops that line. This module does not import torch.
+"""
 
 import csv
 import io
@@ -27,13 +28,13 @@ COLUMNS = (
     "steps",
     "tokens_per_step",
     "tokens",
-    "held_out_loss",  # nats a token, after the last step; inf: diverged
+    "held_out_loss",  # nats per token after the last step; inf: the run diverged
     "held_out_loss_per_byte",
-    "train_loss",  # nats a token, mean of the last ten steps
-    # RMS of the update before lr and weight decay, at half of the steps and at the last one.
+    "train_loss",  # nats per token, the mean of the last ten steps
+    # The RMS of the update before lr and weight decay, at half of the steps and at the last step.
     *(f"rms_half_{kind}" for kind in _KINDS),
     *(f"rms_end_{kind}" for kind in _KINDS),
-    # What AdamW's would be on the same gradients; of AdamS's runs.
+    # Only for runs of AdamS: what AdamW's RMS would be for the same gradients.
     *(f"adamw_rms_half_{kind}" for kind in _KINDS),
     *(f"adamw_rms_end_{kind}" for kind in _KINDS),
     "seconds",
@@ -45,7 +46,7 @@ COLUMNS = (
 
 
 def _cut_partial_line(path: Path) -> None:
-    """Remove what follows the last line break: a kill came between."""
+    """Remove what follows the last line break, which a killed process has left."""
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
@@ -60,7 +61,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read the rows of quality.csv; a line that was cut is removed from the file.
+    """Read the rows of quality.csv. An incomplete last line is removed from the file.
 
     Raises:
         ValueError: the file has other columns.
@@ -77,7 +78,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a run; its keys are COLUMNS."""
+    """Append a run, whose keys are COLUMNS."""
     assert set(row) == set(COLUMNS), set(row) ^ set(COLUMNS)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -88,7 +89,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def append_curves(path: Path, run: Run, curves: dict[str, Any]) -> None:
-    """Add a line of JSON with a run's place and its curves."""
+    """Append a line of JSON that identifies a run and has its curves."""
     if path.exists():
         _cut_partial_line(path)
     place = {"axis": run.axis, "variant": run.variant, "lr": run.lr, "seed": run.seed}
@@ -96,7 +97,7 @@ def append_curves(path: Path, run: Run, curves: dict[str, Any]) -> None:
 
 
 def read_curves(path: Path) -> dict[Run, dict[str, Any]]:
-    """Read curves.jsonl, of each run the last line; a line that was cut is left out."""
+    """Read each run's last line in curves.jsonl. An incomplete line is left out."""
     curves = {}
     if path.exists():
         for line in path.read_text().splitlines(keepends=True):
@@ -108,11 +109,11 @@ def read_curves(path: Path) -> dict[Run, dict[str, Any]]:
 
 
 def run_of(row: dict[str, str]) -> Run:
-    """A row's place in the study."""
+    """Return the run that a row is about."""
     return Run(row["axis"], row["variant"], float(row["lr"]), int(row["seed"]))
 
 
 def losses_of(rows: list[dict[str, str]]) -> Losses:
-    """Held-out losses in nats a token; of a diverged run infinite."""
+    """Return the held-out losses in nats per token; infinite if the run diverged."""
     losses = {run_of(row): float(row["held_out_loss"]) for row in rows}
     return {run: math.inf if math.isnan(loss) else loss for run, loss in losses.items()}

@@ -1,7 +1,8 @@
-"""Which run the study does next, and what its runs decide: the rules of PLAN.md. Imports no torch.
+"""The rules of PLAN.md: which run the study does next, and what the runs decide.
 
-The order is a function of the runs that are done alone, so a study that was stopped goes on where
-it was."""
+The order depends only on the finished runs, so a study that was stopped goes on where it was. This
+module does not import torch.
+"""
 
 import math
 import statistics
@@ -9,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 BETA1, EPS, WEIGHT_DECAY = 0.9, 1e-8, 0.1
-# Rates beside each other differ by this factor; so many are tried at most for a variant.
+# Neighboring rates differ by this factor. At most MAX_RATES are tried for a variant.
 RATE_FACTOR = 2.0
 MAX_RATES = 5
-# What a recommended variant may be above AdamW, in nats a token.
+# How much a recommended variant's loss may exceed AdamW's, in nats per token.
 MARGIN = 0.01
 
 
@@ -22,9 +23,10 @@ class Variant:
 
     Attributes:
         family: "adamw" or "adams".
-        rates: the peak learning rates that are tried first, in this order.
-        cautious: in the hidden matrices, no element moves against its gradient.
-        nesterov: the numerator looks a step ahead.
+        rates: the two peak learning rates that are tried first, in this order.
+        cautious: whether elements of hidden matrices stay if they would move against their
+            gradient.
+        nesterov: whether the numerator looks a step ahead.
     """
 
     name: str
@@ -53,10 +55,10 @@ VARIANTS = {variant.name: variant for variant in (ADAMW, ADAMS, *CANDIDATES, *CH
 
 @dataclass(frozen=True)
 class Run:
-    """A run's place in the study; the same seed has the same start and the same batches.
+    """One run of the study. Runs with one seed have the same start values and batches.
 
     Attributes:
-        axis: "A", or "B": four times the tokens a step, at A's best rates.
+        axis: "A", or "B" with four times the tokens per step, at A's best rates.
         lr: the peak learning rate.
     """
 
@@ -70,11 +72,11 @@ class Run:
 
 
 type Losses = dict[Run, float]
-"""Of each run that is done the held-out loss in nats a token; infinite where it diverged."""
+"""The held-out loss of each finished run in nats per token; infinite if it diverged."""
 
 
 def rates_of(losses: Losses, variant: Variant) -> dict[float, float]:
-    """Peak learning rate -> held-out loss, of the runs that choose a rate: A, seed 0."""
+    """Return peak learning rate -> held-out loss for the runs that choose a rate: A, seed 0."""
     return {
         run.lr: loss
         for run, loss in losses.items()
@@ -83,21 +85,21 @@ def rates_of(losses: Losses, variant: Variant) -> dict[float, float]:
 
 
 def best_rate(losses: Losses, variant: Variant) -> float | None:
-    """The best of the rates that were tried, or None before the first."""
+    """Return the best rate that was tried, or None before the first run."""
     rates = rates_of(losses, variant)
     return min(rates, key=lambda lr: (rates[lr], lr)) if rates else None
 
 
 def is_at_edge(losses: Losses, variant: Variant) -> bool:
-    """Whether a better rate may lie outside of those that were tried."""
+    """Whether a better rate may lie outside the range that was tried."""
     rates, best = rates_of(losses, variant), best_rate(losses, variant)
     return best is None or best in (min(rates), max(rates))
 
 
 def next_rate(losses: Losses, variant: Variant) -> float | None:
-    """The rate to try next: the first two, then outward from the best until it has neighbors.
+    """Return the rate to try next: the first two, then outward until the best has neighbors.
 
-    None: there are neighbors on both sides, or MAX_RATES were tried.
+    Return None if the best rate has neighbors on both sides, or MAX_RATES were tried.
     """
     rates = rates_of(losses, variant)
     for lr in variant.rates:
@@ -111,7 +113,7 @@ def next_rate(losses: Losses, variant: Variant) -> float | None:
 
 
 def leader(losses: Losses) -> Variant | None:
-    """The candidate with the lowest held-out loss at its best rate, once each has two rates."""
+    """Return the candidate with the lowest loss at its best rate, once each has two rates."""
     rates = {variant: rates_of(losses, variant) for variant in CANDIDATES}
     if any(len(tried) < 2 for tried in rates.values()):
         return None
@@ -119,7 +121,7 @@ def leader(losses: Losses) -> Variant | None:
 
 
 def _wishes(losses: Losses) -> Iterator[Run | None]:
-    """The study in its order, as far as the runs that are done tell; some are done already."""
+    """Yield the study's runs in order, as far as the finished runs decide it, these included."""
 
     def search(variant: Variant) -> Iterator[Run]:
         lr = next_rate(losses, variant)
@@ -139,7 +141,7 @@ def _wishes(losses: Losses) -> Iterator[Run | None]:
     for variant in CANDIDATES:
         yield Run("A", variant.name, variant.rates[1], 0)
     ahead = leader(losses)
-    if ahead is None:  # then one of those above is not done
+    if ahead is None:  # a run above is not done yet
         return
     yield from search(ahead)
     compared = (ADAMW, ahead, ADAMS)
@@ -158,15 +160,15 @@ def _wishes(losses: Losses) -> Iterator[Run | None]:
 
 
 def next_run(losses: Losses) -> Run | None:
-    """The most telling run that is not done, or None: the study is complete."""
+    """Return the next run of the plan, or None if the study is complete."""
     return next((run for run in _wishes(losses) if run not in losses), None)
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences of a variant to AdamW by seed, each at the rate that is best in A at seed 0.
+    """A variant's differences to AdamW by seed, each at its best rate for seed 0 of A.
 
-    Only runs that did not choose rate or variant: in A seeds from 1, in B all.
+    Only runs count that did not choose a rate or variant: in A the seeds from 1 on, in B all.
     """
 
     axis: str
@@ -178,13 +180,13 @@ class Paired:
 
     @property
     def spread(self) -> float:
-        """The deviation over seeds; NaN for one."""
+        """The standard deviation over seeds; NaN for one seed."""
         values = self.differences.values()
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def paired(losses: Losses, variant: Variant, axis: str) -> Paired | None:
-    """Compare a variant with AdamW by seeds that chose nothing; None: there are none."""
+    """Compare a variant with AdamW by seeds that chose nothing; None if there are none."""
     rate, adamw_rate = best_rate(losses, variant), best_rate(losses, ADAMW)
     if rate is None or adamw_rate is None:
         return None
@@ -200,7 +202,7 @@ def paired(losses: Losses, variant: Variant, axis: str) -> Paired | None:
 
 
 def decide(losses: Losses) -> str:
-    """Say in a sentence what the rule of PLAN.md makes of the runs that are done."""
+    """Return, in a sentence, what the rule of PLAN.md decides from the finished runs."""
     ahead = leader(losses)
     if ahead is None:
         return "Not decided: the candidates have not been run at two rates each."

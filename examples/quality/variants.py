@@ -1,7 +1,8 @@
-"""The optimizers that the study compares, built for a model's parameters.
+"""The optimizers that the study compares.
 
-AdamS without a change is the product's, AdamW without a change is torch's. The changed ones are
-written here from their formulas, a tensor operation after another."""
+AdamS without a change is this package's, and AdamW without a change is torch's. The changed ones
+are written here from their formulas, as tensor operations.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -37,19 +38,20 @@ def changed_update_(
         numerator: n_t = m_t, AdamW: m_t / (1 - beta1^t)
         nesterov:  n_t = beta1 * m_t + (1 - beta1) * g_t, AdamW: that / (1 - beta1^(t+1))
         u_t = n_t / (sqrt(v_t) + eps)
-        cautious:  u_t = 0 where u_t * g_t <= 0; the others are not enlarged
-        p_t = p_{t-1} - lr * (u_t + weight_decay * p_{t-1})
+        cautious: u_t = 0 where u_t * g_t <= 0; other elements are not enlarged p_t = p_{t-1} - lr *
+        (u_t + weight_decay * p_{t-1})
 
-    AdamW's divisors make the weights of the gradients in n_t and v_t add up to 1. AdamS has none,
-    as in the paper.
+    AdamW's divisors make the weights of the gradients in n_t and v_t add up to 1. As in the paper,
+    AdamS has no divisors.
 
     Sources: Liang et al. 2024, arXiv:2411.16085 (cautious; they also rescale); Dozat 2016
     (nesterov).
 
     Args:
-        params, grads, exp_avgs: as many tensors of the same shapes, fp32 or fp64.
-        exp_avg_sqs: likewise, AdamW; None: AdamS.
-        step: the number of this step, from 1; read for AdamW alone.
+        params, grads, exp_avgs: lists of equal length; tensors with one index have one shape, and
+            are fp32 or fp64.
+        exp_avg_sqs: another such list for AdamW; None for AdamS.
+        step: the number of this step, from 1; read only for AdamW.
     """
     if exp_avg_sqs is None:
         v = torch._foreach_mul(exp_avgs, exp_avgs)
@@ -78,9 +80,9 @@ class ChangedAdam(Optimizer):
     """`changed_update_` as a torch optimizer.
 
     Args:
-        params: groups; "cautious" in each says whether the mask is on there.
-        has_exp_avg_sq: AdamW (True) or AdamS.
-        nesterov: on in all groups.
+        params: param groups; "cautious" in each says whether the mask is on.
+        has_exp_avg_sq: True for AdamW, False for AdamS.
+        nesterov: whether the numerator looks ahead, in all groups.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class ChangedAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every param; each has a gradient."""
+        """Update every param. Each must have a gradient."""
         self.num_steps += 1
         names = ["exp_avg", "exp_avg_sq"] if self.has_exp_avg_sq else ["exp_avg"]
         for group in self.param_groups:
@@ -128,7 +130,7 @@ class ChangedAdam(Optimizer):
 
 
 def build(variant: Variant, params_by_kind: dict[str, list[Tensor]], lr: float) -> Optimizer:
-    """Build a variant's optimizer; norms have no weight decay, and a mask acts on matrices alone.
+    """Build a variant's optimizer. Norms have no weight decay; a mask acts only on matrices.
 
     Args:
         params_by_kind: a list of fp32 params for each of gpt.KINDS.
@@ -158,10 +160,10 @@ def build(variant: Variant, params_by_kind: dict[str, list[Tensor]], lr: float) 
 
 
 class Shadow:
-    """The exp_avg_sq that AdamW would have on the gradients of a run of AdamS.
+    """The exp_avg_sq that AdamW would have for the gradients of a run of AdamS.
 
     Args:
-        params: those of the run.
+        params: the params of the run.
         beta2: AdamW's.
     """
 
@@ -171,7 +173,7 @@ class Shadow:
 
     @torch.no_grad()
     def count(self) -> None:
-        """Take in the gradients of a step."""
+        """Add the gradients of a step."""
         self.num_steps += 1
         grads = [param.grad for param in self.params]
         torch._foreach_mul_(self.exp_avg_sqs, self.beta2)
@@ -179,7 +181,7 @@ class Shadow:
 
     @torch.no_grad()
     def updates(self, optimizer: Optimizer) -> list[Tensor]:
-        """What AdamW's update of the step just taken would be, from the run's own exp_avg."""
+        """Return what AdamW's last update would have been, with the run's own exp_avg."""
         first, second = 1 - BETA1**self.num_steps, math.sqrt(1 - self.beta2**self.num_steps)
         return [
             optimizer.state[param]["exp_avg"] / first / (square.sqrt() / second + EPS)

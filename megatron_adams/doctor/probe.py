@@ -28,7 +28,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     found = _megatron(request)
     found["flags"] = None
     if flags is not None and found["refused"] is None:
-        from megatron_adams.megatron import launch_check
+        from megatron_adams.megatron.training import launch_check
 
         found["flags"] = launch_check.check_flags(flags, request["world_size"])
     return found
@@ -42,7 +42,7 @@ def _megatron(request: dict[str, Any]) -> dict[str, Any]:
     cpu_rehearsal.install()
     if request["capability"] is not None:
         _set_capability(*request["capability"])
-    from megatron_adams.megatron import launch_check
+    from megatron_adams.megatron.training import launch_check
 
     return launch_check.check_megatron()
 

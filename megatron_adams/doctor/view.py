@@ -35,7 +35,7 @@ def show(report: Report, file: TextIO, *, is_verbose: bool) -> None:
 
     Args:
         file: where to; as a terminal or not decides on the form.
-        is_verbose: GPUs whose checks are well have a line for each of them, and not one in all.
+        is_verbose: a line for each check of a GPU that is well, and not one for all of them.
     """
     checks = report.checks if is_verbose else [*_shortened(report)]
     if file.isatty():
@@ -51,22 +51,22 @@ def show(report: Report, file: TextIO, *, is_verbose: bool) -> None:
 
 
 def _shortened(report: Report) -> Iterator[Check]:
-    """The checks, those of a GPU without a problem or a warning in one."""
+    """The checks; of a GPU, what is well stands in one, before what is not."""
     for section, group in groupby(report.checks, lambda check: check.section):
         checks = [*group]
-        quiet = {Status.OK, Status.NOT_KNOWN}
-        if not section[3:].isdecimal() or any(check.status not in quiet for check in checks):
+        well = [check for check in checks if check.status in (Status.OK, Status.NOT_KNOWN)]
+        if not section.startswith("gpu") or section == "gpus" or not well:
             yield from checks
             continue
-        known = {check.name.partition(".")[2]: check for check in checks}
-        unknown = [name for name, check in known.items() if check.status is Status.NOT_KNOWN]
-        words = [known[name].text for name in ("name", "memory")]
-        num = len(checks) - len(unknown)
-        words.append(f"{num} checks ok")
+        texts = {check.name.partition(".")[2]: check.text for check in well}
+        words = [texts[name] for name in ("name", "memory") if name in texts]
+        unknown = [check.name.partition(".")[2] for check in well if check.status is not Status.OK]
+        num = len(well) - len(unknown)
+        words.append(f"{num} check{'s' * (num != 1)} ok")
         if unknown:
             words.append(f"not known: {', '.join(unknown)}")
-        status = Status.NOT_KNOWN if unknown else Status.OK
-        yield Check(section, status, "; ".join(words))
+        yield Check(section, Status.NOT_KNOWN if unknown else Status.OK, "; ".join(words))
+        yield from (check for check in checks if check not in well)
 
 
 def verdict(report: Report) -> str:

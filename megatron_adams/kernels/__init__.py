@@ -1,11 +1,13 @@
-"""One AdamS step on many tensors at once: one signature, three implementations.
+"""One AdamS step on many tensors at once: one signature, three backends.
 
 - cuda: one kernel launch for any number of tensors (cuda.py);
 - host: the same source, compiled for the CPU, on OpenMP threads (host.py);
-- foreach: torch operations, for other devices and machines without a compiler (foreach.py).
+- foreach: torch operations, for other devices and for machines without a compiler (foreach.py).
 
-All give the bits of `megatron_adams.update` on the CPU; cuda and host compile the same element
-function (source/element.h). Called by optimizer.py; imports torch and update.py, never Megatron.
+A kernel is what cuda and host compile for one mode, that is, for one combination of dtypes. All
+backends give the bits that `megatron_adams.update` gives on the CPU. cuda and host compile the same
+element function (source/element.h). Called by optimizer.py; imports torch, precision.py and
+update.py, never Megatron.
 """
 
 import functools
@@ -79,52 +81,54 @@ def multi_tensor_adams(
 ) -> None:
     """Apply one AdamS step to every tensor, in place; call it under `torch.no_grad`.
 
-    For each element, in fp32 (fp64 for fp64 params, with foreach): grad * grad_scale is what
-    `adams_update_` takes as the gradient; the master weight is what it takes as param. Whatever is
-    stored in another dtype is rounded once, when it is written: to nearest even, and to the param
-    of a remainder half away from zero. The gradients are only read.
+    For each element this is `adams_update_` in fp32 (fp64 for fp64 params, with foreach): its
+    gradient is grad * grad_scale, and its param is the main param. What is stored in another dtype
+    is rounded once, when it is written, to nearest even. With remainders, the bf16 param is rounded
+    with ties away from zero. The gradients are only read.
 
-    The tensors of a list have one dtype each, and lie on one device; those with one index have one
-    shape and the same strides, without holes.
+    All tensors are on one device. The tensors of one list have one dtype. The tensors with one
+    index have the same shape and the same strides, without holes.
 
     Args:
-        params: fp32, bf16, fp16 or, beside main_params, fp8; the master weights where there are no
-            main_params, otherwise their copy for the model, only written.
+        params: fp32, bf16, fp16 or, with main_params, fp8. With main_params, params are their copy
+            for the model, which is only written. Without, the step reads and writes params.
         grads: fp32, bf16 or fp16.
         exp_avgs: fp32, bf16 or, with exp_avg_scales, fp16 or float8_e4m3fn.
-        main_params: the master weights: fp32; with main_scales, fp16; or int16, the remainders of
-            bf16 params (`megatron_adams.precision.split_master`). None: params are the masters.
-        lr: a number or, as every `float | Tensor` here, a tensor with one element, which is read
-            on the device when the kernel runs.
-        beta1, beta2, eps, weight_decay, step, decoupled_weight_decay: as `adams_update_`.
-        bias_correction: as `adams_update_`; or a one-element fp32 tensor that holds
-            1 / (1 - beta1^step), for CUDA graphs, which cannot count.
-        grad_scale: the gradients are multiplied by it: loss scale's inverse, clip coefficient.
-        found_inf: one fp32 element; where it is not 0, nothing is written. On another device, it
-            is copied.
-        exp_avg_scales, main_scales: a one-element fp32 tensor per tensor, read and written.
-        fp8_scaling: one per param, with fp8 params.
-        update_sums: (2,) int64 per tensor; what `count_squares` says of its update is added to it.
-        update_factors: a one-element fp32 tensor per tensor; what its update is multiplied by,
-            before weight decay.
+        main_params: fp32; fp16 with main_scales; or int16, the remainders of bf16 params
+            (`megatron_adams.precision.split_master`). None: params are the main params.
+        lr: a number or a tensor with one element. Here and below, such a tensor is read on the
+            device when the kernel runs.
+        beta1, beta2, eps, weight_decay, step, decoupled_weight_decay: as in `adams_update_`.
+        bias_correction: as in `adams_update_`, or a one-element fp32 tensor that holds
+            1 / (1 - beta1^step). CUDA graphs need the tensor, because they cannot count steps.
+        grad_scale: the gradients are multiplied by it: the loss scale's inverse times the clip
+            coefficient.
+        found_inf: one fp32 element; if it is not 0, nothing is written. It is copied if it is on
+            another device.
+        exp_avg_scales, main_scales: one-element fp32 tensors, one per tensor; read and written.
+        fp8_scaling: one per fp8 param.
+        update_sums: (2,) int64 per tensor; `count_squares` of its update is added to it.
+        update_factors: one-element fp32 tensors, one per tensor; its update is multiplied by it
+            before weight decay is added.
         backend: "cuda", "host" or "foreach"; `select_backend` chooses one.
-        table: of this call site, to be reused by the next step; None: made for this call.
+        table: this call site's table, which the next step uses again. None: one is made for this
+            call.
 
     Raises:
-        ValueError: lists of different lengths, unequal shapes or strides, dtypes that no kernel
-            is for, tensors that the backend cannot read.
+        ValueError: lists have different lengths, shapes or strides differ, no kernel exists for the
+            dtypes, or the backend cannot read the tensors.
         CompileError: the kernel cannot be compiled.
     """
     batch = Batch(
-        params,
-        grads,
-        exp_avgs,
-        main_params,
-        exp_avg_scales,
-        main_scales,
-        fp8_scaling,
-        update_sums,
-        update_factors,
+        params=params,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        main_params=main_params,
+        exp_avg_scales=exp_avg_scales,
+        main_scales=main_scales,
+        fp8_scaling=fp8_scaling,
+        update_sums=update_sums,
+        update_factors=update_factors,
     )
     scalars = Scalars(
         lr=lr,
@@ -148,11 +152,10 @@ def run(
     *,
     only_count: bool = False,
 ) -> None:
-    """As `multi_tensor_adams`, which gives names to what a batch and its scalars are made of.
+    """Do what `multi_tensor_adams` does, for a batch and scalars that exist already.
 
     Args:
-        only_count: add the squares of the updates to the batch's update_sums, and write nothing
-            else.
+        only_count: only add the squares of the updates to the batch's update_sums.
     """
     batch.check()
     scalars.check()
@@ -180,14 +183,16 @@ def launch(
     """Repeat the last `run` with this table, with other scalars and gradients.
 
     Args:
-        table: its tensors, but for the gradients, must still be where they were.
-        scalars: of this step.
-        backend: of that run, "cuda" or "host".
-        grads: where the gradients are; their dtypes, shapes and strides are those of that run.
-        only_count: of that run.
+        table: the table of that run. Its tensors, except the gradients, must still be where they
+            were.
+        scalars: the scalars of this step.
+        backend: the backend of that run, "cuda" or "host".
+        grads: the addresses of the gradients. Their dtypes, shapes and strides are those of that
+            run.
+        only_count: as in that run.
     Raises:
-        ValueError: as `run`, of the scalars.
-        RuntimeError: a gradient has moved, and a CUDA graph is being captured.
+        ValueError: a scalar is refused, as in `run`.
+        RuntimeError: a gradient has moved while a CUDA graph is being captured.
     """
     scalars.check()
     if backend == "cuda":
@@ -200,18 +205,18 @@ def launch(
 
 @functools.cache
 def select_backend(device: torch.device, mode: Mode, requested: str = "auto") -> str:
-    """Choose the backend for a kind of tensors, compile its kernel, and log the choice, once.
+    """Choose the backend for tensors of a mode, compile its kernel, and log the choice once.
 
     Args:
         device: where the tensors are.
         mode: their dtypes.
         requested: "auto" or one of BACKENDS.
     Returns:
-        One of BACKENDS. With "auto", the device's own, and foreach where it has none or the kernel
-        cannot be compiled; the latter is said in one warning.
+        One of BACKENDS. With "auto" it is the device's own, or foreach if the device has none or
+        the kernel cannot be compiled. In the last case there is one warning.
     Raises:
-        ValueError: another device's backend was asked for by name.
-        CompileError: the backend asked for by name has no compiler, or it fails.
+        ValueError: the backend asked for by name belongs to another device.
+        CompileError: the backend asked for by name has no compiler, or the compiler fails.
     """
     if requested == "foreach" or (requested == "auto" and device.type not in _OWN_BACKENDS):
         backend = "foreach"
@@ -245,7 +250,7 @@ def _load(backend: str, mode: Mode, device: torch.device) -> None:
 
 
 def own_backend(device: torch.device) -> str | None:
-    """The backend whose kernel reads the memory of a device; None: there is none."""
+    """Return the backend whose kernel reads a device's memory, or None."""
     return _OWN_BACKENDS.get(device.type)
 
 

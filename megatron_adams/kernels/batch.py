@@ -1,6 +1,6 @@
 """What one call of `multi_tensor_adams` works on: the tensors, checked, and the scalars.
 
-Called by the backends beside it. Imports torch, modes.py, table.py and update.py.
+Called by the backends in this folder. Imports torch, modes.py, table.py and update.py.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ _NAMES = {
 }
 _MAIN_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.int16: "remainder"}
 _MODES = frozenset(ALL_MODES)
-# Decay in source/element.h.
+# The values of `Decay` in source/element.h.
 _NO_DECAY, _DECOUPLED, _L2 = 0, 1, 2
 
 
@@ -33,8 +33,8 @@ class Fp8Scaling(NamedTuple):
     """The three numbers of delayed scaling of an fp8 param; each is a one-element fp32 tensor.
 
     Attributes:
-        scale: only read; the master is multiplied by it before it is cast.
-        amax: raised to the largest magnitude of the master.
+        scale: only read; the main param is multiplied by it before it is cast.
+        amax: raised to the largest magnitude of the main param.
         scale_inv: set to 1 / scale.
     """
 
@@ -43,7 +43,7 @@ class Fp8Scaling(NamedTuple):
     scale_inv: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Tensors with the same index belong together; `multi_tensor_adams` describes the lists."""
 
@@ -59,15 +59,15 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        """The first param's; `check` compares the others'."""
+        """The device of the first param. `check` compares the others with it."""
         return self.params[0].device
 
     @cached_property
     def mode(self) -> Mode:
-        """The dtypes, by the first tensor of each list.
+        """The mode, from the dtypes of the first tensor of each list.
 
         Raises:
-            ValueError: no kernel is for them.
+            ValueError: no kernel exists for these dtypes.
         """
         mode = mode_of(
             self.grads[0].dtype,
@@ -79,23 +79,23 @@ class Batch:
             main = self.main_params[0].dtype if self.main_params is not None else None
             raise ValueError(
                 f"grads {self.grads[0].dtype}, params {self.params[0].dtype}, exp_avgs "
-                f"{self.exp_avgs[0].dtype}, main_params {main}: no kernel is for these; grads are "
-                "fp32, bf16 or fp16; exp_avgs fp32, bf16, fp16 or float8_e4m3fn; params without "
-                "main_params fp32, bf16 or fp16, with fp32 or fp16 ones bf16, fp16 or fp8, and "
-                "bf16 beside int16 remainders"
+                f"{self.exp_avgs[0].dtype}, main_params {main}: no kernel is for these; grads can "
+                "be fp32, bf16 or fp16, and exp_avgs fp32, bf16, fp16 or float8_e4m3fn. Params can "
+                "be fp32, bf16 or fp16 without main_params; bf16, fp16 or fp8 with fp32 or fp16 "
+                "main_params; and bf16 with int16 remainders"
             )
         guarded = self.update_sums is not None or self.update_factors is not None
         return mode._replace(is_guarded=guarded)
 
     def columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
-        """The lists of full-size tensors, by name."""
+        """Yield the name of each list of full-size tensors, and the list."""
         yield "grads", self.grads
         yield "params", self.params
         yield "exp_avgs", self.exp_avgs
         yield "main_params", self.main_params
 
     def scale_columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
-        """The lists of one-element tensors, by name, in the order of table.POINTERS."""
+        """Yield the names and lists of scales, in the order of table.POINTERS."""
         fp8 = self.fp8_scaling
         for field in Fp8Scaling._fields:
             column = None if fp8 is None else [getattr(scaling, field) for scaling in fp8]
@@ -104,7 +104,7 @@ class Batch:
         yield "main_scales", self.main_scales
 
     def guard_columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
-        """The lists of what guards read and write, by name, likewise."""
+        """Yield the names and lists of the guards' tensors, in the order of table.POINTERS."""
         yield "update_sums", self.update_sums
         yield "update_factors", self.update_factors
 
@@ -112,8 +112,8 @@ class Batch:
         """Refuse lists that do not fit together.
 
         Raises:
-            ValueError: lists of different lengths, dtypes or devices, unequal shapes; state that
-                is scaled without scales, or scales without such state.
+            ValueError: lengths, dtypes, devices or shapes differ; scaled state has no scales, or
+                scales have no scaled state.
         """
         num_tensors = len(self.params)
         for name, column in (*self.columns(), *self.scale_columns(), *self.guard_columns()):
@@ -165,16 +165,16 @@ class Batch:
             for tensor in column or ():
                 if tensor.numel() != numel or tensor.dtype != dtype or not tensor.is_contiguous():
                     raise ValueError(
-                        f"{name}: one of shape {tuple(tensor.shape)} is {tensor.dtype}: each must "
-                        f"have {numel} {dtype} elements, side by side"
+                        f"{name}: one has shape {tuple(tensor.shape)} and {tensor.dtype}: each "
+                        f"must have {numel} {dtype} elements, side by side"
                     )
 
     def check_layout(self) -> None:
-        """Refuse what a kernel, which walks through memory, cannot read.
+        """Refuse tensors that a kernel cannot read, because it walks through memory.
 
         Raises:
-            ValueError: strides that differ among tensors of one index, or leave holes; a tensor
-                whose memory has not its value.
+            ValueError: the strides of tensors with one index differ or leave holes, or a tensor's
+                memory does not hold its values.
         """
         for name, column in _table_columns(self):
             if any(map(Tensor.is_neg, column or ())):
@@ -208,7 +208,7 @@ def is_dense(tensor: Tensor) -> bool:
 def mode_of(
     grad: torch.dtype, param: torch.dtype, exp_avg: torch.dtype, main: torch.dtype | None
 ) -> Mode | None:
-    """Return the mode of these dtypes, or None where no kernel is for them."""
+    """Return the mode of these dtypes, or None if no kernel exists for them."""
     mode = Mode(
         _NAMES.get(grad, "?"),
         _NAMES.get(param, "?"),
@@ -220,7 +220,7 @@ def mode_of(
 
 @dataclass(frozen=True)
 class Scalars:
-    """The scalars of a step, as `multi_tensor_adams` takes them."""
+    """The scalars of a step. `multi_tensor_adams` describes them."""
 
     lr: float | Tensor
     grad_scale: float | Tensor
@@ -233,10 +233,10 @@ class Scalars:
     decoupled_weight_decay: bool
 
     def check(self) -> None:
-        """Refuse tensors that are no scalars.
+        """Refuse tensors that are not scalars.
 
         Raises:
-            ValueError: more or fewer than one element; found_inf is not fp32.
+            ValueError: a tensor has more or fewer than one element, or found_inf is not fp32.
         """
         for name in ("lr", "grad_scale", "correction", "found_inf"):
             value = getattr(self, name)
@@ -248,7 +248,7 @@ class Scalars:
 
     @property
     def decay(self) -> int:
-        """Which of `Decay` in source/element.h."""
+        """The kind of weight decay, a value of `Decay` in source/element.h."""
         if self.weight_decay == 0:
             return _NO_DECAY
         return _DECOUPLED if self.decoupled_weight_decay else _L2
@@ -257,9 +257,9 @@ class Scalars:
 def correction_of(
     bias_correction: bool | Tensor, beta1: float, step: int | Tensor
 ) -> float | Tensor:
-    """Return what exp_avg is multiplied by, as `multi_tensor_adams` is told it.
+    """Return the factor of exp_avg, for `bias_correction` as `multi_tensor_adams` takes it.
 
-    If the step is a tensor, it is computed in double on the tensor's device, without a wait.
+    If the step is a tensor, the factor is computed in double on its device, without a wait.
     """
     if isinstance(bias_correction, Tensor):
         return bias_correction
@@ -269,7 +269,7 @@ def correction_of(
 
 
 def _table_columns(batch: Batch) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
-    """In the order of table.POINTERS."""
+    """Yield the names and lists of all tensors, in the order of table.POINTERS."""
     yield from batch.columns()
     yield from batch.scale_columns()
     yield from batch.guard_columns()
@@ -293,8 +293,8 @@ class Arguments(NamedTuple):
     """The arguments of an entry point (ADAMS_PARAMETERS in source/multi_tensor.h).
 
     Attributes:
-        values: as ctypes; pointers as c_void_p.
-        keepalive: tensors that they point to.
+        values: the arguments as ctypes; pointers are c_void_p.
+        keepalive: the tensors that they point to.
     """
 
     values: list[Argument]
@@ -309,7 +309,7 @@ def kernel_arguments(table: PointerTable, scalars: Scalars) -> Arguments:
         if not isinstance(value, Tensor):
             return ctypes.c_float(value), ctypes.c_void_p(0)
         if value.device != table.device and "cpu" in (value.device.type, table.device.type):
-            # Reading a CPU tensor does not wait for a device; and the CPU has to wait.
+            # Reading a CPU tensor waits for nothing. A kernel on the CPU has to wait for the GPU.
             return ctypes.c_float(value.item()), ctypes.c_void_p(0)
         value = value.to(table.device, torch.float32, non_blocking=True).resolve_neg()
         keepalive.append(value)

@@ -1,12 +1,13 @@
-"""A folder of compiled kernels, shared by the processes of a user, or by the users of an image.
+"""A folder of compiled kernels, shared by a user's processes or by the users of an image.
 
-Called by compile.py, the commands and the doctor; imports the standard library alone.
+Called by compile.py, the commands and the doctor; imports only the standard library.
 
-What is read here is executed: a folder or an entry counts only where this user or root owns it
-and nobody else can write it. The check and all that follows go through one open descriptor of the
-folder, so that it cannot be exchanged in between. An entry is a kernel and its SHA-256. It is
-written under another name and then renamed, so that a killed process leaves no half of one, and
-where locks do not work (some NFS) two processes that build the same entry do no harm.
+What is read here is executed. So a folder or an entry is used only if this user or root owns it and
+nobody else can write to it. The check and everything after it go through one open descriptor of the
+folder, so that the folder cannot be exchanged in between. An entry is a kernel followed by its
+SHA-256. It is written under another name and then renamed. A killed process therefore leaves no
+half of an entry, and where locks do not work (on some NFS), two processes that build the same entry
+do no harm.
 """
 
 import errno
@@ -27,8 +28,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "MEGATRON_ADAMS_CACHE_DIR"
-# Far more than a compiler takes. A lock outlives a living holder that was stopped, and one that
-# forked while it compiled.
+# Far longer than a compiler takes. A lock stays held if its holder was stopped, or forked while it
+# compiled.
 _LOCK_TIMEOUT_S = 60.0
 _LOCK_POLL_S = 0.01
 _DIGEST_BYTES = 32
@@ -39,7 +40,7 @@ _TRIAL_BYTES = 2**16
 def default_folder() -> Path | None:
     """Return $MEGATRON_ADAMS_CACHE_DIR, else megatron-adams in $XDG_CACHE_HOME or ~/.cache.
 
-    None: this user has no home folder, as under `docker run --user 12345`.
+    Return None if this user has no home folder, as under `docker run --user 12345`.
     """
     if folder := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(folder)
@@ -53,7 +54,7 @@ def default_folder() -> Path | None:
 
 
 def _home() -> Path | None:
-    """This user's home folder: not Path.home(), which is / where HOME is empty."""
+    """Return this user's home folder, or None. Path.home() would be / if HOME is empty."""
     home = Path(os.environ.get("HOME", ""))
     if home.is_absolute():
         return home
@@ -65,11 +66,11 @@ def _home() -> Path | None:
 
 
 class KernelCache:
-    """Compiled kernels by name. Whatever is wrong with the folder, a kernel is returned.
+    """Compiled kernels by name. A kernel is returned even if something is wrong with the folder.
 
     Args:
-        folder: None for `default_folder()`. Made where missing, with its parents, mode 0700.
-        for_others: all users can read the folder if it is made here, and what is written: for
+        folder: None for `default_folder()`. A missing folder is made with its parents, mode 0700.
+        for_others: let all users read what is written, and the folder if it is made here. For
             container images.
     """
 
@@ -79,15 +80,15 @@ class KernelCache:
         self._entry_mode = 0o644 if for_others else 0o600
 
     def get(self, name: str, build: Callable[[], bytes]) -> bytes:
-        """Return the entry `name`, built and kept where there is no sound one.
+        """Return the entry `name`. If there is no sound one, build it and keep it.
 
-        Of the processes that ask for it at once, one builds and the others wait. Where the folder
+        If several processes ask for it at once, one builds it and the others wait. If the folder
         cannot be used (untrusted, read-only, full), one warning says why, and each process builds
-        its own.
+        its own kernel.
 
         Args:
             name: the entry's file name; it must say all that the kernel depends on.
-            build: returns the kernel; what it raises is passed on, and must not be an OSError.
+            build: returns the kernel. What it raises is passed on; it must not raise an OSError.
         """
         image = None
         try:
@@ -95,7 +96,7 @@ class KernelCache:
                 image = _read(folder, name)
                 if image is None:
                     with _lock(folder, name) as is_alone:
-                        # The one who had the lock before has built it.
+                        # The process that held the lock before may have built it.
                         image = _read(folder, name)
                         if image is None:
                             if is_alone:
@@ -181,10 +182,10 @@ class KernelCache:
 
     @contextmanager
     def _open_folder(self, *, makes: bool = True) -> Iterator[int]:
-        """Yield a descriptor of the folder, made where missing and `makes` is set.
+        """Yield a descriptor of the folder. If it is missing and `makes` is set, make it.
 
         Raises:
-            OSError: it cannot be made or opened, or others can write it.
+            OSError: it cannot be made or opened, or others can write to it.
         """
         if self.folder is None:
             raise FileNotFoundError(errno.ENOENT, "this user has no home folder")
@@ -192,7 +193,7 @@ class KernelCache:
         for path in reversed(missing) if makes else ():
             with suppress(FileExistsError):
                 path.mkdir(self._folder_mode)
-                path.chmod(self._folder_mode)  # what the umask took away
+                path.chmod(self._folder_mode)  # restores what the umask took away
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             if problem := _distrust(os.fstat(folder)):
@@ -216,7 +217,7 @@ class KernelCache:
 
 
 def _read(folder: int, name: str) -> bytes | None:
-    """Return the kernel in an entry; None, and a log line, where it is not sound."""
+    """Return the kernel in an entry, or None if there is no sound one. Logs a damaged one."""
     try:
         descriptor = os.open(name, os.O_RDONLY, dir_fd=folder)
     except FileNotFoundError:
@@ -234,7 +235,7 @@ def _read(folder: int, name: str) -> bytes | None:
 
 
 def _distrust(status: os.stat_result) -> str | None:
-    """Return why what lies there must not be executed, or None."""
+    """Return why a file or folder with this status must not be trusted, or None."""
     if status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return None
     return (
@@ -245,7 +246,7 @@ def _distrust(status: os.stat_result) -> str | None:
 
 @contextmanager
 def _lock(folder: int, name: str) -> Iterator[bool]:
-    """Hold an entry's lock; yield whether it is held, or does not work here."""
+    """Hold an entry's lock. Yields whether it is held: locks may not work here."""
     path = f"{name}.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600, dir_fd=folder)
     is_held = False
@@ -254,8 +255,8 @@ def _lock(folder: int, name: str) -> Iterator[bool]:
         yield is_held
     finally:
         if is_held:
-            # Those who wait for the file that is gone look for the entry before they build, as
-            # do those who come later and make another.
+            # Processes that wait for the removed file, and later ones that make a new file, look
+            # for the entry before they build.
             with suppress(FileNotFoundError):
                 os.unlink(path, dir_fd=folder)
         os.close(descriptor)
@@ -281,7 +282,7 @@ def _flock(descriptor: int, name: str) -> bool:
 
 
 def _remove_leftovers(folder: int, name: str) -> None:
-    """Remove what killed writers of an entry left; under its lock."""
+    """Remove what killed writers of an entry left behind. The caller holds its lock."""
     for leftover in os.listdir(folder):
         if fnmatchcase(leftover, f"{name}.*.tmp"):
             with suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
-"""The kernel sources, compiled for one mode: a shared library for the CPU, a cubin for a GPU.
+"""Compile the kernel sources for one mode: to a shared library for the CPU, or a cubin for a GPU.
 
-Called by host.py, cuda.py, the commands and the doctor; goes through the cache in cache.py. It
-imports no torch, and NVRTC's bindings only where they are used.
+Called by host.py, cuda.py, the commands and the doctor; goes through the cache in cache.py. It does
+not import torch, and imports NVRTC's bindings only where they are used.
 """
 
 import ctypes
@@ -25,17 +25,18 @@ from megatron_adams.kernels.cache import KernelCache, logger
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.tuning import Tuning, tuning_of
 
-# Part of every entry's name: to be raised when what an entry holds changes its meaning.
+# Part of every entry's name. Raise it when the contents of an entry change their meaning.
 _FORMAT = 1
 _SOURCE = Path(__file__).parent / "source"
 _CPUINFO = Path("/proc/cpuinfo")
 _COMPILER_TIMEOUT_S = 300
-# cuda.core 1.2.2 replaces its own __spec__ while it is being imported, so that Python lets a second
-# thread import from half of it.
+# cuda.core 1.2.2 replaces its own __spec__ while it is being imported. Without the lock, Python
+# lets a second thread import from a module that is only half there.
 _cuda_core_import = threading.Lock()
 _INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)"')
 
-# The x86-64 psABI's levels, by the names of /proc/cpuinfo; each needs those before it.
+# The levels of the x86-64 psABI, and the flags of /proc/cpuinfo that each needs in addition to
+# those of the levels before it.
 _LEVELS = {
     "x86-64-v2": "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3",
     "x86-64-v3": "abm avx avx2 bmi1 bmi2 f16c fma movbe xsave",
@@ -49,13 +50,13 @@ _HOST_FLAGS = (
     "-shared",
     "-fPIC",
     "-fopenmp",
-    # Every operation rounded on its own, as `update` and the GPU do it; but no operation traps or
-    # sets errno, or the loop would not be vectorized.
+    # Every operation is rounded on its own, as in `update` and on the GPU. No operation may trap or
+    # set errno: the compiler would not vectorize the loop.
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-# Likewise: no contraction, subnormals kept, division and square root correctly rounded.
+# The same for a GPU: no contraction, subnormals kept, division and square root correctly rounded.
 _CUDA_OPTIONS: dict[str, Any] = {
     "std": "c++17",
     "fma": False,
@@ -67,30 +68,30 @@ _CUDA_OPTIONS: dict[str, Any] = {
 
 
 class CompileError(RuntimeError):
-    """A kernel cannot be compiled or loaded; says what was tried and what the compiler said."""
+    """A kernel cannot be compiled or loaded; says what was tried, and the compiler's message."""
 
 
 class Compiler(NamedTuple):
-    """A C++ compiler: its command with its fixed arguments, and the first line of its version."""
+    """A C++ compiler: its command with fixed arguments, and the first line of its version."""
 
     command: tuple[str, ...]
     version: str
 
 
 class Recipe(NamedTuple):
-    """A kernel's name in the cache, which says all that it depends on, and how it is compiled."""
+    """How to compile a kernel, and its name in the cache, which covers all that it depends on."""
 
     name: str
     build: Callable[[], bytes]
 
 
 def host_library(mode: Mode, kernels: KernelCache | None = None) -> ctypes.CDLL:
-    """Return the host form of a mode's kernel, compiled at its first use on this machine.
+    """Return a mode's kernel for the CPU, compiled at its first use on this machine.
 
-    Without a compiler, a cached library of any compiler is taken: its bits are the same.
+    If there is no compiler, take a cached library of any compiler: it gives the same bits.
 
     Raises:
-        CompileError: no compiler, a compiler that fails, or a library that cannot be loaded.
+        CompileError: there is no compiler, it fails, or the library cannot be loaded.
     """
     kernels = kernels or KernelCache()
     arch, compiler = host_arch(), host_compiler()
@@ -110,20 +111,20 @@ def host_library(mode: Mode, kernels: KernelCache | None = None) -> ctypes.CDLL:
 def cubin(
     mode: Mode, arch: str, kernels: KernelCache | None = None, *, tuning: Tuning | None = None
 ) -> bytes:
-    """Return the CUDA form of a mode's kernel, compiled at its first use.
+    """Return a mode's kernel for a GPU, compiled at its first use.
 
     Args:
-        arch: of the GPU, as "sm_90".
+        arch: the GPU's architecture, such as "sm_90".
         tuning: by default the mode's own.
 
     Raises:
-        CompileError: no NVRTC, or it fails.
+        CompileError: there is no NVRTC, or it fails.
     """
     return (kernels or KernelCache()).get(*cuda_recipe(mode, arch, tuning))
 
 
 def host_recipe(mode: Mode, arch: str, compiler: Compiler) -> Recipe:
-    """Return how the host form is compiled for an architecture of `host_arch`'s."""
+    """Return how the kernel for the CPU is compiled for an architecture as `host_arch` names it."""
     text = source_text("host.cpp")
     identity = _digest(compiler.version, *compiler.command[1:])
     return Recipe(
@@ -133,7 +134,7 @@ def host_recipe(mode: Mode, arch: str, compiler: Compiler) -> Recipe:
 
 
 def cuda_recipe(mode: Mode, arch: str, tuning: Tuning | None = None) -> Recipe:
-    """Return how the CUDA form is compiled for an architecture such as "sm_90".
+    """Return how the kernel for a GPU is compiled for an architecture such as "sm_90".
 
     Args:
         tuning: by default the mode's own.
@@ -172,14 +173,15 @@ def _timed(mode: Mode, arch: str, build: Callable[[], bytes]) -> bytes:
 
 
 def source_text(name: str, folder: Path = _SOURCE) -> str:
-    """Return a source with its local includes in place, each once: what is compiled and hashed.
+    """Return a source with its local includes in place, each once.
 
-    `#line` keeps the file names and line numbers in compilers' messages. An include must not stand
-    in a conditional, where its text might be dropped, and be missing later.
+    This text is compiled and hashed. `#line` keeps file names and line numbers right in compilers'
+    messages. An include must not be inside a conditional: its text might be dropped there and then
+    be missing later.
 
     Args:
-        name: of a file in `folder`.
-        folder: by default the package's.
+        name: the name of a file in `folder`.
+        folder: by default the package's folder of sources.
     """
     return "\n".join(_expand(name, folder, set())) + "\n"
 
@@ -199,10 +201,10 @@ def _expand(name: str, folder: Path, seen: set[str]) -> list[str]:
 
 
 def host_compiler() -> Compiler | None:
-    """Return $CXX (a command, with arguments or without), else g++ or clang++ of PATH, or None.
+    """Return $CXX (a command, possibly with arguments), else g++ or clang++ from PATH, or None.
 
     Raises:
-        CompileError: $CXX, or what PATH has, does not say its version.
+        CompileError: the compiler does not print its version.
     """
     if command := shlex.split(os.environ.get("CXX", "")):
         return _identify(tuple(command))
@@ -240,14 +242,15 @@ def _run(command: tuple[str, ...], text: str) -> str:
 
 
 def host_arch() -> str:
-    """Return the highest x86-64 level of this CPU, as "x86-64-v3"; elsewhere "aarch64" and so on.
+    """Return this CPU's highest x86-64 level, such as "x86-64-v3"; on other machines "aarch64" etc.
 
-    A level and not "native": a cache in a home folder is shared by unlike machines.
+    It is a level, not "native", because different machines may share a cache in a home folder.
     """
     if platform.machine() != "x86_64":
         return platform.machine()
     with _CPUINFO.open(encoding="utf-8") as cpuinfo:
-        # The first CPU's: the rest of the file takes milliseconds on a machine with many.
+        # Only the first CPU's line: on a machine with many CPUs, reading the rest takes
+        # milliseconds.
         flags = next((line.split() for line in cpuinfo if line.startswith("flags")), [])
     arch = "x86-64"
     for level, needed in _LEVELS.items():
@@ -258,12 +261,12 @@ def host_arch() -> str:
 
 
 def host_flags(arch: str) -> tuple[str, ...]:
-    """Return the flags of the host compiler for an architecture of `host_arch`'s."""
+    """Return the C++ compiler's flags for an architecture as `host_arch` names it."""
     return (*_HOST_FLAGS, f"-march={arch}") if arch.startswith("x86-64") else _HOST_FLAGS
 
 
 def compile_host(text: str, defines: Mapping[str, str], compiler: Compiler, arch: str) -> bytes:
-    """Return a shared library.
+    """Compile a source into a shared library, and return the file's contents.
 
     Raises:
         CompileError: the compiler fails.
@@ -280,7 +283,7 @@ def compile_host(text: str, defines: Mapping[str, str], compiler: Compiler, arch
 
 
 def compile_cuda(text: str, defines: Mapping[str, str], arch: str) -> bytes:
-    """Return a cubin; needs no GPU and no driver.
+    """Compile a source into a cubin, and return it. This needs no GPU and no driver.
 
     Raises:
         CompileError: no NVRTC, or it fails.
@@ -290,16 +293,16 @@ def compile_cuda(text: str, defines: Mapping[str, str], arch: str) -> bytes:
             from cuda.core import Program, ProgramOptions
     except ImportError as exc:
         raise _no_nvrtc(exc) from exc
-    macros = list(defines.items()) or None  # it refuses an empty list
+    macros = list(defines.items()) or None  # ProgramOptions refuses an empty list
     try:
         options = ProgramOptions(name="device.cu", arch=arch, define_macro=macros, **_CUDA_OPTIONS)
         return bytes(Program(text, "c++", options).compile("cubin").code)
-    except Exception as exc:  # cuda.core exports no class of its exceptions
+    except Exception as exc:  # cuda.core does not export its exceptions' classes
         raise CompileError(f"NVRTC for {arch} with {dict(defines)}: {exc}") from exc
 
 
 def nvrtc_version() -> str:
-    """Return the version of the NVRTC that `compile_cuda` uses, as "13.0".
+    """Return the version of the NVRTC that `compile_cuda` uses, such as "13.0".
 
     Raises:
         CompileError: there is none.
@@ -309,7 +312,7 @@ def nvrtc_version() -> str:
 
 
 def cuda_archs() -> tuple[str, ...]:
-    """Return the architectures that this NVRTC compiles for, as "sm_90", without variants.
+    """Return the architectures that this NVRTC compiles for, such as "sm_90", without variants.
 
     Raises:
         CompileError: there is no NVRTC.
@@ -319,8 +322,8 @@ def cuda_archs() -> tuple[str, ...]:
 
 
 def _nvrtc(function: str) -> tuple[Any, ...]:
-    # cuda.bindings and not cuda.core: 3 ms instead of 100 where torch is imported, and this is
-    # on the way to a kernel that lies in the cache.
+    # cuda.bindings, not cuda.core: with torch imported, the import takes 3 ms instead of 100, and a
+    # kernel that is in the cache needs this, too.
     try:
         from cuda.bindings import nvrtc
 
@@ -339,14 +342,15 @@ def _no_nvrtc(exc: Exception) -> CompileError:
 def load_library(image: bytes, name: str) -> ctypes.CDLL:
     """Load a shared library from memory.
 
-    So what the cache has checked is what runs, and no folder needs to be writable, or mounted
+    This way, exactly what the cache has checked runs, and no folder has to be writable or mounted
     without noexec.
 
     Raises:
         CompileError: it cannot be loaded.
     """
     try:
-        # Never closed: dlopen would take the next library under this number for this one.
+        # The descriptor is never closed. If another library got the same number, dlopen would take
+        # it for this one.
         descriptor = os.memfd_create(name)
         with open(descriptor, "wb", closefd=False) as file:
             file.write(image)

@@ -1,9 +1,9 @@
-"""The kernel on a GPU: compiled by NVRTC at first use, launched on torch's current stream.
+"""The cuda backend: NVRTC compiles the kernel at its first use; it runs on torch's current stream.
 
-Compiled through cuda.core (compile.py), and loaded and launched through the driver's bindings below
-it, which torch has imported already: importing cuda.core takes longer than all else of a start with
-a filled cache. `Driver` is the seam to the GPU: the tests put the same kernel, executed on the CPU,
-in its place.
+compile.py compiles through cuda.core. This module loads and launches kernels through the driver's
+bindings, which are below cuda.core and which torch has imported already. With a filled cache,
+importing cuda.core would take longer than the rest of the start. `Driver` is the seam to the GPU:
+the tests replace it by one that executes the same kernel on the CPU.
 """
 
 from functools import cache
@@ -27,14 +27,14 @@ from megatron_adams.kernels.tuning import Tuning, tuning_of
 
 
 class Driver(Protocol):
-    """What launching takes."""
+    """What a launch needs of the GPU and its driver."""
 
     def is_capturing(self, device: torch.device) -> bool:
         """Whether the device's current stream is being captured into a CUDA graph."""
         ...
 
     def tuning(self, mode: Mode) -> Tuning:
-        """What the kernel of a mode is compiled with."""
+        """Return the constants that a mode's kernel is compiled with."""
         ...
 
     def launch(
@@ -50,14 +50,14 @@ class Driver(Protocol):
 
 
 class DriverError(RuntimeError):
-    """The driver has refused a call."""
+    """The CUDA driver has refused a call."""
 
 
 class CudaDriver:
-    """The GPU.
+    """The `Driver` of a real GPU.
 
     Args:
-        tuning: of all modes. None: each mode's own.
+        tuning: the constants for all modes. None: each mode's own.
     Raises:
         DriverError: the driver refuses; with its own words.
     """
@@ -82,7 +82,7 @@ class CudaDriver:
     ) -> None:
         with torch.cuda.device(device):
             index = torch.cuda.current_device()
-            # A thread that has called nothing of CUDA yet has no context.
+            # A thread that has not called CUDA yet has no context.
             call_driver("cuCtxSetCurrent", _context(index))
             tuning = self.tuning(mode)
             kernel = _kernel(mode, tuning, entry_point, index)
@@ -110,16 +110,16 @@ def call_driver(function: str, *arguments: object) -> Any:
 
 
 def arch_of(device: torch.device | int) -> str:
-    """Return a device's architecture, as NVRTC names it: "sm_90"."""
+    """Return a device's architecture as NVRTC names it, such as "sm_90"."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
 def load(mode: Mode, device: torch.device) -> None:
-    """Compile the kernel of a mode for a device, if it is not in the cache, and load it.
+    """Load the kernel of a mode on a device. If it is not in the cache, compile it first.
 
     Raises:
-        CompileError: NVRTC is missing, or it fails, or the driver does not load what it made.
+        CompileError: NVRTC is missing or fails, or the driver does not load what NVRTC made.
     """
     tuning = tuning_of(mode)
     names = mode.entry_points + (mode.count_entry_points if mode.is_guarded else ())
@@ -138,7 +138,7 @@ def load(mode: Mode, device: torch.device) -> None:
 
 @cache
 def _context(index: int) -> Any:
-    """The device's primary context, torch's own."""
+    """Return the device's primary context, which torch uses."""
     return call_driver("cuDevicePrimaryCtxRetain", call_driver("cuDeviceGet", index))
 
 
@@ -160,7 +160,7 @@ def run(
     *,
     only_count: bool = False,
 ) -> None:
-    """Update `batch`, or only count the squares of its updates; `table` describes it then."""
+    """Update `batch`, or only count the squares of its updates. Afterwards `table` describes it."""
     update_table(batch, table, is_capturing=driver.is_capturing(batch.device))
     launch(table, scalars, driver, only_count=only_count)
 
@@ -173,7 +173,7 @@ def repeat(
     grads: list[int],
     only_count: bool = False,
 ) -> None:
-    """As `run` what `table` describes, with the gradients at other addresses."""
+    """Run again on what `table` describes, with the gradients at other addresses."""
     if table.grads != grads:
         update_gradients(table, grads, is_capturing=driver.is_capturing(table.device))
     launch(table, scalars, driver, only_count=only_count)
@@ -182,12 +182,12 @@ def repeat(
 def launch(
     table: PointerTable, scalars: Scalars, driver: Driver, *, only_count: bool = False
 ) -> None:
-    """As `run` what `table` describes, by one launch, or, to update scaled state, by three."""
+    """Run on what `table` describes: one launch, or three if scaled state is updated."""
     if table.num_chunks == 0:
         return
     if table.device.type == "cuda":
         stream = torch.cuda.current_stream(table.device)
-        # A graph has its own owner of the table.
+        # For a graph, its owner keeps the table.
         if not table.is_of(stream) and not driver.is_capturing(table.device):
             table.record_stream(stream)
     arguments = kernel_arguments(table, scalars)

@@ -1,7 +1,8 @@
-"""The step in torch operations, for other devices and machines without a compiler.
+"""The foreach backend: torch operations, for other devices and machines without a compiler.
 
-Slower than a kernel, and the temporary tensors are several times as large as a batch: it is split
-into parts. The operations, and so the bits, are those of `megatron_adams.update`.
+It is slower than a kernel. Its temporary tensors are several times as large as the tensors that it
+works on, so it splits a batch into parts. The operations, and therefore the bits, are those of
+`megatron_adams.update`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,12 +16,12 @@ from megatron_adams.update import count_squares, exp_avg_dtype
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
-# Elements that are worked on at once: 64 MiB a temporary list.
+# Elements of a part; each temporary list then takes 64 MiB.
 _PART = 2**24
 
 
 def run(batch: Batch, scalars: Scalars, *, only_count: bool = False) -> None:
-    """Update `batch`, or only count its updates' squares. On a GPU, found_inf is waited for."""
+    """Update `batch`, or only count the squares of its updates. Waits for a found_inf on a GPU."""
     if scalars.found_inf is not None and scalars.found_inf.item() != 0:
         return
     for indices in _parts(batch.params):
@@ -88,7 +89,7 @@ def _update(batch: Batch, indices: list[int], scalars: Scalars, only_count: bool
 
 def _denominators(v: Tensors, eps: float) -> Tensors:
     if v[0].device.type == "cpu" and v[0].dtype == torch.float32:
-        # torch's sqrt is not correctly rounded there: see megatron_adams.update.
+        # torch's sqrt is not correctly rounded on the CPU: see megatron_adams.update.
         roots = tuple(x.double().sqrt().to(x.dtype) for x in v)
     else:
         roots = torch._foreach_sqrt(v)

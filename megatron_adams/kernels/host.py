@@ -1,4 +1,4 @@
-"""The kernel on the CPU: compiled for this machine at first use, run by OpenMP threads."""
+"""The host backend: the kernel, compiled for this CPU at its first use, on OpenMP threads."""
 
 import ctypes
 from functools import cache
@@ -19,7 +19,7 @@ from megatron_adams.kernels.table import PointerTable
 
 @cache
 def load(mode: Mode) -> ctypes.CDLL:
-    """Return the library of a mode, compiled if it is not in the cache.
+    """Return the library of a mode. If it is not in the cache, compile it first.
 
     Raises:
         CompileError: there is no compiler, or it fails.
@@ -28,7 +28,7 @@ def load(mode: Mode) -> ctypes.CDLL:
 
 
 def run(batch: Batch, scalars: Scalars, table: PointerTable, *, only_count: bool = False) -> None:
-    """Update `batch`, or only count the squares of its updates; `table` describes it then."""
+    """Update `batch`, or only count the squares of its updates. Afterwards `table` describes it."""
     update_table(batch, table)
     launch(table, scalars, only_count=only_count)
 
@@ -36,13 +36,13 @@ def run(batch: Batch, scalars: Scalars, table: PointerTable, *, only_count: bool
 def repeat(
     table: PointerTable, scalars: Scalars, *, grads: list[int], only_count: bool = False
 ) -> None:
-    """As `run` what `table` describes, with the gradients at other addresses."""
+    """Run again on what `table` describes, with the gradients at other addresses."""
     update_gradients(table, grads)
     launch(table, scalars, only_count=only_count)
 
 
 def launch(table: PointerTable, scalars: Scalars, *, only_count: bool = False) -> None:
-    """As `run` what `table` describes, on torch's number of threads or one for each chunk."""
+    """Run on what `table` describes, on torch's number of threads, at most one per chunk."""
     library = load(table.mode)
     arguments = kernel_arguments(table, scalars)
     num_threads = max(1, min(torch.get_num_threads(), table.num_chunks))

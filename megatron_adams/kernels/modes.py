@@ -1,7 +1,7 @@
-"""Which dtypes a kernel is compiled for. Imports nothing but the standard library.
+"""The combinations of dtypes that kernels are compiled for. Imports only the standard library.
 
-A kernel is compiled for one mode: the dtypes of the gradient, the model parameter, exp_avg and
-the master weights. `multi_tensor_adams` finds the mode of the tensors that it is given.
+A kernel is compiled for one mode: the dtypes of the gradient, the param, exp_avg and the main
+param. `multi_tensor_adams` finds the mode of the tensors that it is given.
 """
 
 from typing import NamedTuple
@@ -24,12 +24,12 @@ class Mode(NamedTuple):
 
     Attributes:
         grad: "fp32", "bf16" or "fp16".
-        param: "fp32", "bf16", "fp16", or, beside master weights, "e4m3" or "e5m2".
-        exp_avg: "fp32", "bf16", or, with a scale per tensor, "fp16" or "e4m3".
-        main: the master weights: "none" (param is the master), "fp32", "fp16" with a scale per
-            tensor, or "remainder" (the low 16 bits of an fp32 master whose high half is param).
-        is_guarded: whether it also counts the squares of updates and multiplies updates by a
-            factor; the kernel without has nothing of it.
+        param: "fp32", "bf16", "fp16" or, only with main params, "e4m3" or "e5m2".
+        exp_avg: "fp32", "bf16" or, with a scale per tensor, "fp16" or "e4m3".
+        main: the main params: "none" (param is the main param), "fp32", "fp16" with a scale per
+            tensor, or "remainder" (the low 16 bits of an fp32 main param; param is the high half).
+        is_guarded: whether the kernel also counts the squares of updates and multiplies updates by
+            a factor. Kernels without guards have no code for it.
     """
 
     grad: str
@@ -40,27 +40,27 @@ class Mode(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As `megatron-adams precompile --mode` takes it: g32-pb16-m32-w32."""
+        """The name that `megatron-adams precompile --mode` takes, such as g32-pb16-m32-w32."""
         main = {"none": "0", "remainder": "r"}.get(self.main) or _TOKENS[self.main]
         name = f"g{_TOKENS[self.grad]}-p{_TOKENS[self.param]}-m{_TOKENS[self.exp_avg]}-w{main}"
         return f"{name}-rms" if self.is_guarded else name
 
     @property
     def entry_points(self) -> tuple[str, ...]:
-        """The functions of a step in their order: scaled state is measured before it is written."""
+        """The functions of a step, in order. Scaled state is measured before it is written."""
         if self.is_scaled:
             return ("adams_measure", "adams_update", "adams_finish")
         return ("adams_update",)
 
     @property
     def count_entry_points(self) -> tuple[str, ...]:
-        """The functions that count the squares of the updates of a step, and update nothing."""
+        """The functions that count the squares of a step's updates, and update nothing."""
         assert self.is_guarded
         return ("adams_rms",)
 
     @property
     def is_scaled(self) -> bool:
-        """Whether exp_avg or the master weights have a scale per tensor."""
+        """Whether exp_avg or the main params have a scale per tensor."""
         return self.exp_avg in ("fp16", "e4m3") or self.main == "fp16"
 
     def defines(self) -> dict[str, str]:
@@ -87,5 +87,5 @@ ALL_MODES = tuple(
     for exp_avg in ("fp32", "bf16", "fp16", "e4m3")
     for grad in ("fp32", "bf16", "fp16")
 )
-# The kernels of the same modes that count updates and scale them.
+# The same modes with guards.
 GUARDED_MODES = tuple(mode._replace(is_guarded=True) for mode in ALL_MODES)

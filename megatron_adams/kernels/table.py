@@ -12,12 +12,12 @@ from torch import Tensor
 
 from megatron_adams.kernels.modes import Mode
 
-# Elements of a chunk, which is what one block of a GPU takes: a multiple of 16. On a GPU, tensors
-# of all sizes are updated faster in smaller ones (benchmarks/results has the sweep).
+# Elements of a chunk, a multiple of 16. One block of a GPU takes one chunk. On a GPU, tensors of
+# all sizes are updated faster in smaller chunks (benchmarks/results has the sweep).
 CHUNK = 16384
 GPU_CHUNK = 4096
 
-# The rows behind NUMEL and CHUNK_END, in their order there.
+# The rows behind NUMEL and CHUNK_END, in the order of `Field`.
 POINTERS = (
     "grad",
     "param",
@@ -33,28 +33,28 @@ POINTERS = (
 )
 
 
-# NUMEL and CHUNK_END come before the pointers, of which grad is the first.
+# The rows NUMEL and CHUNK_END come first, then that of grad.
 _GRAD_ROW = 2
 
 
 class PointerTable:
-    """The table of one call site; it is written again only when a pointer or a size changed.
+    """The table of one call site. It is written again only if a pointer or a size has changed.
 
-    Where the gradients alone have moved, `move_gradients` writes their row.
+    If only the gradients have moved, `move_gradients` writes their row alone.
 
-    It keeps no tensor alive.
+    The table does not keep the tensors alive.
 
     Args:
-        chunk_size: elements of a chunk, a multiple of 16. None: GPU_CHUNK on a GPU, else CHUNK.
+        chunk_size: elements per chunk, a multiple of 16. None: GPU_CHUNK on a GPU, else CHUNK.
 
     Attributes:
-        chunk_size: of the tensors that the table describes.
-        mode: the dtypes of the tensors.
-        device: where they are, and `rows`.
-        rows: (2 + len(POINTERS), num_tensors) int64 on the kernel's device.
-        amax: (2, num_tensors) int32 there; the kernel's workspace, zero between steps.
-        num_chunks: of all tensors together.
-        num_builds: how often the whole table was written.
+        chunk_size: elements per chunk.
+        mode: the mode of the tensors.
+        device: the device of the tensors and of `rows`.
+        rows: (2 + len(POINTERS), num_tensors) int64 on that device.
+        amax: (2, num_tensors) int32 on that device; the kernel's workspace, zero between steps.
+        num_chunks: the number of chunks of all tensors together.
+        num_builds: how often the whole table has been written.
     """
 
     mode: Mode
@@ -69,7 +69,7 @@ class PointerTable:
         self.num_tensors = self.num_chunks = self.num_builds = 0
         self._signature: object = None
         self._on_host = self.rows
-        # Where `rows` and `amax` were allocated, on a GPU.
+        # On a GPU, the streams that `rows` and `amax` were allocated on.
         self._rows_stream: torch.cuda.Stream | None = None
         self._amax_stream: torch.cuda.Stream | None = None
         self._pointers: list[list[int] | None] = []
@@ -85,10 +85,10 @@ class PointerTable:
         """Describe these tensors.
 
         Args:
-            tensors: for each name of POINTERS, the tensors, or None where the mode has none. They
-                must outlive the launch.
-            mode: their dtypes.
-            device: whose memory the table lies in.
+            tensors: for each name of POINTERS, the tensors, or None if the mode has none. They must
+                outlive the launch.
+            mode: the mode of the tensors.
+            device: the device whose memory the table is written to.
             is_capturing: whether a CUDA graph is being captured on the current stream.
         Raises:
             RuntimeError: the table would have to be copied to the device during a capture.
@@ -122,7 +122,7 @@ class PointerTable:
 
     @property
     def grads(self) -> list[int]:
-        """Where the gradients are."""
+        """The addresses of the gradients."""
         grads = self._pointers[0]
         assert grads is not None
         return grads
@@ -131,26 +131,26 @@ class PointerTable:
         """Describe the same tensors with the gradients at other addresses.
 
         Args:
-            grads: one address for each; dtypes, shapes and strides are as before.
-            is_capturing: as `update`.
+            grads: one address per gradient. Dtypes, shapes and strides are as before.
+            is_capturing: as in `update`.
         Raises:
-            RuntimeError: as `update`.
+            RuntimeError: as in `update`.
         """
         if grads == self.grads:
             return
         _refuse_capture(is_capturing)
-        # In memory of its own: a kernel on its way, or a graph, reads the table before.
+        # A new table in new memory: a kernel that is queued, or a graph, still reads the old one.
         table = self._on_host.clone()
         table[_GRAD_ROW] = torch.frombuffer(array("q", grads), dtype=torch.int64)
         self._put(table)
-        # `_signature` has this list of lists.
+        # This changes `_signature`, too, which holds the same list of lists.
         self._pointers[0] = [*grads]
 
     def _put(self, table: Tensor) -> None:
-        """Have `rows` be a table that was written on the host."""
+        """Make `rows` a copy, on the device, of a table that was written on the host."""
         self._on_host = self.rows = table
         if self.device.type == "cuda":
-            # The host allocator keeps the pinned memory until the copy is done.
+            # torch's allocator keeps the pinned memory until the copy is done.
             self.rows = table.pin_memory().to(self.device, non_blocking=True)
             self._rows_stream = torch.cuda.current_stream(self.device)
 
@@ -159,7 +159,7 @@ class PointerTable:
         return bool(stream == self._rows_stream == self._amax_stream)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Have the allocator keep the memory until what this stream has to do now is done."""
+        """Make the allocator keep the memory until the stream has done what is queued on it now."""
         for tensor in (self.rows, self.amax):
             tensor.record_stream(stream)
 
@@ -167,8 +167,7 @@ class PointerTable:
 def _refuse_capture(is_capturing: bool) -> None:
     if is_capturing:
         raise RuntimeError(
-            "tensors have other addresses than at the step before, while a CUDA graph is being "
-            "captured: their table cannot be copied to the device now. Take one step with the "
-            "same tensors before the capture, and keep the gradients where they are "
-            "(zero_grad(set_to_none=False))"
+            "tensors have moved since the last step, and a CUDA graph is being captured: their "
+            "table cannot be copied to the device now. Take one step with the same tensors before "
+            "the capture, and keep the gradients where they are (zero_grad(set_to_none=False))"
         )

@@ -1,6 +1,6 @@
-"""How the CUDA kernel of a mode is cut up: what changes its speed and none of its results.
+"""The constants that the CUDA kernel of a mode is compiled with. They change only its speed.
 
-`benchmarks/tune.py` times the alternatives on a GPU. Imports nothing but modes.py.
+`benchmarks/tune.py` times the alternatives on a GPU. Imports only modes.py.
 """
 
 from typing import Literal, NamedTuple
@@ -20,16 +20,16 @@ class Tuning(NamedTuple):
     """The constants that source/device.cu is compiled with.
 
     Attributes:
-        group: elements that lie side by side and that one thread moves at once, of every tensor:
-            4, 8 or 16. 0 takes 16 bytes of the narrowest tensor, which leaves gaps between the
-            accesses of neighbouring threads to a wider one.
-        unroll: how many groups a thread reads before it computes the first.
-        block: threads of a block; a multiple of 32.
-        min_blocks: blocks that a multiprocessor must have registers for. None: chosen by the
-            number of elements that a thread holds, so that nothing is spilled.
+        group: how many neighbouring elements of every tensor one thread moves at a time: 4, 8 or
+            16. 0: as many as 16 bytes of the narrowest tensor hold. That leaves gaps between the
+            accesses of neighbouring threads to wider tensors.
+        unroll: how many groups a thread reads before it computes the first one.
+        block: threads per block, a multiple of 32.
+        min_blocks: how many blocks a multiprocessor must have registers for. None: chosen by the
+            number of elements that a thread holds, so that hardly any register is spilled.
         load, store: the cache hint of the accesses to tensors.
-        hardware_conversions: bf16, fp16 and fp8 numbers are converted by the GPU's instructions,
-            and not by integer arithmetic. Only the payloads of NaNs differ. fp8 needs sm_89.
+        hardware_conversions: convert bf16, fp16 and fp8 numbers by the GPU's instructions instead
+            of integer arithmetic. Only the payloads of NaNs differ. fp8 needs sm_89.
     """
 
     group: int = 0
@@ -41,7 +41,7 @@ class Tuning(NamedTuple):
     hardware_conversions: bool = False
 
     def defines(self) -> dict[str, str]:
-        """The macros of source/device.cu, beside those of the mode."""
+        """The macros for source/device.cu, in addition to those of the mode."""
         return {
             "ADAMS_GROUP": str(self.group),
             "ADAMS_UNROLL": str(self.unroll),
@@ -53,9 +53,9 @@ class Tuning(NamedTuple):
         }
 
 
-# The sweep on an H100 (benchmarks/results) has constants for single modes that are 1 to 3% faster
-# on one large tensor. With those a thread holds so much that small tensors and lists of tensors
-# take up to 24% longer. So all modes have these.
+# All modes have these constants. The sweep on an H100 (benchmarks/results) found others that make
+# single modes 1 to 3% faster on one large tensor. But with those a thread holds so much that small
+# tensors and lists of tensors take up to 24% longer.
 _TUNING = Tuning(group=4, hardware_conversions=True)
 
 

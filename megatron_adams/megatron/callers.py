@@ -1,9 +1,9 @@
-"""What a hook knows of the call that it is given.
+"""How a hook finds out whether a call concerns adams.
 
-Megatron's functions are called by others than its `pretrain`, too: by tools that convert
-checkpoints, by training loops of their own, by tests. Those have set none of Megatron's global
-arguments, or only some. So a hook decides by the objects that it is given, and passes on untouched
-what it cannot know to be adams's.
+Not only Megatron's `pretrain` calls Megatron's functions. Tools that convert checkpoints, other
+training loops and tests do, too, and they set none or only some of Megatron's global arguments. So
+a hook decides by the objects that it is given. If it cannot tell that a call concerns adams, it
+passes the call on unchanged.
 """
 
 import inspect
@@ -11,15 +11,15 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from megatron_adams.megatron.config import ADAMS
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.megatron.fused_step import FusedStepChain
+from megatron_adams.megatron.names import ADAMS
 
 
 def bound(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a call gives to each parameter; empty where it does not fit the function."""
+    """Return what a call gives to each parameter; empty if the call does not fit the function."""
     try:
         call = inspect.signature(function).bind(*args, **kwargs)
     except TypeError:
@@ -29,28 +29,29 @@ def bound(
 
 
 def is_adams(optimizer: Any) -> TypeGuard[FusedStepChain | AdamSFsdpOptimizer]:
-    """Whether it is what `get_megatron_optimizer` returns for adams."""
+    """Whether this is what `get_megatron_optimizer` returns for adams."""
     return isinstance(optimizer, (FusedStepChain, AdamSFsdpOptimizer))
 
 
 def saves_as_adams(optimizer: Any) -> bool:
-    """Whether its checkpoints are adams's: also of a MIMO model's, which has one for each module.
+    """Whether an optimizer writes adams's checkpoints, as also a MIMO model's optimizer can.
 
-    Every rank has the configuration, and not every rank has a module.
+    A MIMO model has one optimizer for each module. Not every rank has a module, but every rank has
+    the configuration.
     """
     return is_adams(optimizer) or asks_for_adams(getattr(optimizer, "config", None))
 
 
 def asks_for_adams(config: Any) -> bool:
-    """Whether an argument namespace or a configuration says so."""
+    """Whether an argument namespace or a configuration asks for adams."""
     return getattr(config, "optimizer", None) == ADAMS
 
 
 def global_arguments(get_args: Callable[[], Any]) -> Any:
-    """Megatron's global arguments; a namespace without any where they are not set.
+    """Return Megatron's global arguments, or an empty namespace if they are not set.
 
     Args:
-        get_args: the function as the hooked module has it, which others put their own in place of.
+        get_args: the function of the hooked module. Some callers replace it by their own.
     """
     try:
         args = get_args()

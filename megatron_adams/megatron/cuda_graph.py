@@ -1,13 +1,12 @@
 """--optimizer-cuda-graph: Megatron's whole optimizer step, captured once and replayed.
 
 Megatron (0.19, core/optimizer/optimizer_cuda_graph.py) calls the step of its chain of optimizers
-for --cuda-graph-warmup-steps iterations, captures the next one, and from then on replays what the
-device was told to do: no line of Python runs any more. So all that a step computes has to be
-computed on the device, from tensors that stay where they are, and what it does otherwise is refused
-at start. Used by config.py, arguments.py, optimizer.py and fused_step.py.
+for --cuda-graph-warmup-steps iterations and captures the next one. From then on it replays what the
+device was told to do, and no line of Python runs. So the device must compute everything in a step,
+from tensors that stay where they are. Settings that need the host are refused at start
+(refusals.py).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,117 +16,20 @@ import torch
 from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
+from megatron_adams.megatron.refusals import GRAPH_FLAG, refusal
 from megatron_adams.optimizer import AdamS
 
-_FLAG = "--optimizer-cuda-graph"
-# What a step takes from a param group as a number: a graph repeats that of the capture.
+# The numbers that a step takes from a param group. A graph repeats those of the capture.
 _CAPTURED = ("weight_decay", "betas", "eps", "bias_correction", "adam_w_mode", "maximize")
 
 
-def _refusal(given: str, reason: str, remedy: str) -> ValueError:
-    return ValueError(f"{given} with {_FLAG}: {reason}; {remedy}")
-
-
-def check_config(config: Any) -> None:
-    """Refuse what a replay cannot follow, of the fields that a configuration and arguments share.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    if not config.optimizer_cuda_graph:
-        return
-    on_host = (
-        "the host reads on each step whether it overflowed, which a CUDA graph cannot wait for"
-    )
-    remedy = "remove one of the two"
-    if config.fp16:
-        raise _refusal("--fp16", on_host, f"give --bf16, or remove {_FLAG}")
-    if config.loss_scale is not None:
-        raise _refusal(f"--loss-scale {config.loss_scale}", on_host, remedy)
-    if config.log_num_zeros_in_grad:
-        reason = "the host reads the count inside the step, which a CUDA graph cannot wait for"
-        raise _refusal("--log-num-zeros-in-grad", reason, remedy)
-    if config.optimizer_cpu_offload:
-        reason = "a CUDA graph holds nothing of what the CPU computes"
-        raise _refusal("--optimizer-cpu-offload", reason, remedy)
-    if config.overlap_param_gather_with_optimizer_step:
-        reason = "the all-gather would go on behind the end of the CUDA graph"
-        raise _refusal("--overlap-param-gather-with-optimizer-step", reason, remedy)
-
-
-def check_arguments(args: Any) -> None:
-    """Refuse what a replay cannot follow, of Megatron's other arguments, not validated yet.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    if not args.optimizer_cuda_graph:
-        return
-    remedy = "remove one of the two"
-    if args.start_weight_decay != args.end_weight_decay:
-        raise _refusal(
-            f"--start-weight-decay {args.start_weight_decay} "
-            f"--end-weight-decay {args.end_weight_decay}",
-            "a CUDA graph repeats the weight decay of the step that was captured",
-            "must be equal, or remove one of the flags",
-        )
-    if args.cuda_graph_warmup_steps < 1:
-        raise _refusal(
-            f"--cuda-graph-warmup-steps {args.cuda_graph_warmup_steps}",
-            "the first step allocates the state",
-            "must be at least 1",
-        )
-    if args.timing_log_level > 0:
-        reason = "the timers inside the step wait for the device"
-        raise _refusal(f"--timing-log-level {args.timing_log_level}", reason, remedy)
-    if args.rl_offload_optimizer_during_inference:
-        reason = "a CUDA graph needs the state where it was"
-        raise _refusal("--rl-offload-optimizer-during-inference", reason, remedy)
-
-
-def check_model(config: Any, ddp_config: Any) -> None:
-    """Refuse what only the configuration of a model, or of megatron.core's API, shows.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    if not config.optimizer_cuda_graph:
-        return
-    for name in ("fp8_param_gather", "fp4_param_gather"):
-        if getattr(ddp_config, name):
-            reason = "not supported, the params are quantized behind the step"
-            raise _refusal(name, reason, "remove one of the two")
-    if ddp_config.use_megatron_fsdp:
-        raise _refusal("use_megatron_fsdp", "not supported", "use use_distributed_optimizer")
-    if math.isfinite(config.grad_norm_skip_threshold):
-        raise _refusal(
-            f"grad_norm_skip_threshold={config.grad_norm_skip_threshold}",
-            "the host decides by the norm of each step, which a CUDA graph cannot wait for",
-            "must be inf, or remove one of the two",
-        )
-
-
-def check_chain(chain: Any) -> None:
-    """Refuse a chain whose grad norm the host puts together.
-
-    Raises:
-        ValueError: its optimizers reduce it over different groups of ranks.
-    """
-    if len(chain.chained_optimizers) > 1 and not chain.grads_states_parallel_group_is_shared():
-        raise ValueError(
-            f"{_FLAG} with {len(chain.chained_optimizers)} optimizers that sum the grad norm over "
-            "different ranks: not supported, the host adds the sums; add "
-            "--use-distributed-optimizer, or remove the flag"
-        )
-
-
 class GradKeeper:
-    """A hook before AdamS's step: gradients stay at the address of the first step.
+    """A hook before AdamS's step that keeps gradients at the addresses of the first step.
 
-    Megatron's fp32 gradients are views of its grad buffer, which stays. Those in other dtypes are
-    converted to a new tensor at each step, and the kernel's table of pointers cannot be written
-    while a graph is captured: their values are copied to the first step's tensor. The tensors
-    of the capture itself belong to the graph's pool, and the copy out of them is part of the graph.
+    Megatron's fp32 gradients are views of its grad buffer, which does not move. Gradients in other
+    dtypes are converted to a new tensor at each step, and the kernel's table of pointers cannot be
+    written while a graph is captured. So their values are copied to the first step's tensor. The
+    new tensors of the captured step belong to the graph's pool, and the graph contains the copy.
     """
 
     def __init__(self) -> None:
@@ -135,7 +37,7 @@ class GradKeeper:
 
     @torch.no_grad()
     def __call__(self, optimizer: AdamS, args: Any, kwargs: Any) -> None:
-        """Put the kept gradients in the place of those that moved."""
+        """Replace the gradients that have moved by the kept ones."""
         name = "decoupled_grad" if optimizer.use_decoupled_grad else "grad"
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -148,15 +50,15 @@ class GradKeeper:
                     setattr(param, name, kept)
 
 
-# A step is under way whose norm has to stay on the device, and whose Megatron would read it.
+# True while a step is under way whose norm must stay on the device, but which Megatron would read.
 _norm_stays: ContextVar[bool] = ContextVar("megatron_adams_norm_stays", default=False)
 
 
 @contextmanager
 def norm_on_device(is_graph: bool) -> Iterator[None]:
-    """Have `grad_norm` and `clip` used in the place of Megatron's, where those wait for the norm.
+    """Use `grad_norm` and `clip` instead of Megatron's functions if those wait for the norm.
 
-    With TransformerEngine Megatron's own keep it on the device.
+    With TransformerEngine, Megatron's own functions keep the norm on the device.
     """
     stays = is_graph and clip_grads.multi_tensor_scale_tensor_impl is None
     token = _norm_stays.set(stays)
@@ -176,10 +78,10 @@ def grad_norm(
     norm_type: float = 2,
     grad_stats_parallel_group: Any = None,
 ) -> Tensor:
-    """Megatron's get_grad_norm_fp32 without TransformerEngine, with the norm left on the device.
+    """Megatron's get_grad_norm_fp32 without TransformerEngine, but the norm stays on the device.
 
     Returns:
-        (1,) fp64 on the device: the root of the fp32 sum of squares is taken in double there, too.
+        (1,) fp64 on the device: as in Megatron, the root of the fp32 sum of squares is in double.
     """
     assert norm_type == 2, norm_type
     grads = [grads_for_norm] if isinstance(grads_for_norm, Tensor) else grads_for_norm
@@ -197,7 +99,7 @@ def clip(
     total_norm: float | Tensor,
     use_decoupled_grad: bool = False,
 ) -> None:
-    """As Megatron's clip_grad_by_total_norm_fp32, by the tensor of `grad_norm`."""
+    """Megatron's clip_grad_by_total_norm_fp32, for a norm in a tensor as `grad_norm` returns."""
     assert isinstance(total_norm, Tensor)
     name = "decoupled_grad" if use_decoupled_grad else "grad"
     clip_coeff = (max_norm / (total_norm + 1.0e-6)).clamp_max_(1.0).to(torch.float32)
@@ -207,7 +109,7 @@ def clip(
 
 
 class Captured:
-    """What a graph has of the host, to be compared before each iteration that replays it."""
+    """The host's numbers in a graph. They are compared before each iteration that replays it."""
 
     def __init__(self) -> None:
         self._numbers: list[dict[str, Any]] | None = None
@@ -218,25 +120,26 @@ class Captured:
             self._numbers = _numbers_of(groups)
 
     def check(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse to go on by a graph that has other numbers.
+        """Refuse to replay a graph that contains other numbers.
 
         Raises:
-            ValueError: one has changed since the capture.
+            ValueError: a number has changed since the capture.
         """
         if self._numbers is None:
             return
         for captured, now in zip(self._numbers, _numbers_of(groups), strict=True):
             for name, value in captured.items():
                 if now[name] != value:
-                    raise ValueError(
-                        f"{name}={now[name]} with {_FLAG}: must stay {value}, which the CUDA graph "
-                        "of the optimizer repeats; keep it constant (a checkpoint's scheduler can "
-                        f"set it, too: --override-opt_param-scheduler), or remove {_FLAG}"
+                    raise refusal(
+                        f"{name}={now[name]} with {GRAPH_FLAG}",
+                        f"must stay {value}, which the CUDA graph of the optimizer repeats",
+                        "keep it constant (a checkpoint's scheduler can set it, too: "
+                        f"--override-opt_param-scheduler), or remove {GRAPH_FLAG}",
                     )
 
 
 def _numbers_of(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    # lr is a tensor: its place counts, not its value.
+    # lr must stay the same tensor. Its value may change.
     return [
         {**{name: group[name] for name in _CAPTURED}, "id(lr)": id(group["lr"])} for group in groups
     ]

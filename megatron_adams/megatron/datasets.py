@@ -1,4 +1,4 @@
-"""Megatron's dataset helpers, where the pip wheel ships them built and without their Makefile."""
+"""Megatron's dataset helpers, which the pip wheel ships built, without their Makefile."""
 
 import importlib
 import importlib.util
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def wrap_compile_helpers(original: Callable[[], Any]) -> Callable[[], Any]:
-    """Compile Megatron's C++ dataset helpers, unless they are there and cannot be compiled.
+    """Compile Megatron's C++ dataset helpers, but only if there is a Makefile or they are missing.
 
-    The wheel of megatron-core 0.19 contains helpers_cpp*.so but no Makefile, and
-    megatron.core.datasets.utils.compile_helpers exits the process when make fails.
+    The wheel of megatron-core 0.19 contains helpers_cpp*.so but no Makefile. There,
+    megatron.core.datasets.utils.compile_helpers would exit the process, because make fails.
     """
 
     def compile_helpers() -> None:

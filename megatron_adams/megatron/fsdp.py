@@ -1,9 +1,9 @@
 """AdamS under Megatron-FSDP, which keeps params, main params and gradients itself.
 
-The inner optimizer's params are Megatron-FSDP's main params (no_shard in one dtype: the params), as
-DTensors: of each a rank holds some rows, all of them, or none. exp_avg is a DTensor of the same
-placement. What DistributedOptimizer has of its own without FSDP does not exist: buffers, shards,
-main params. Used by optimizer.py and arguments.py.
+The inner optimizer's params are Megatron-FSDP's main params, as DTensors. (With no_shard in one
+dtype, they are the model's params.) A rank holds some rows of a param, all of them, or none.
+exp_avg is a DTensor with the same placement. The buffers, shards and main params that
+DistributedOptimizer has without FSDP do not exist here. refusals.py refuses what contradicts it.
 """
 
 import logging
@@ -14,40 +14,36 @@ import torch
 from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.utils import log_single_rank
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megatron_adams.checkpoint import continued_from_adam
-from megatron_adams.megatron.config import (
-    RATES,
-    AdamSOptimizerConfig,
-    dtype_name,
-    other_rates,
-)
-from megatron_adams.optimizer import HYPERPARAMETERS
+from megatron_adams.megatron.names import RATES
+from megatron_adams.megatron.refusals import rates_refusal
+from megatron_adams.optimizer import HYPERPARAMETERS, AdamS, local_part
 
 logger = logging.getLogger(__name__)
 
-FSDP_FORMAT = "fsdp_dtensor"
-# Of a param group: what a run that goes on from Adam has of its own, and where Adam has its step.
+# Keys of a param group that a run from an Adam checkpoint does not take from it: those with values
+# of its own, and `step`, which Adam may keep elsewhere.
 _NOT_FROM_ADAM = (*HYPERPARAMETERS, "step", *RATES)
 
 
 class AdamSFsdpOptimizer(DistributedOptimizer):
     """Megatron's DistributedOptimizer (0.19) with Megatron-FSDP, around AdamS.
 
-    It gets its class by assignment, so that there is no constructor. A checkpoint has exp_avg of
-    every param in full (fp32), whatever it is kept in, so that it can be loaded into any precision.
+    An existing object is assigned this class, so there is no constructor. A checkpoint contains
+    every exp_avg in fp32, whatever dtype it is kept in, so it can be loaded into any precision.
     """
 
+    optimizer: AdamS
     optimizer_state_keys = ("exp_avg",)
 
-    # Set while Adam's state is loaded, see take_from_adam.
+    # Set while Adam's state is loaded: see take_from_adam.
     _adam_step_key: str | None = None
 
     def prepare_inner(self) -> None:
-        """Have the inner optimizer step the main params, which Megatron-FSDP keeps.
+        """Make the inner optimizer step the main params, which Megatron-FSDP keeps.
 
-        As upstream does with FusedAdam for the precision-aware optimizer, once it is built.
+        Upstream does this to FusedAdam for the precision-aware optimizer, once it is built.
         """
         self.optimizer.master_weights = False
         self.optimizer.store_param_remainders = False
@@ -55,7 +51,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         self.optimizer.use_decoupled_grad = self.config.use_precision_aware_optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, this rank's part of it; `load_state_dict` takes it."""
+        """Return this rank's part of the inner optimizer's state dict, for `load_state_dict`."""
         if self.is_stub_optimizer:
             return {}
         return self.optimizer.state_dict()
@@ -64,13 +60,13 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         """Say whether the checkpoint that is loaded next is Adam's.
 
         Args:
-            step_key: where it has the steps of the params, "param_to_group_meta" or "state"; None:
-                it is adams's own.
+            step_key: where it has the params' steps, "param_to_group_meta" or "state". None: it is
+                adams's own.
         """
         self._adam_step_key = step_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As upstream, from Adam's state, too; of a stub, which has nothing to load."""
+        """Load as upstream does, but also from Adam's state. A stub has nothing to load."""
         if self.is_stub_optimizer:
             return
         step_key, self._adam_step_key = self._adam_step_key, None
@@ -85,10 +81,10 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         super().load_state_dict(state_dict)
 
     def _with_own_rates(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """What the param groups of a checkpoint say of each param, with the run's learning rates.
+        """Return a checkpoint's entries for each param, with the learning rates of this run.
 
         Raises:
-            ValueError: they are others, and --override-opt_param-scheduler is not given.
+            ValueError: the rates differ, and --override-opt_param-scheduler is not given.
         """
         own = self._param_groups_to_param2group_meta(self.optimizer.param_groups)
         metas = dict(saved)
@@ -96,12 +92,12 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
             rates = {key: own[name][key] for key in RATES if key in own[name]}
             if any(saved[name].get(key) != rate for key, rate in rates.items()):
                 if not self.config.override_opt_param_scheduler:
-                    raise other_rates(own[name], saved[name])
+                    raise rates_refusal(own[name], saved[name])
                 metas[name] = {**saved[name], **rates}
         return metas
 
     def _from_adam(self, state_dict: dict[str, Any], step_key: str) -> dict[str, Any]:
-        """What was loaded into Adam's part of `sharded_param_state_fsdp_dtensor`, as adams's."""
+        """Return adams's state, from Adam's as `sharded_param_state_fsdp_dtensor` has loaded it."""
         state = {name: dict(of_param) for name, of_param in state_dict["state"].items()}
         loaded = {"state": state, "param_to_group_meta": state_dict["param_to_group_meta"]}
         steps = {name: int(of_param.pop("step")) for name, of_param in loaded[step_key].items()}
@@ -115,7 +111,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         return {"state": state, "param_to_group_meta": metas}
 
     def sharded_param_state_fsdp_dtensor(self, is_loading: bool = False) -> dict[str, Any]:
-        """exp_avg of all params as DTensors, and what the param groups say of each param, by name.
+        """Return exp_avg as DTensors, and the entries of the param groups, by names of params.
 
         Before a load, upstream allocates Adam's state with a step with zero gradients, which also
         decays the weights. For a save, it takes only the state that is there: with torch's Adam, a
@@ -128,7 +124,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
             state[self._param_name(param)] = {"exp_avg": exp_avg}
         metas = self._param_groups_to_param2group_meta(self.optimizer.param_groups)
         if is_loading and self._adam_step_key is not None:
-            # Hyperparameters and rates are those of this run, as without Megatron-FSDP.
+            # Hyperparameters and rates stay those of this run, as without Megatron-FSDP.
             metas = {
                 name: {key: value for key, value in meta.items() if key not in _NOT_FROM_ADAM}
                 for name, meta in metas.items()
@@ -141,26 +137,26 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
         return {"state": state, "param_to_group_meta": metas}
 
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
-        """Nothing to do: what Megatron-FSDP loads as the model are the main params.
+        """Do nothing: what Megatron-FSDP loads as the model are the main params.
 
-        Upstream raises, so that it cannot load weights alone (--finetune, --no-load-optim).
+        Upstream raises here, so it cannot load weights alone (--finetune, --no-load-optim).
         """
 
     def _collect_main_grad_data_for_unscaling(self) -> list[Tensor]:
-        """This rank's gradients; upstream fails where it has no part of some param."""
+        """Return this rank's gradients. Upstream fails if it has no part of some param."""
         name = "decoupled_grad" if self.optimizer.use_decoupled_grad else "grad"
         grads = [getattr(param, name, None) for param in self.get_parameters()]
         return [local_part(grad) for grad in grads if grad is not None]
 
     def grad_dtype(self) -> torch.dtype | None:
-        """What the gradients will be, None: as their params."""
+        """Return the dtype that the gradients will have. None: that of their params."""
         if not self.optimizer.use_decoupled_grad:
             return None
         model_dtype = torch.bfloat16 if self.config.bf16 else torch.float32
         return self.ddp_config.megatron_fsdp_main_grads_dtype or model_dtype
 
-    def describe(self) -> str:
-        """Which of Megatron's passes the step takes over: none."""
+    def describe_passes(self) -> str:
+        """Say which of Megatron's passes the step takes over: none."""
         strategy = self.ddp_config.data_parallel_sharding_strategy
         return (
             f"gradients are clipped and unscaled, and model params are written, by Megatron-FSDP "
@@ -169,7 +165,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
 
 
 def wrap_handle_swiglu_in_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Split exp_avg of gated layers alone: upstream splits exp_avg and exp_avg_sq, by name."""
+    """Split only exp_avg of gated layers. Upstream expects exp_avg_sq, too, and splits both."""
 
     def handle_swiglu_in_state_dict(
         model: Any, model_state_dict: Any, optimizer_state_dict: dict[str, Any] | None
@@ -192,129 +188,3 @@ def wrap_handle_swiglu_in_state_dict(original: Callable[..., Any]) -> Callable[.
         return model_state_dict, split
 
     return handle_swiglu_in_state_dict
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What a rank has of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def check_fsdp(config: AdamSOptimizerConfig, model_chunks: Any) -> None:
-    """Refuse a configuration of the optimizer that the models of Megatron-FSDP do not have.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    if len(model_chunks) > 1:
-        raise ValueError(
-            f"{len(model_chunks)} model chunks with Megatron-FSDP: must be one, its device mesh "
-            f"has no pipeline stages; build the model in one chunk"
-        )
-    is_decoupled = model_chunks[0].ddp_config.megatron_fsdp_use_decoupled_grad
-    if is_decoupled != config.use_precision_aware_optimizer:
-        raise ValueError(
-            f"megatron_fsdp_use_decoupled_grad={is_decoupled} in the model's ddp_config with "
-            f"use_precision_aware_optimizer={config.use_precision_aware_optimizer}: must be the "
-            f"same, or the optimizer finds no gradients; change one of them"
-        )
-
-
-def check_fsdp_arguments(args: Any) -> None:
-    """Refuse flags that Megatron-FSDP contradicts, or drops without a word.
-
-    Args:
-        args: Megatron's arguments, with --use-megatron-fsdp.
-    Raises:
-        ValueError: naming the flag.
-    """
-    fsdp = "with --use-megatron-fsdp"
-    if args.ckpt_format != FSDP_FORMAT:
-        raise ValueError(
-            f"--ckpt-format {args.ckpt_format} {fsdp}: must be {FSDP_FORMAT}; add --ckpt-format "
-            f"{FSDP_FORMAT}"
-        )
-    if args.pipeline_model_parallel_size > 1:
-        raise ValueError(
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} {fsdp}: must be "
-            f"1, Megatron-FSDP's device mesh has no pipeline stages; use "
-            f"--use-distributed-optimizer"
-        )
-    if args.num_distributed_optimizer_instances > 1:
-        raise ValueError(
-            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} "
-            f"{fsdp}: not supported; remove one of the two"
-        )
-    if args.optimizer_cpu_offload:
-        raise ValueError(
-            f"--optimizer-cpu-offload {fsdp}: not supported, the params are DTensors; remove one "
-            f"of the two"
-        )
-    for name in ("main_params_dtype", "main_grads_dtype"):
-        if (dtype := dtype_name(getattr(args, name))) != "fp32":
-            flag = name.replace("_", "-")
-            raise ValueError(
-                f"--{flag} {dtype} {fsdp}: Megatron-FSDP has a flag of its own for it; give "
-                f"--megatron-fsdp-{flag} {dtype} instead"
-            )
-    if args.adams_no_param_remainders:
-        raise ValueError(
-            f"--adams-no-param-remainders {fsdp}: there are no remainders, Megatron-FSDP keeps the "
-            f"main params; remove the flag"
-        )
-    _check_gated_layers(args)
-    loads_optimizer = args.load is not None and not (args.finetune or args.no_load_optim)
-    if loads_optimizer and not args.strict_fsdp_dtensor_load:
-        raise ValueError(
-            f"--no-strict-fsdp-dtensor-load {fsdp}: momentum that the checkpoint lacks would start "
-            f"anew without a word; remove the flag, or load the weights alone with --no-load-optim"
-        )
-    _check_fsdp_dtypes(args)
-
-
-def _check_gated_layers(args: Any) -> None:
-    """Refuse checkpoints at which Megatron would fail, after the work up to the first save."""
-    flag = "--save" if args.save is not None else "--load" if args.load is not None else None
-    if not args.swiglu or flag is None:
-        return
-    words = f"--swiglu and {flag} with --use-megatron-fsdp"
-    if not (args.bf16 or args.fp16):
-        raise ValueError(
-            f"{words} in fp32: Megatron fails where it splits gated layers for a checkpoint; add "
-            f"--bf16 or --fp16, or remove {flag}"
-        )
-    if args.data_parallel_sharding_strategy == "no_shard":
-        raise ValueError(
-            f"{words} and --data-parallel-sharding-strategy no_shard: Megatron fails where it "
-            f"splits gated layers for a checkpoint; give another strategy, or remove {flag}"
-        )
-
-
-def _check_fsdp_dtypes(args: Any) -> None:
-    model = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    main_params, main_grads = (
-        "auto" if dtype is None else dtype_name(dtype)
-        for dtype in (args.megatron_fsdp_main_params_dtype, args.megatron_fsdp_main_grads_dtype)
-    )
-    params_flag = f"--megatron-fsdp-main-params-dtype {main_params}"
-    grads_flag = f"--megatron-fsdp-main-grads-dtype {main_grads}"
-    params_dtype = model if main_params == "auto" else main_params
-    grads_dtype = model if main_grads == "auto" else main_grads
-    if args.use_precision_aware_optimizer:
-        if grads_dtype == "fp16" and args.clip_grad > 0:
-            raise ValueError(
-                f"{grads_flag} in {model} with --use-precision-aware-optimizer: Megatron clips "
-                f"fp32 and bf16 gradients only; give --megatron-fsdp-main-grads-dtype fp32"
-            )
-        return
-    if params_dtype != "fp32" and args.clip_grad > 0:
-        raise ValueError(
-            f"{params_flag} in {model}: the gradients get the dtype of the main params, and "
-            f"Megatron clips fp32 gradients only; add --use-precision-aware-optimizer, or remove "
-            f"the flag"
-        )
-    if main_params == "auto" and grads_dtype != params_dtype:
-        raise ValueError(
-            f"{grads_flag} with {params_flag} in {model}: there are no main params, whose dtype "
-            f"the gradients would get, and torch takes gradients in the dtype of the param alone; "
-            f"add --use-precision-aware-optimizer, or remove one of the flags"
-        )

@@ -1,13 +1,13 @@
-"""What AdamS.step does in the place of passes that Megatron makes over memory around it.
+"""The passes over memory that AdamS.step takes over from Megatron: unscale, clip and copy.
 
-Megatron (0.19) multiplies all gradients in place by 1 / loss scale, then by the clip coefficient,
-and after the step copies the main params to the model params. AdamS.step takes one factor for
-the gradients, which it only reads, and writes the model params beside the main params. The bits
-are the same: a loss scale that is a power of two changes no rounding, above fp32's smallest normal
-number, and Megatron's copy rounds as the step does.
+Megatron (0.19) multiplies all gradients in place by 1 / loss scale, and then by the clip
+coefficient. After the step, it copies the main params to the model params. AdamS.step takes one
+factor for the gradients instead, and only reads them. It writes the model params together with the
+main params. The bits are the same: a loss scale that is a power of two changes no rounding above
+fp32's smallest normal number, and Megatron's copy rounds as the step does.
 
 Megatron's own passes are kept where something needs them: see `why_gradients_are_scaled` and
-`FusedStepOptimizer.why_params_are_copied`. Used by optimizer.py, whose classes have these as bases.
+`FusedStepOptimizer.why_params_are_copied`. The classes in distributed.py derive from these.
 """
 
 import logging
@@ -22,7 +22,9 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from torch import Tensor
 
 from megatron_adams.megatron import cuda_graph
-from megatron_adams.optimizer import fp8_memory
+from megatron_adams.megatron.inner import InnerAdamS
+from megatron_adams.megatron.refusals import check_graph_chain
+from megatron_adams.optimizer import AdamS, fp8_memory
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +34,17 @@ _NOT_DISTRIBUTED = "the optimizer is not a distributed one"
 class FusedStepOptimizer(DistributedOptimizer):
     """Megatron's DistributedOptimizer (0.19), whose inner step also scales and copies.
 
-    It gets its class by assignment, so that there is no constructor: `prepare_step` is called once
-    the inner optimizer is in place.
+    An existing object is assigned this class, so there is no constructor. `prepare_step` is called
+    once the inner optimizer is in place.
     """
 
+    optimizer: InnerAdamS
     # What the gradients have still to be multiplied by, while a step leaves that to the inner
     # optimizer.
     _grad_scale: float | Tensor | None = None
-    # Set while a step runs whose inner optimizer writes the model params.
+    # True while a step runs whose inner optimizer writes the model params.
     _params_are_written = False
-    # (shard of the model's param buffer, main param) of each fp32 param of this rank.
+    # For each fp32 param of this rank: (its shard of the model's param buffer, its main param).
     _fp32_params: Sequence[tuple[Tensor, Tensor]] = ()
 
     def prepare_step(self) -> None:
@@ -50,9 +53,10 @@ class FusedStepOptimizer(DistributedOptimizer):
         if self.has_main_params_inside():
             for buffer in self.buffers:
                 for model_param in buffer.params:
-                    # Megatron leaves None there, and --log-params-norm would leave the param out.
+                    # Megatron leaves None there, and then --log-params-norm would skip the param.
                     vars(model_param).pop("main_param", None)
         if self.why_params_are_copied() is None and not self.has_main_params_inside():
+            assert isinstance(self.optimizer, AdamS)
             # These tensors live as long as the model: where Megatron offloads param buffers or main
             # params to the CPU, it exchanges the memory behind them.
             self.optimizer.model_params = {
@@ -69,7 +73,7 @@ class FusedStepOptimizer(DistributedOptimizer):
             ]
 
     def why_params_are_copied(self) -> str | None:
-        """Why Megatron's own pass has to write the model params, None if the step can do it."""
+        """Return why Megatron's own pass must write the model params, or None."""
         if self.has_main_params_inside():
             return None
         if self.ddp_config.fp8_param_gather or self.ddp_config.fp4_param_gather:
@@ -77,18 +81,18 @@ class FusedStepOptimizer(DistributedOptimizer):
         return None
 
     def has_main_params_inside(self) -> bool:
-        """Whether the inner optimizer has the model params, and keeps the main params itself.
+        """Whether the inner optimizer steps the model params, and keeps the main params itself.
 
-        So it is with the precision-aware optimizer, where Megatron has no main params to copy.
+        This is so with the precision-aware optimizer. Megatron then has no main params to copy.
         """
         return bool(self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
 
     def inv_scale(self) -> float:
-        """1 / loss scale; 1.0 without one."""
+        """Return 1 / loss scale; 1.0 without a loss scale."""
         return float(self.grad_scaler.inv_scale) if self.grad_scaler else 1.0
 
     def _param_buffer_shard(self, model_param: Tensor) -> Tensor:
-        """The part of the model's param buffer that `_copy_main_params_to_model_params` writes."""
+        """Return the part of the param buffer that `_copy_main_params_to_model_params` writes."""
         world_range = self._get_model_param_range_map(model_param)["gbuf_world_in_bucket"]
         gbuf_index, _, bucket_id = self.model_param_gbuf_map[model_param]
         param_data = self.buffers[gbuf_index].buckets[bucket_id].param_data
@@ -102,11 +106,11 @@ class FusedStepOptimizer(DistributedOptimizer):
         return args, {**kwargs, "grad_scale": self._grad_scale}
 
     def _unscale_main_grads_and_check_for_nan(self) -> bool:
-        """As upstream: is a gradient of any rank inf or nan? The gradients are only read here."""
+        """Return whether any rank's gradient is inf or NaN. Upstream also scales them."""
         if self._grad_scale is None:
             return super()._unscale_main_grads_and_check_for_nan()
         grads = [] if self.is_stub_optimizer else self._collect_main_grad_data_for_unscaling()
-        # The maximum norm of gradients is finite where each of them is: it cannot overflow.
+        # The maximum norm is finite exactly if all gradients are: it cannot overflow.
         largest = torch.nn.utils.get_total_norm(grads, norm_type=math.inf)
         self.found_inf.copy_(~largest.isfinite())
         torch.distributed.all_reduce(
@@ -118,11 +122,12 @@ class FusedStepOptimizer(DistributedOptimizer):
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """As upstream, but for copying main params that the inner step has written."""
+        """Step as upstream does, but do not copy main params that the inner step has written."""
         self._params_are_written = (
             not self.is_stub_optimizer
             and self.why_params_are_copied() is None
-            # Megatron's offload_to_cpu and restore_from_cpu give an fp32 shard memory of its own.
+            # False after Megatron's offload_to_cpu and restore_from_cpu, which give an fp32 shard
+            # memory of its own.
             and all(shard.data_ptr() == param.data_ptr() for shard, param in self._fp32_params)
         )
         try:
@@ -137,10 +142,11 @@ class FusedStepOptimizer(DistributedOptimizer):
             super()._copy_main_params_to_model_params()
 
     def _share_fp8_scaling(self) -> None:
-        """Set scale_inv of fp8 params of which this rank owns no part.
+        """Set scale_inv of the fp8 params that this rank owns no part of.
 
-        The inner step sets that of its own. The others' bytes come from their owners, which have
-        scaled them by the scale that all ranks have; upstream would read them by an old scale_inv.
+        The inner step sets that of this rank's own params. The bytes of the others come from their
+        owners, which scaled them by the scale that all ranks have. Upstream would read them with an
+        old scale_inv.
         """
         for buffer in self.buffers:
             for param in buffer.params:
@@ -150,21 +156,24 @@ class FusedStepOptimizer(DistributedOptimizer):
 
 
 class FusedStepChain(ChainedOptimizer):
-    """Megatron's ChainedOptimizer (0.19), which leaves the gradients as they are where it can.
+    """Megatron's ChainedOptimizer (0.19), but the gradients are left unscaled if possible.
 
-    It gets its class by assignment, like the parts.
+    An existing object is assigned this class, as with the parts.
     """
 
-    # With --optimizer-cuda-graph.
+    # Set with --optimizer-cuda-graph.
     _captured: cuda_graph.Captured | None = None
 
     def prepare_cuda_graph(self) -> None:
-        """Make the step one that can be captured.
+        """Prepare the step for being captured.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it cannot be captured.
         """
-        cuda_graph.check_chain(self)
+        check_graph_chain(
+            len(self.chained_optimizers),
+            shares_groups=self.grads_states_parallel_group_is_shared(),
+        )
         self._captured = cuda_graph.Captured()
         for part in self.chained_optimizers:
             if not part.is_stub_optimizer:
@@ -172,12 +181,12 @@ class FusedStepChain(ChainedOptimizer):
 
     @property
     def is_captured(self) -> bool:
-        """Whether the step is captured into a CUDA graph, sooner or later."""
+        """Whether the step is, or will be, captured into a CUDA graph."""
         return self._captured is not None
 
     @torch.no_grad()
     def step(self) -> Any:
-        """As upstream, with the functions that are wrapped below."""
+        """Step as upstream does. The functions that it calls are wrapped below."""
         if self._captured is not None:
             self._captured.note(self.param_groups)
         with cuda_graph.norm_on_device(self.is_captured):
@@ -186,16 +195,25 @@ class FusedStepChain(ChainedOptimizer):
             with _deferred(self.chained_optimizers):
                 return super().step()
 
+    def describe_passes(self) -> str:
+        """Say which of Megatron's passes the step takes over, and why not the others."""
+        scaled = why_gradients_are_scaled(self)
+        copied = next(filter(None, map(_why_params_are_copied, self.chained_optimizers)), None)
+        return (
+            f"gradients are clipped and unscaled {_where(scaled)}, model params are written "
+            f"{_where(copied)}"
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As upstream: the begin of an iteration, also of one that will replay a CUDA graph."""
+        """Zero the gradients. Every iteration begins with this, also one that replays."""
         if self._captured is not None:
             self._captured.check(self.param_groups)
         super().zero_grad(set_to_none)
 
     def _synchronize_steps(self) -> Any:
-        """As upstream, where counts that differ end in a bare assertion.
+        """Give all groups one step. Upstream's has a bare assertion if they differ.
 
-        Counts on the device are equal: a CUDA graph has every group's.
+        Counts on the device are equal, because a CUDA graph contains every group's.
         """
         if self.is_captured:
             return None
@@ -206,11 +224,11 @@ class FusedStepChain(ChainedOptimizer):
 def synchronize_steps(groups: Sequence[dict[str, Any]]) -> int | None:
     """Give every param group the same step, as Megatron's checkpoints want it, in place.
 
-    A group without params on this rank follows those that have some. Where these differ, which no
-    step of AdamS's makes them do, all get the largest count.
+    A group without params on this rank follows those that have some. No step of AdamS makes these
+    differ. If they do, all get the largest count.
 
     Returns:
-        The step; None where no group has one.
+        The step; None if no group has one.
     """
     counted = [group for group in groups if "step" in group]
     steps = {int(group["step"]) for group in counted if group.get("params", True)}
@@ -231,9 +249,10 @@ def synchronize_steps(groups: Sequence[dict[str, Any]]) -> int | None:
 
 
 def why_gradients_are_scaled(chain: ChainedOptimizer) -> str | None:
-    """Why Megatron has to scale the gradients of a chain in place, None if the step can do it.
+    """Return why Megatron must scale a chain's gradients in place; None if the step can do it.
 
-    The same on all ranks: the grad norm is summed over gradients that are all scaled or all not.
+    The answer is the same on all ranks, because the grad norm is summed over their gradients, which
+    must be either all scaled or all unscaled.
     """
     parts = chain.chained_optimizers
     if not all(isinstance(part, FusedStepOptimizer) for part in parts):
@@ -243,10 +262,16 @@ def why_gradients_are_scaled(chain: ChainedOptimizer) -> str | None:
     inv_scales = {part.inv_scale() for part in parts}
     if len(inv_scales) != 1:
         return "dense parameters and experts have loss scales of their own, which differ"
-    if math.frexp(*inv_scales)[0] != 0.5:
+    (inv_scale,) = inv_scales
+    if not _is_power_of_two(inv_scale):
         # gradient * inv_scale would be rounded before it is clipped.
         return "the loss scale is not a power of two"
     return None
+
+
+def _is_power_of_two(value: float) -> bool:
+    mantissa, _ = math.frexp(value)
+    return mantissa == 0.5
 
 
 class _Deferral(NamedTuple):
@@ -254,8 +279,8 @@ class _Deferral(NamedTuple):
     inv_scale: float
 
 
-# The step that is under way and scales no gradient. Megatron's functions of gradients have no
-# argument that says for whom they are called.
+# The step under way that leaves its gradients unscaled. Megatron's functions for gradients have no
+# argument that says for which step they are called.
 _deferral: ContextVar[_Deferral | None] = ContextVar("megatron_adams_deferral", default=None)
 
 
@@ -274,7 +299,7 @@ def _deferred(parts: Sequence[FusedStepOptimizer]) -> Iterator[None]:
 
 
 def wrap_get_grad_norm_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the norm of unscaled gradients where a step has left them scaled."""
+    """Return the norm that the gradients would have if Megatron had unscaled them."""
 
     def get_grad_norm_fp32(*args: Any, **kwargs: Any) -> float | Tensor:
         compute = cuda_graph.grad_norm if cuda_graph.norm_stays() else original
@@ -288,11 +313,12 @@ def wrap_get_grad_norm_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unscaled_norm(norm: float | Tensor, inv_scale: float) -> float | Tensor:
-    """The bits of the norm that Megatron takes of gradients * inv_scale, a power of two.
+    """Return, bit for bit, the norm that Megatron would compute of gradients * inv_scale.
 
-    The sum of squares is an fp32 number. A tensor is its fp32 root, which scales exactly. A float
-    is its ** 0.5 in double, which does not: 3 in 10,000 differ in the last bit. The sum itself
-    is the fp32 number next to the float's square, and scales exactly.
+    inv_scale is a power of two. Megatron computes an fp32 sum of squares. If the norm is a tensor,
+    it is the sum's fp32 root, and scaling it is exact. If it is a float, it is the sum ** 0.5 in
+    double, and scaling it is not exact: 3 in 10,000 differ in the last bit. So the sum is
+    recovered, as the fp32 number nearest to the float's square, and scaled, which is exact.
     """
     if isinstance(norm, Tensor):
         return norm * inv_scale
@@ -301,9 +327,9 @@ def _unscaled_norm(norm: float | Tensor, inv_scale: float) -> float | Tensor:
 
 
 def wrap_clip_grad_by_total_norm_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Leave clipping to the inner step of the optimizer whose gradients are to be clipped.
+    """Leave clipping to the inner step of the optimizer that the gradients belong to.
 
-    The original clips where only some of an optimizer's parameters are given (parameters with a
+    The original still clips if it is given only some of an optimizer's parameters (those with a
     grad norm of their own), or another optimizer's.
     """
 
@@ -314,7 +340,7 @@ def wrap_clip_grad_by_total_norm_fp32(original: Callable[..., Any]) -> Callable[
         if part is None:
             clip = cuda_graph.clip if cuda_graph.norm_stays() else original
             return clip(parameters, max_norm, total_norm, *rest, **kwargs)
-        # As upstream, up to the multiplication.
+        # Upstream's computation, up to the multiplication.
         clip_coeff = max_norm / (total_norm + 1.0e-6)
         assert part._grad_scale is not None
         if isinstance(clip_coeff, Tensor):
@@ -327,7 +353,7 @@ def wrap_clip_grad_by_total_norm_fp32(original: Callable[..., Any]) -> Callable[
 
 
 def _deferring_part(parameters: Sequence[Tensor]) -> FusedStepOptimizer | None:
-    """The part of the step under way that has exactly these parameters."""
+    """Return the part of the step under way that has exactly these parameters, or None."""
     deferral = _deferral.get()
     if deferral is None:
         return None
@@ -336,16 +362,6 @@ def _deferring_part(parameters: Sequence[Tensor]) -> FusedStepOptimizer | None:
         if ids == [id(param) for param in part.get_parameters()]:
             return part
     return None
-
-
-def describe(chain: ChainedOptimizer) -> str:
-    """Which of Megatron's passes the step of a chain takes over, and why not the others."""
-    scaled = why_gradients_are_scaled(chain)
-    copied = next(filter(None, map(_why_params_are_copied, chain.chained_optimizers)), None)
-    return (
-        f"gradients are clipped and unscaled {_where(scaled)}, model params are written "
-        f"{_where(copied)}"
-    )
 
 
 def _why_params_are_copied(part: Any) -> str | None:

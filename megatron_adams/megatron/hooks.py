@@ -1,8 +1,8 @@
-"""How the plugin attaches to Megatron: named functions are wrapped, nothing is edited.
+"""How the plugin attaches to Megatron: it wraps named functions, and edits no file.
 
-Called by `register()` alone. Every symbol is looked up before the first one is touched, so that
-an unsupported Megatron is refused whole and never left half changed. Imports no Megatron module
-by name: only the dotted paths that it is given.
+Called only by `register()`. Every symbol is looked up before the first one is touched, so that an
+unsupported Megatron is refused as a whole and never left half changed. This module imports no
+Megatron module by name, only the dotted paths that it is given.
 """
 
 import functools
@@ -24,8 +24,8 @@ class Symbol:
     """A Megatron symbol that the plugin relies on.
 
     Args:
-        path: dotted path, e.g. "megatron.core.optimizer.get_megatron_optimizer".
-        parameters: leading parameter names that the plugin passes or reads; () for any.
+        path: the dotted path, e.g. "megatron.core.optimizer.get_megatron_optimizer".
+        parameters: the names of the first parameters, which the plugin passes or reads; () for any.
     """
 
     path: str
@@ -34,11 +34,11 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Hook:
-    """A function of Megatron's and what to put in its place.
+    """A function of Megatron, and what replaces it.
 
     Args:
         symbol: the function.
-        wrap: original -> replacement; it is given the original and returns the wrapper.
+        wrap: takes the original function, and returns its replacement.
     """
 
     symbol: Symbol
@@ -62,7 +62,8 @@ def check_version(version: str) -> None:
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
-    # A container's build has a local part (0.19.2+abc123), a checkout a pre-release (0.19.0rc1).
+    # The version of a container's build has a local part (0.19.2+abc123), that of a checkout can be
+    # a pre-release (0.19.0rc1).
     release = Version(version).base_version
     if release not in SpecifierSet(SUPPORTED_MEGATRON):
         raise refuse("megatron.core", f"version {version} is not supported", version)
@@ -81,8 +82,8 @@ def resolve(symbol: Symbol, version: str) -> tuple[Any, str, Any]:
         try:
             owner = importlib.import_module(module_name)
         except ModuleNotFoundError as exc:
-            # Only the absence of this very path means "look one level up"; the absence of
-            # one of Megatron's own dependencies is the user's to mend.
+            # Go one level up only if this very path is missing. If one of Megatron's own
+            # dependencies is missing, the user has to install it.
             if exc.name is not None and module_name.startswith(exc.name):
                 continue
             raise
@@ -104,18 +105,18 @@ def resolve(symbol: Symbol, version: str) -> tuple[Any, str, Any]:
 
 
 def require(symbols: Iterable[Symbol], version: str) -> None:
-    """Raise UnsupportedMegatronError unless every symbol is as it is expected to be."""
+    """Raise UnsupportedMegatronError unless every symbol is there with its parameters."""
     for symbol in symbols:
         resolve(symbol, version)
 
 
 def attach(hooks: Iterable[Hook], version: str) -> list[str]:
-    """Wrap every hooked function wherever a module has imported it; idempotent.
+    """Wrap every hooked function in every module that has imported it. Idempotent.
 
     Returns:
-        Dotted paths that were wrapped now, without those that were wrapped before.
+        The dotted paths that this call has wrapped, without those that were wrapped before.
     Raises:
-        UnsupportedMegatronError: before anything is wrapped, if any function is missing.
+        UnsupportedMegatronError: a function is missing. Nothing has been wrapped then.
     """
     found = [(hook, resolve(hook.symbol, version)[2]) for hook in hooks]
     replacements = {}
@@ -132,12 +133,13 @@ def attach(hooks: Iterable[Hook], version: str) -> list[str]:
 
 
 def _replace_everywhere(replacements: Mapping[Any, Any]) -> None:
-    # `from x import f` leaves copies of f in the importing modules, a trainer's as Megatron's, and
-    # under other names with `as`; modules that are imported later take the wrapper from its home.
+    # `from x import f` puts f into the importing module, be it Megatron's or a trainer's, and `as`
+    # gives it another name. So all loaded modules are searched. Modules that are imported later get
+    # the wrapper from the module that defines f.
     replaced = {id(original): replacement for original, replacement in replacements.items()}
     for module in list(sys.modules.values()):
         names: dict[str, Any] = getattr(module, "__dict__", {})
         for name, value in list(names.items()):
-            # Not by `setattr`, which a module of another class may have of its own.
+            # Not by `setattr`: a module can be of a class that defines its own.
             if id(value) in replaced:
                 names[name] = replaced[id(value)]

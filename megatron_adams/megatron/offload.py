@@ -1,9 +1,9 @@
 """--optimizer-cpu-offload: AdamS in Megatron's HybridDeviceOptimizer, on the GPU and on the CPU.
 
-Megatron (0.19) knows two classes of sub-optimizers, Adam and, for every other name, SGD. Here both
-are AdamS, in the precisions of the run: an offloaded param has a copy in host memory, which AdamS
-updates there as it would have updated the param, with the CPU's kernel, so that offloading changes
-no bit. Built by optimizer.py.
+Megatron (0.19) knows two classes of sub-optimizers: Adam and, for every other name, SGD. Here both
+are AdamS, in the precisions of the run. An offloaded param has a copy in host memory. AdamS updates
+the copy, with the CPU's kernel, as it would have updated the param, so offloading changes no bit.
+adopt.py builds it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,48 +16,35 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from megatron_adams.megatron.config import AdamSOptimizerConfig
+from megatron_adams.megatron.inner import params_of
 from megatron_adams.optimizer import AdamS
 
 
 def sub_kernels(kernel: str) -> tuple[str, str]:
-    """The kernels of the CPU's and of the GPU's part, for the one that was asked for.
+    """Return the `kernel` arguments for the CPU's and the GPU's part, given the user's.
 
-    A kernel that is one device's leaves the other device to its own.
+    A kernel for one device applies to that device only; the other uses its default.
     """
     return "auto" if kernel == "cuda" else kernel, "auto" if kernel == "host" else kernel
-
-
-def refuse_quantized(config: AdamSOptimizerConfig, ddp_config: Any) -> None:
-    """Refuse to offload params that are kept in 8 or 4 bits.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    for name in ("fp8_param_gather", "fp4_param_gather"):
-        if config.optimizer_cpu_offload and getattr(ddp_config, name):
-            raise ValueError(
-                f"--optimizer-cpu-offload with {name}: not supported, the CPU has no copies of "
-                f"quantized params; remove one of the two"
-            )
 
 
 class HybridAdamS(HybridDeviceOptimizer):
     """Megatron's HybridDeviceOptimizer (0.19), whose sub-optimizers are AdamS.
 
-    Upstream keeps fp32 copies of all params and its own entries of state beside the
-    sub-optimizers'. Here a sub-optimizer's params are the params themselves, on the GPU, or copies
-    of the same dtype, on the CPU, and all state is AdamS's own, in `state[param]` of the params
-    given. It has AdamS's methods for Megatron's checkpoints.
+    Upstream keeps fp32 copies of all params, and entries of state in addition to those of the
+    sub-optimizers. Here the sub-optimizer on the GPU steps the params themselves, and the one on
+    the CPU steps copies of the same dtype. All state is AdamS's own, and `state[param]` has it for
+    the params given. The class has AdamS's methods for Megatron's checkpoints.
 
     Args:
-        adams: without state; its param groups are taken over, and its storage options are those of
-            the sub-optimizers.
-        config: the fields of the flags that --optimizer-cpu-offload has.
+        adams: an AdamS without state. Its param groups are taken over, and the sub-optimizers have
+            its storage options.
+        config: its fields for the flags of --optimizer-cpu-offload are used.
         storage: the storage options that `adams` was built with.
     """
 
     def __init__(self, adams: AdamS, config: AdamSOptimizerConfig, storage: dict[str, Any]) -> None:
-        # Has the groups, loads and saves them, and never any state.
+        # It has the groups, loads and saves them, and never has state.
         self._groups_owner = adams
         self.wants_update_rms = False
         self.reduce_update_sums: Callable[[Tensor], None] | None = None
@@ -71,8 +58,8 @@ class HybridAdamS(HybridDeviceOptimizer):
             match_update_rms=adams.match_update_rms,
             **storage,
         )
-        # Empty at first: torch's constructor refuses shards that are views, and writes into the
-        # groups, which are saved, everything that is given to it.
+        # Built without params, because torch's constructor refuses shards that are views. It also
+        # writes everything that it is given into the groups, which are saved.
         super().__init__(
             [{"params": []}],
             offload_fraction=config.optimizer_offload_fraction,
@@ -97,16 +84,15 @@ class HybridAdamS(HybridDeviceOptimizer):
         }
 
     def _get_sub_optimizer_param_groups(self, offload_fraction: float) -> tuple[Any, ...]:
-        """As upstream, group by group: the first params, up to the fraction, go to the CPU.
+        """Assign params to the CPU, from the first on, until the fraction is reached.
 
-        The copies are pinned or not, as the flag says; upstream pins all of them, and for an
-        fp32 master makes another, which is not.
+        The copies are pinned only if the flag says so. Upstream pins all of them, and makes
+        another, unpinned copy for an fp32 main param.
 
         Returns:
             CPU groups, GPU groups, param -> CPU copy, CPU copy -> param, param -> fp32 copy (none).
         """
-        params = [param for group in self.param_groups for param in group["params"]]
-        threshold = offload_fraction * sum(param.numel() for param in params)
+        threshold = offload_fraction * sum(param.numel() for param in params_of(self))
         num_offloaded = 0
         copies: dict[Tensor, Tensor] = {}
         cpu_groups: list[dict[str, Any]] = []
@@ -127,24 +113,23 @@ class HybridAdamS(HybridDeviceOptimizer):
 
     @property
     def num_offloaded(self) -> int:
-        """How many elements of params are updated on the CPU."""
+        """The number of elements that are updated on the CPU."""
         return sum(param.numel() for param in self.gpu_params_map_cpu_copy)
 
     @torch.no_grad()
     def step(self, closure: None = None, *, grad_scale: float | Tensor = 1.0) -> None:
-        """As upstream, but that the gradients are multiplied by `grad_scale` on the way.
+        """Step as upstream does, with gradients that are multiplied by `grad_scale`.
 
         Args:
-            closure: none; the sub-optimizers would each evaluate it.
-            grad_scale: as AdamS.step's.
+            closure: must be None, because each sub-optimizer would evaluate it.
+            grad_scale: as in `AdamS.step`.
         """
         assert closure is None
-        for group in self.param_groups:
-            for param in group["params"]:
-                self.initialize_state(param)
+        for param in params_of(self):
+            self.initialize_state(param)
         for optimizer in self.sub_optimizers:
             optimizer.wants_update_rms = self.wants_update_rms
-        # The scheduler's lr and weight decay, and the step, which is counted here.
+        # Pass on the scheduler's lr and weight decay, and the step, which is counted here.
         self._sync_hdo_param_groups_to_sub_optimizers()
         self._d2h_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._d2h_stream):
@@ -153,7 +138,7 @@ class HybridAdamS(HybridDeviceOptimizer):
             self._count_on_both_devices(grad_scale)
         if self.gpu_optimizer is not None:
             self.gpu_optimizer.step(grad_scale=grad_scale)
-        # Waits for the GPU where it is a tensor: after the GPU's own step has been launched.
+        # If it is a tensor, this waits for the GPU. The GPU's own step has been launched by now.
         scale_on_cpu = float(grad_scale)
         for optimizer in self.cpu_optimizers:
             self._cpu_optimizer_map_data_event.pop(optimizer).synchronize()
@@ -163,35 +148,35 @@ class HybridAdamS(HybridDeviceOptimizer):
 
     @property
     def is_counted(self) -> bool:
-        """As AdamS's; all sub-optimizers take the same steps."""
+        """See InnerAdamS. All sub-optimizers take the same steps."""
         return all(optimizer.is_counted for optimizer in self.sub_optimizers)
 
     def forget_update_rms(self) -> None:
-        """As AdamS's."""
+        """See InnerAdamS."""
         for optimizer in self.sub_optimizers:
             optimizer.forget_update_rms()
 
     def update_sums(self) -> Tensor:
-        """As AdamS's, of the params given, on the CPU."""
+        """See InnerAdamS. The result is for the params given, on the CPU."""
         sums = [optimizer.update_sums() for optimizer in self.sub_optimizers]
         return self._in_order(sums, torch.zeros(0, 2, dtype=torch.int64, device="cpu"))
 
     def update_factors(self) -> Tensor:
-        """As AdamS's, of the params given, on the CPU."""
+        """See InnerAdamS. The result is for the params given, on the CPU."""
         factors = [optimizer.update_factors() for optimizer in self.sub_optimizers]
         return self._in_order(factors, torch.ones(0, dtype=torch.float32, device="cpu"))
 
     def _in_order(self, values: Sequence[Tensor], empty: Tensor) -> Tensor:
-        """What each sub-optimizer has for each of its params, for the params given, on the CPU."""
+        """Put the sub-optimizers' values for their params into the order of the params given."""
         of_inner: dict[Tensor, Tensor] = {}
         for optimizer, own in zip(self.sub_optimizers, values, strict=True):
-            of_inner.update(zip(_params_of(optimizer), own.cpu(), strict=True))
-        rows = [of_inner[self.param_to_inner_param[param]] for param in _params_of(self)]
+            of_inner.update(zip(params_of(optimizer), own.cpu(), strict=True))
+        rows = [of_inner[self.param_to_inner_param[param]] for param in params_of(self)]
         return torch.stack(rows) if rows else empty
 
     @property
     def whole_numels(self) -> dict[Tensor, int]:
-        """As AdamS's."""
+        """See InnerAdamS."""
         return self._whole_numels
 
     @whole_numels.setter
@@ -202,9 +187,9 @@ class HybridAdamS(HybridDeviceOptimizer):
             optimizer.whole_numels[inner] = numel
 
     def _count_on_both_devices(self, grad_scale: float | Tensor) -> None:
-        """Have all sub-optimizers know the updates of whole params, before any of them goes on.
+        """Give all sub-optimizers the sums of whole params before any of them goes on.
 
-        Of a param that is sharded, one rank's part can be on its GPU and another's on its CPU.
+        One rank's part of a sharded param can be on its GPU, and another rank's part on its CPU.
         """
         scale_on_cpu = float(grad_scale)
         for optimizer in self.sub_optimizers:
@@ -216,16 +201,16 @@ class HybridAdamS(HybridDeviceOptimizer):
         sums = self.update_sums()
         if self.reduce_update_sums is not None:
             self.reduce_update_sums(sums)
-        inner_params = [self.param_to_inner_param[param] for param in _params_of(self)]
+        inner_params = [self.param_to_inner_param[param] for param in params_of(self)]
         of_inner = dict(zip(inner_params, sums, strict=True))
         for optimizer in self.sub_optimizers:
-            whole = torch.stack([of_inner[inner] for inner in _params_of(optimizer)])
-            optimizer.reduce_update_sums = partial(torch.Tensor.copy_, other=whole)
+            whole = torch.stack([of_inner[inner] for inner in params_of(optimizer)])
+            optimizer.reduce_update_sums = _replacing_by(whole)
 
     def _set_sub_optimizer_grads(self) -> None:
         """Copy the offloaded params' gradients to the CPU, in their own dtype.
 
-        Upstream converts them to the param's. Those of GPU params are where AdamS reads them.
+        Upstream converts them to the param's dtype. AdamS reads those of GPU params where they are.
         """
         for optimizer in self.cpu_optimizers:
             for group in optimizer.param_groups:
@@ -241,35 +226,35 @@ class HybridAdamS(HybridDeviceOptimizer):
             self._cpu_optimizer_map_data_event[optimizer] = self._d2h_stream.record_event()
 
     def _home(self, param: Tensor) -> tuple[AdamS, Tensor]:
-        """The sub-optimizer of a param, and the param as it is there."""
+        """Return the sub-optimizer of a param, and the param that it steps."""
         inner = self.param_to_inner_param[param]
         return self._owners[inner], inner
 
     def state_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
-        """As AdamS's."""
+        """See InnerAdamS."""
         return self._groups_owner.state_dtypes(param)
 
     @torch.no_grad()
     def initialize_state(self, param: Tensor) -> None:
-        """As AdamS's; a CPU copy starts from its param here, which has been loaded by now."""
+        """See AdamS. A CPU copy starts from its param here, which has been loaded by now."""
         if param in self.state:
             return
         optimizer, inner = self._home(param)
         if inner is not param:
             inner.copy_(param)
         optimizer.initialize_state(inner)
-        # Not the dict itself: in it Megatron puts entries of its own, and moves tensors to the GPU
+        # A copy of the dict: Megatron adds entries to it, and moves its tensors to the GPU
         # (optimizer.py:MegatronOptimizer.restore_from_cpu, 0.19).
         self.state[param] = dict(optimizer.state[inner])
 
     def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
-        """As AdamS's; on the device where it is kept."""
+        """See InnerAdamS."""
         optimizer, inner = self._home(param)
         return optimizer.get_unscaled_state(inner, name)
 
     @torch.no_grad()
     def set_scaled_state(self, param: Tensor, name: str, state: Tensor) -> None:
-        """As AdamS's; a param that storing its main param has changed, on both devices."""
+        """See AdamS. If storing a main param changes the param, both devices get the change."""
         self.initialize_state(param)
         optimizer, inner = self._home(param)
         if inner is not param:
@@ -279,26 +264,26 @@ class HybridAdamS(HybridDeviceOptimizer):
             param.copy_(inner)
 
     def dummy_step(self) -> None:
-        """Nothing: upstream's takes a random step where there is no state when it is loaded.
+        """Do nothing. Upstream takes a random step here if there is no state before a load.
 
-        Here that is on ranks without params alone, the others have allocated theirs, and a step
-        that is guarded would wait for them.
+        In this class only ranks without params have no state then. A guarded step of theirs would
+        wait for the other ranks.
         """
 
     def compile_kernels(
         self, grad_dtype: torch.dtype | None = None, *, counts_updates: bool = False
     ) -> None:
-        """As AdamS's, for both devices."""
+        """See InnerAdamS. Compiles for both devices."""
         for optimizer in self.sub_optimizers:
             optimizer.compile_kernels(grad_dtype, counts_updates=counts_updates)
 
     @contextmanager
     def state_left_out(self) -> Iterator[None]:
-        """As AdamS's; here it always is, as Megatron saves the state by other functions."""
+        """See AdamS. Here it always is, because Megatron saves the state by other functions."""
         yield
 
     def state_dict(self) -> dict[str, Any]:
-        """The param groups, as AdamS's, and no state."""
+        """Return the param groups as AdamS does, and no state."""
         return self._groups_owner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -306,23 +291,28 @@ class HybridAdamS(HybridDeviceOptimizer):
         with self._groups_owner.state_left_out():
             self._groups_owner.load_state_dict({**state_dict, "state": {}})
         self.param_groups = self._groups_owner.param_groups
-        # Megatron has put it there for torch's Adam, where it finds TransformerEngine or Apex.
+        # If Megatron finds TransformerEngine or Apex, it has put a step there for torch's Adam.
         for state in self.state.values():
             state.pop("step", None)
 
     def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """As torch's: the hook is given the optimizer of the groups that are loaded."""
+        """See torch. The hook is given the optimizer whose groups are loaded."""
         return self._groups_owner.register_load_state_dict_pre_hook(hook, prepend)
 
     def _register_load_state_dict_hooks(self) -> None:
-        """None: upstream's build the sub-optimizers anew, from the params as they are rounded."""
+        """Register none: upstream's would rebuild the sub-optimizers from the rounded params."""
 
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
-        """Nothing: `set_scaled_state` has stored it there. Megatron calls it after a load."""
+        """Do nothing. Megatron calls it after `set_scaled_state` has stored loaded state."""
 
 
-def _params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
+def _replacing_by(whole: Tensor) -> Callable[[Tensor], None]:
+    """A `reduce_update_sums` for sums that have been reduced already."""
+
+    def replace(sums: Tensor) -> None:
+        sums.copy_(whole)
+
+    return replace
 
 
 def _like_on_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:

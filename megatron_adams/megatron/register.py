@@ -1,4 +1,4 @@
-"""register(): which of Megatron's functions the plugin wraps, and with what."""
+"""register(): the functions of Megatron that the plugin wraps, and their wrappers."""
 
 import importlib.util
 import logging
@@ -16,8 +16,8 @@ _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedO
 _OFFLOADING = "megatron.core.optimizer.cpu_offloading"
 _HYBRID_OPTIMIZER = f"{_OFFLOADING}.hybrid_optimizer.HybridDeviceOptimizer"
 
-# What AdamSDistributedOptimizer, AdamSFsdpOptimizer, AdamSChainedOptimizer and HybridAdamS
-# override, and what this package's modules import by name.
+# What AdamSDistributedOptimizer, AdamSFsdpOptimizer, AdamSChainedOptimizer and HybridAdamS override
+# or call, and what this package's modules import by name.
 _RELIED_ON = (
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.optimizer_state_keys"),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.state_dict", ("self",)),
@@ -104,7 +104,6 @@ _RELIED_ON = (
     ),
     Symbol("megatron.core.tensor_parallel.layers.param_is_not_gtp_duplicate", ("param",)),
     Symbol("megatron.core.transformer.module.param_is_not_shared", ("param",)),
-    Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.grads_states_parallel_group_is_shared", ("self",)),
     Symbol(f"{_OPTIMIZERS}.MegatronOptimizer.get_grad_stats_parallel_group", ("self",)),
     Symbol("megatron.core.models.mimo.model.base.MimoModel"),
     Symbol("megatron.core.utils.log_single_rank"),
@@ -116,7 +115,7 @@ _RELIED_ON = (
     ),
 )
 
-# Likewise of megatron.training.
+# The same for megatron.training.
 _RELIED_ON_IN_TRAINING = (
     Symbol("megatron.training.checkpointing.get_args"),
     Symbol("megatron.training.training.get_args"),
@@ -128,17 +127,17 @@ _RELIED_ON_IN_TRAINING = (
 
 
 def _core_hooks() -> list[Hook]:
-    from megatron_adams.megatron import datasets, fsdp, fused_step, optimizer
+    from megatron_adams.megatron import adopt, datasets, fsdp, fused_step
 
     clip_grads = "megatron.core.optimizer.clip_grads"
     return [
         Hook(
             Symbol("megatron.core.optimizer.get_megatron_optimizer", ("config", "model_chunks")),
-            optimizer.wrap_get_megatron_optimizer,
+            adopt.wrap_get_megatron_optimizer,
         ),
         Hook(
             Symbol("megatron.core.optimizer._get_megatron_emerging_optimizer", ("config",)),
-            optimizer.wrap_get_megatron_emerging_optimizer,
+            adopt.wrap_get_megatron_emerging_optimizer,
         ),
         Hook(
             Symbol(f"{clip_grads}.get_grad_norm_fp32", ("grads_for_norm",)),
@@ -166,7 +165,7 @@ def _core_hooks() -> list[Hook]:
 
 
 def _training_hooks() -> list[Hook]:
-    from megatron_adams.megatron import arguments, async_save, checkpoint, training_log
+    from megatron_adams.megatron.training import arguments, async_save, checkpoint, log
 
     training = "megatron.training"
     return [
@@ -202,14 +201,14 @@ def _training_hooks() -> list[Hook]:
                 f"{training}.training.train_step",
                 ("forward_step_func", "data_iterator", "model", "optimizer"),
             ),
-            training_log.wrap_train_step,
+            log.wrap_train_step,
         ),
         Hook(
             Symbol(
                 f"{training}.training.training_log",
                 ("loss_dict", "total_loss_dict", "learning_rate", "iteration"),
             ),
-            training_log.wrap_training_log,
+            log.wrap_training_log,
         ),
         Hook(
             Symbol(f"{training}.checkpointing.load_checkpoint", ("ddp_model", "optimizer")),
@@ -231,18 +230,19 @@ def _training_hooks() -> list[Hook]:
 def register() -> None:
     """Make `--optimizer adams` known to the Megatron of this environment.
 
-    Idempotent; says in one log line what it did. Call it before Megatron parses its arguments
-    (`python -m megatron_adams.launch script.py ...` does). Where only megatron.core is
-    installed, megatron.core's API alone is prepared (`AdamSOptimizerConfig`), and the line says
+    It is idempotent, and one log line says what it did. Call it before Megatron parses its
+    arguments, as `python -m megatron_adams.launch script.py ...` does. If only megatron.core is
+    installed, it prepares only that package's API (`AdamSOptimizerConfig`), and the log line says
     so.
 
     Raises:
-        UnsupportedMegatronError: Megatron is outside the supported range, or a function that is
-            wrapped has moved or changed; nothing has been wrapped then.
+        UnsupportedMegatronError: Megatron's version is outside the supported range, or a function
+            that the plugin relies on has moved or changed. Nothing has been wrapped then.
     """
     version = megatron.core.__version__
     check_version(version)
-    # Before the hooks, whose modules import some of these by name: they would fail with less.
+    # This comes before the hooks. Their modules import some of these symbols by name, and would
+    # fail with a less helpful error.
     require(_RELIED_ON, version)
     hooks = _core_hooks()
     with_training = importlib.util.find_spec("megatron.training") is not None

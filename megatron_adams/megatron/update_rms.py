@@ -1,12 +1,13 @@
-"""The update RMS of Megatron's params: of whole ones, over dp and tp, and of the whole model.
+"""The update RMS of whole params, over dp and tp ranks, and of the whole model.
 
-`connect` tells the inner AdamS how the sums of its shards become those of whole params;
-`UpdateStats.of` adds up the model. Imports megatron.core alone; training_log.py writes the log.
+`connect` gives the inner AdamS a function that turns the sums of its shards into those of whole
+params. `UpdateStats.of` adds up the whole model. training/log.py writes the log. Of Megatron, this
+module imports only megatron.core.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
@@ -16,18 +17,19 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
+from megatron_adams.megatron.inner import InnerAdamS
 from megatron_adams.update import update_rms
 
 
 def connect(part: Any) -> None:
-    """Have the inner optimizer of a part know the updates of whole params.
+    """Give a part's inner optimizer access to the updates of whole params.
 
     Args:
         part: one of Megatron's optimizers, with an AdamS inside.
     """
     inner_params = _params_of(part)
     if isinstance(part, AdamSFsdpOptimizer):
-        # A rank has each param, with some of its rows or none.
+        # A rank has every param, with some of its rows or none.
         everything = range(len(inner_params))
         part.optimizer.reduce_update_sums = _Reduction(everything, everything, _meshes(part))
         return
@@ -47,7 +49,7 @@ def connect(part: Any) -> None:
 
 
 def _splits(part: Any, whole: Sequence[Any]) -> list[tuple[Any, Sequence[int]]]:
-    """The tp groups over which params are split, and where these are in `whole`."""
+    """Return the tp groups that params are split over, and where these are in `whole`."""
     rows: dict[Any, list[int]] = {}
     for index, param in enumerate(whole):
         if _is_split(param) and _tp_size(part, param) > 1:
@@ -56,7 +58,7 @@ def _splits(part: Any, whole: Sequence[Any]) -> list[tuple[Any, Sequence[int]]]:
 
 
 def _meshes(part: AdamSFsdpOptimizer) -> list[tuple[Any, Sequence[int]]]:
-    """Likewise of Megatron-FSDP's params: the groups over which their DTensors are sharded."""
+    """Return the groups that Megatron-FSDP's params are sharded over, and the params' indices."""
     rows: dict[Any, list[int]] = {}
     for index, param in enumerate(_params_of(part)):
         for dim, placement in enumerate(param.placements):
@@ -66,15 +68,15 @@ def _meshes(part: AdamSFsdpOptimizer) -> list[tuple[Any, Sequence[int]]]:
 
 
 class _Reduction:
-    """The sums of shards become those of whole params, in an all-reduce a group.
+    """Turns the sums of shards into those of whole params, by one all-reduce per group.
 
-    All ranks of a group have the same `whole` in the same order, whatever each owns, so that a rank
-    without params takes part like any other.
+    All ranks of a group have the same `whole` in the same order, whatever they own. A rank without
+    params takes part like any other.
 
     Args:
-        whole: all of the params that the ranks have parts of.
-        own: where this rank's params are in `whole`.
-        groups: over which params are cut into parts, and where in `whole` these params are.
+        whole: all params that the ranks have parts of.
+        own: the indices of this rank's params in `whole`.
+        groups: each group that params are split over, and the indices of these params in `whole`.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class _Reduction:
         ]
 
     def __call__(self, sums: Tensor) -> None:
-        # A rank without params has its sums on no device.
+        # A rank without params has its sums on the CPU.
         whole = torch.zeros(self._num_whole, 2, dtype=torch.int64, device=self._own.device)
         whole.index_add_(0, self._own, sums.to(self._own.device))
         for group, rows in self._groups:
@@ -106,10 +108,10 @@ class UpdateStats:
     """What a step did to the params of the whole model, each counted once.
 
     Attributes:
-        rms: of all updates, before lr, weight decay and factors; NaN where one is not finite. None
-            where the step was skipped.
-        num_scaled: tensors whose update had another factor than 1.
-        num_tensors: all of them; those that are cut over tp count once.
+        rms: the RMS of all updates, before lr, weight decay and factors; NaN if one is not finite.
+            None if the step was skipped.
+        num_scaled: how many tensors' updates had a factor other than 1.
+        num_tensors: the number of tensors. A tensor that is split over tp counts once.
     """
 
     rms: float | None
@@ -118,9 +120,9 @@ class UpdateStats:
 
     @classmethod
     def of(cls, optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> Self:
-        """Of the last step of a chain, or with Megatron-FSDP; to be called on all ranks.
+        """Return the stats of the last step. All ranks must call it.
 
-        The ranks of a chain, and the params that count, are those of Megatron's grad norm.
+        The ranks and the params that count are those of Megatron's grad norm.
         """
         if isinstance(optimizer, AdamSFsdpOptimizer):
             total = _count_whole(optimizer)
@@ -141,19 +143,47 @@ class UpdateStats:
 
     @classmethod
     def _from(cls, total: Tensor) -> Self:
-        *_, numel, num_scaled, num_tensors, num_counted = total.tolist()
-        # In double, as its square is an integer of 63 bits.
-        numels = torch.tensor(numel, dtype=torch.int64, device="cpu")
-        rms = update_rms(total[:2].cpu(), numels).item()
-        return cls(rms if num_counted else None, num_scaled, num_tensors)
+        counts = _Counts(*total.cpu())
+        rms = update_rms(torch.stack([counts.squares, counts.num_not_finite]), counts.numel)
+        return cls(
+            rms=rms.item() if counts.num_parts else None,
+            num_scaled=int(counts.num_scaled),
+            num_tensors=int(counts.num_tensors),
+        )
+
+
+class _Counts(NamedTuple):
+    """What is added up over the parts of a chain and over ranks.
+
+    Attributes:
+        squares: sum of the squares of all updates, in the units of `count_squares` (update.py).
+        num_not_finite: elements that are infinite or NaN.
+        numel: all elements.
+        num_scaled: tensors whose update had another factor than 1.
+        num_tensors: all tensors.
+        num_parts: parts whose last step has counted.
+    """
+
+    squares: Any = 0
+    num_not_finite: Any = 0
+    numel: Any = 0
+    num_scaled: Any = 0
+    num_tensors: Any = 0
+    num_parts: Any = 0
+
+    def stacked(self) -> Tensor:
+        """Return them as one tensor, (6,) int64 on the current device."""
+        device = torch.cuda.current_device()
+        return torch.stack(
+            [torch.as_tensor(each, dtype=torch.int64, device=device) for each in self]
+        )
 
 
 def _count(part: Any) -> Tensor:
-    """(6,) int64: the sums of squares, elements, tensors that were scaled, tensors, parts."""
+    """What a part adds to `_Counts`, see `_Counts.stacked`."""
     device = torch.cuda.current_device()
-    total = torch.zeros(6, dtype=torch.int64, device=device)
     if part.is_stub_optimizer or not part.optimizer.is_counted:
-        return total
+        return _Counts().stacked()
     params = _params_of(part)
     tp_rank = {
         group: group.rank() for group in dict.fromkeys(_tp_group(part, param) for param in params)
@@ -167,32 +197,35 @@ def _count(part: Any) -> Tensor:
         )
         for param in params
     ]
-    # A tensor is where its first element is.
+    # A tensor counts on the rank that has its first element.
     heads = [
         count and param in starts and tp_rank[_tp_group(part, param)] == 0
         for param, count in zip(params, counts, strict=True)
     ]
     counted = torch.tensor(counts, dtype=torch.bool, device=device)
     is_head = torch.tensor(heads, dtype=torch.bool, device=device)
-    total[:2] = part.optimizer.update_sums().to(device)[counted].sum(dim=0)
-    total[2] = sum(param.numel() for param, count in zip(params, counts, strict=True) if count)
-    total[3] = ((part.optimizer.update_factors().to(device) != 1) & is_head).sum()
-    total[4] = sum(heads)
-    total[5] = 1
-    return total
+    squares, num_not_finite = part.optimizer.update_sums().to(device)[counted].sum(dim=0)
+    return _Counts(
+        squares=squares,
+        num_not_finite=num_not_finite,
+        numel=sum(param.numel() for param, count in zip(params, counts, strict=True) if count),
+        num_scaled=((part.optimizer.update_factors().to(device) != 1) & is_head).sum(),
+        num_tensors=sum(heads),
+        num_parts=1,
+    ).stacked()
 
 
 def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
-    """As `_count`, of whole params: each counts on the first rank of its mesh.
+    """Return what `_count` returns. A whole param counts on the first rank of its mesh.
 
-    The meshes of dense params have all ranks, those of experts the ranks that have these experts.
-    A mesh without a tp dimension is that of a param which the tp ranks have alike.
+    The mesh of a dense param has all ranks. The mesh of an expert's has the ranks that have this
+    expert. If a mesh has no tp dimension, all tp ranks have the same param.
     """
-    total = torch.zeros(6, dtype=torch.int64, device=torch.cuda.current_device())
     if part.is_stub_optimizer or not part.optimizer.is_counted:
-        return total
+        return _Counts().stacked()
     params = _params_of(part)
     sums = part.optimizer.update_sums()
+    assert part.optimizer.reduce_update_sums is not None
     part.optimizer.reduce_update_sums(sums)
     counts = [
         not any(param.device_mesh.get_coordinate())
@@ -200,12 +233,15 @@ def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
         for param in params
     ]
     counted = torch.tensor(counts, dtype=torch.bool, device=sums.device)
-    total[:2] = sums[counted].sum(dim=0)
-    total[2] = sum(param.numel() for param, count in zip(params, counts, strict=True) if count)
-    total[3] = ((part.optimizer.update_factors() != 1) & counted).sum()
-    total[4] = sum(counts)
-    total[5] = 1
-    return total
+    squares, num_not_finite = sums[counted].sum(dim=0)
+    return _Counts(
+        squares=squares,
+        num_not_finite=num_not_finite,
+        numel=sum(param.numel() for param, count in zip(params, counts, strict=True) if count),
+        num_scaled=((part.optimizer.update_factors() != 1) & counted).sum(),
+        num_tensors=sum(counts),
+        num_parts=1,
+    ).stacked()
 
 
 def _params_of(part: Any) -> list[Any]:
@@ -214,7 +250,7 @@ def _params_of(part: Any) -> list[Any]:
 
 
 def _pairs(part: Any) -> dict[Any, Any]:
-    """This rank's shards of a distributed optimizer -> the model's params."""
+    """Return a dict from this rank's shards of a distributed optimizer to the model's params."""
     groups = part.optimizer.param_groups
     return {
         groups[group]["params"][order]: model_param
@@ -223,7 +259,7 @@ def _pairs(part: Any) -> dict[Any, Any]:
 
 
 def _starts(part: Any) -> set[Any]:
-    """The params of a part that begin on this rank."""
+    """Return the params of a part whose first element this rank has."""
     if not isinstance(part, DistributedOptimizer):
         return set(_params_of(part))
     return {
@@ -239,7 +275,7 @@ def _is_split(param: Any) -> bool:
 
 
 def _tp_group(part: Any, param: Any) -> Any:
-    """As megatron.core.tensor_parallel.layers.param_is_not_tensor_parallel_duplicate (0.19)."""
+    """Choose as megatron.core.tensor_parallel's param_is_not_tensor_parallel_duplicate (0.19)."""
     is_expert = not getattr(param, "allreduce", True)
     return part.expert_tp_group if is_expert and part.expert_tp_group else part.tp_group
 
@@ -248,7 +284,7 @@ def _tp_size(part: Any, param: Any) -> int:
     return int(_tp_group(part, param).size()) if _is_split(param) else 1
 
 
-def inner_optimizers(optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> Iterable[Any]:
+def inner_optimizers(optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> list[InnerAdamS]:
     """The AdamS of each of Megatron's optimizers that has one."""
     is_fsdp = isinstance(optimizer, AdamSFsdpOptimizer)
     parts = [optimizer] if is_fsdp else optimizer.chained_optimizers

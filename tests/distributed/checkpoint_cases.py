@@ -117,11 +117,11 @@ def train_with_steps(
     """
     from megatron.training import training
 
-    from megatron_adams.megatron import fused_step, optimizer
+    from megatron_adams.megatron import distributed, fused_step
 
     if as_they_are:
         fused_step.synchronize_steps = lambda groups: None
-        optimizer.synchronize_steps = lambda groups: None
+        distributed.synchronize_steps = lambda groups: None
     train_step = training.train_step
 
     @functools.wraps(train_step)

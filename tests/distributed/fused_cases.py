@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer import DistributedOptimizer, clip_grads
 
 from megatron_adams.megatron import fused_step
-from megatron_adams.megatron.optimizer import AdamSChainedOptimizer
+from megatron_adams.megatron.distributed import AdamSChainedOptimizer
 from tests.distributed import cases, register_cases
 
 RANK = int(os.environ.get("RANK", "0"))

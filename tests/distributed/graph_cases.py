@@ -9,7 +9,7 @@ from megatron.core.optimizer.optimizer_cuda_graph import OptimizerCudaGraphWrapp
 
 from megatron_adams import AdamS, cpu_rehearsal
 from megatron_adams.megatron import cuda_graph
-from megatron_adams.megatron.optimizer import AdamSChainedOptimizer
+from megatron_adams.megatron.distributed import AdamSChainedOptimizer
 from tests.distributed import cases, fused_cases, module_cases
 from tests.harness import cuda_graph_stand_in
 

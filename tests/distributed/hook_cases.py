@@ -92,7 +92,7 @@ def sweep(world: str) -> dict[str, Any]:
 
 
 def _optimizer(name: str | None) -> Any:
-    from megatron_adams.megatron.optimizer import AdamSChainedOptimizer
+    from megatron_adams.megatron.distributed import AdamSChainedOptimizer
 
     if name == "adams":
         return AdamSChainedOptimizer([])
@@ -253,7 +253,7 @@ def checkpoint_of_a_mimo_model(argv: str, folder: str) -> dict[str, Any]:
     from megatron.core.models.mimo.optimizer import MimoOptimizer
     from megatron.training import checkpointing
 
-    from megatron_adams.megatron import checkpoint
+    from megatron_adams.megatron.training import checkpoint
 
     captured = checkpoint_cases.capture_setup()
     cases.train(f"{argv} --save {folder} --load {folder}")
@@ -291,7 +291,7 @@ def log_without_arguments_of_adams(argv: str) -> list[str]:
     """
     from megatron.training import training
 
-    from megatron_adams.megatron import training_log
+    from megatron_adams.megatron.training import log as training_log
 
     lines: list[str] = []
     training_log.print_rank_last = lines.append

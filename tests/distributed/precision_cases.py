@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from megatron_adams.megatron.fused_step import FusedStepOptimizer
-from megatron_adams.megatron.optimizer import (
+from megatron_adams.megatron.distributed import (
     AdamSChainedOptimizer,
     AdamSDistributedOptimizer,
     init_state,
 )
+from megatron_adams.megatron.fused_step import FusedStepOptimizer
 from megatron_adams.precision import split_master
 from tests.distributed import cases
 

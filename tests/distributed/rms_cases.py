@@ -30,7 +30,7 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
     """
     from megatron.training import training
 
-    from megatron_adams.megatron import training_log
+    from megatron_adams.megatron.training import log as training_log
 
     held: dict[str, Any] = {"stats": [], "rms": [], "updates": [], "scalars": {}}
     held["num_late_kernels"] = 0

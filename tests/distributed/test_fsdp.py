@@ -359,7 +359,7 @@ def _resume(cluster: Cluster, checkpoints: Path, flags: str = "") -> Outcome:
 def test_checkpoint_that_is_overwritten_is_out_of_use_meanwhile(
     runs: dict[str, Run], tmp_path: Path
 ) -> None:
-    from megatron_adams.megatron.checkpoint import withdraw
+    from megatron_adams.megatron.training.checkpoint import withdraw
 
     checkpoints = shutil.copytree(runs["optim"].checkpoints, tmp_path / "copy")
     last = checkpoints / f"iter_{NUM_STEPS:07d}"
@@ -523,11 +523,11 @@ def test_flags_that_agree_are_taken(fsdp_cluster: Cluster) -> None:
 
 def test_configuration_that_the_model_does_not_have_is_refused() -> None:
     from megatron_adams.megatron.config import AdamSOptimizerConfig
-    from megatron_adams.megatron.fsdp import check_fsdp
+    from megatron_adams.megatron.refusals import check_fsdp_model
 
     config = AdamSOptimizerConfig(lr=1e-3)
     decoupled = SimpleNamespace(ddp_config=SimpleNamespace(megatron_fsdp_use_decoupled_grad=True))
     with pytest.raises(ValueError, match=r"^megatron_fsdp_use_decoupled_grad=True .*: must be the"):
-        check_fsdp(config, [decoupled])
+        check_fsdp_model(config, [decoupled])
     with pytest.raises(ValueError, match=r"^2 model chunks with Megatron-FSDP: must be one"):
-        check_fsdp(config, [decoupled, decoupled])
+        check_fsdp_model(config, [decoupled, decoupled])

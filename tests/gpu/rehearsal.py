@@ -7,8 +7,9 @@ in the driver's. This shows that the tests run to their end; of a GPU it shows n
 import pytest
 import torch
 
-from megatron_adams import cpu_rehearsal, kernels, optimizer
+from megatron_adams import cpu_rehearsal, kernels
 from megatron_adams.kernels import cuda
+from megatron_adams.optimizer import adams
 from tests.kernels.emulator import EmulatedDriver
 
 # What needs no more than that, and not long.
@@ -29,7 +30,7 @@ def pytest_configure() -> None:
     torch.cuda.set_sync_debug_mode = lambda mode: None
     cuda.CudaDriver = EmulatedDriver
     kernels._check_device = lambda backend, device: None
-    optimizer.select_backend = _backend
+    adams.select_backend = _backend
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -182,9 +182,7 @@ def check_far_elements(subject: Subject) -> None:
 
 
 def _batch(columns: dict[str, list[Tensor]]) -> Batch:
-    return Batch(
-        columns["params"], columns["grads"], columns["exp_avgs"], columns.get("main_params")
-    )
+    return Batch(**columns)
 
 
 # Of Linux; Python 3.12's mmap does not name it.

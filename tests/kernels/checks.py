@@ -6,7 +6,7 @@ mutation check and, with another device, by tests/gpu.
 
 import itertools
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,13 +150,13 @@ def make_batch(
             values = (2.0 ** torch.randint(-3, 6, (), generator=generator).item(), 0.5, 7.0)
             fp8.append(Fp8Scaling(*(torch.tensor([x], device=device) for x in values)))
     return Batch(
-        params,
-        grads,
-        exp_avgs,
-        mains or None,
-        exp_avg_scales or None,
-        main_scales or None,
-        fp8 or None,
+        params=params,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        main_params=mains or None,
+        exp_avg_scales=exp_avg_scales or None,
+        main_scales=main_scales or None,
+        fp8_scaling=fp8 or None,
     )
 
 
@@ -265,7 +265,7 @@ def copy_batch(batch: Batch, device: str) -> Batch:
         return None if column is None else [tensor.clone().to(device) for tensor in column]
 
     return Batch(
-        *(copies(column) for _, column in _full_columns(batch)),
+        **{name: copies(column) for name, column in batch.columns()},
         exp_avg_scales=copies(batch.exp_avg_scales),
         main_scales=copies(batch.main_scales),
         fp8_scaling=None
@@ -274,12 +274,6 @@ def copy_batch(batch: Batch, device: str) -> Batch:
         update_sums=copies(batch.update_sums),
         update_factors=copies(batch.update_factors),
     )
-
-
-def _full_columns(batch: Batch) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
-    by_name = dict(batch.columns())
-    for name in ("params", "grads", "exp_avgs", "main_params"):
-        yield name, by_name[name]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-// What device.cu takes from CUDA, for g++. emulator.py puts this text before the kernel's.
+// What device.cu uses of CUDA, for g++. emulator.py puts this text before the kernel's.
 //
-// The lanes of a warp are fibers: each runs to its next reduction, or to its end, then the
-// next one. A lane that ends where others wait is an error: on a GPU it would be undefined.
-// Blocks, warps and lanes go in any order that is asked for.
+// The lanes of a warp are fibers. Each runs to its next reduction or to its end, and then the next
+// lane runs. A lane that ends where others wait is an error: on a GPU that would be undefined.
+// Blocks, warps and lanes run in any order that is asked for.
 
 #include <ucontext.h>
 
@@ -28,12 +28,12 @@ struct Lane {
 static Lane lanes[LANES];
 static Lane* current;
 static ucontext_t scheduler;
-// Of the reduction that the lanes come to, and of the one that they come from.
+// Two reductions are alive: the one that the lanes come to, and the one that they come from.
 static int maxima[2];
 static unsigned sums[2];
 static int round;
 
-// What is executed of a grid, in which order; emulator.py has the same structure.
+// What is executed of a grid, and in which order. emulator.py has the same structure.
 struct Grid {
     const long long* blocks;
     long long num_blocks;
@@ -83,7 +83,7 @@ static shim::Index blockIdx;
 constexpr int warpSize = shim::LANES;
 
 static inline int __reduce_max_sync(unsigned mask, int value) {
-    if (mask != 0xffffffffu) __builtin_trap();  // of some lanes: not emulated
+    if (mask != 0xffffffffu) __builtin_trap();  // a reduction of some lanes is not emulated
     int& maximum = shim::maxima[shim::round % 2];
     if (value > maximum) maximum = value;
     swapcontext(&shim::current->context, &shim::scheduler);
@@ -126,6 +126,7 @@ struct EntryPoint<void(Arguments...), kernel> {
 
 }  // namespace shim
 
-// An exported pointer to what runs a kernel: with a Grid before the kernel's own arguments.
+// Export a pointer to a function that runs a kernel. It takes a Grid before the kernel's own
+// arguments.
 #define EMULATED(kernel) \
     extern "C" auto* const emulated_##kernel = &shim::EntryPoint<decltype(kernel), kernel>::run;

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_adams import checkpoint, guards, kernels, optimizer, precision, update
+from megatron_adams import checkpoint, kernels, optimizer, precision, update
+from megatron_adams.optimizer import guards
 
 _MODULES = (checkpoint, kernels, precision, update)
 _CLASSES = (guards.UpdateGuards, optimizer.AdamS)

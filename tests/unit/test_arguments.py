@@ -12,16 +12,21 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_adams.megatron import AdamSOptimizerConfig, cuda_graph
-from megatron_adams.megatron.arguments import (
+from megatron_adams.megatron import AdamSOptimizerConfig
+from megatron_adams.megatron.config import built_as_adam, stated_as_adam
+from megatron_adams.megatron.offload import sub_kernels
+from megatron_adams.megatron.refusals import (
+    check_config,
+    check_graph_model,
+    check_offloaded_model,
+)
+from megatron_adams.megatron.training.arguments import (
     wrap_add_megatron_arguments,
     wrap_compute_weight_and_optimizer_memory,
     wrap_print_args,
     wrap_validate_args,
     wrap_validate_yaml,
 )
-from megatron_adams.megatron.config import built_as_adam, check_config, stated_as_adam
-from megatron_adams.megatron.offload import refuse_quantized, sub_kernels
 
 
 def test_config_has_adams_beta2_and_name() -> None:
@@ -134,8 +139,8 @@ def test_model_that_a_cuda_graph_cannot_hold_is_refused(
     vars(ddp_config).update(ddp_values)
     config = AdamSOptimizerConfig(lr=1e-3, optimizer_cuda_graph=True, **values)
     with pytest.raises(ValueError, match=f"^{given} with --optimizer-cuda-graph: .*; "):
-        cuda_graph.check_model(config, ddp_config)
-    cuda_graph.check_model(AdamSOptimizerConfig(lr=1e-3, **values), ddp_config)
+        check_graph_model(config, ddp_config)
+    check_graph_model(AdamSOptimizerConfig(lr=1e-3, **values), ddp_config)
 
 
 OFFLOAD = {
@@ -187,11 +192,11 @@ def test_config_offloads_and_megatron_builds_as_if_it_did_not() -> None:
 def test_quantized_params_are_not_offloaded(name: str) -> None:
     config = AdamSOptimizerConfig(lr=1e-3, **OFFLOAD, optimizer_offload_fraction=1.0)
     settings = {"fp8_param_gather": False, "fp4_param_gather": False}
-    refuse_quantized(config, SimpleNamespace(**settings))
+    check_offloaded_model(config, SimpleNamespace(**settings))
     quantized = SimpleNamespace(**{**settings, name: True})
     with pytest.raises(ValueError, match=f"--optimizer-cpu-offload with {name}: not supported"):
-        refuse_quantized(config, quantized)
-    refuse_quantized(AdamSOptimizerConfig(lr=1e-3), quantized)
+        check_offloaded_model(config, quantized)
+    check_offloaded_model(AdamSOptimizerConfig(lr=1e-3), quantized)
 
 
 @pytest.mark.parametrize(

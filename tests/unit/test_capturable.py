@@ -12,6 +12,7 @@ import torch
 from megatron_adams import AdamS
 from megatron_adams.checkpoint import state_dict_from_adam
 from megatron_adams.kernels import correction_of
+from megatron_adams.optimizer.hyperparameters import move_numbers_to_device
 from megatron_adams.update import bias_correction_factor
 from tests.harness import cuda_graph_stand_in as stand_in
 from tests.harness.capturable_runs import (
@@ -291,7 +292,9 @@ def test_a_capture_carries_nothing_out_and_a_replay_runs_no_python() -> None:
 
 
 def test_quantized_params_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_adams.optimizer.is_quantized", lambda tensor: True)
+    monkeypatch.setattr(
+        "megatron_adams.optimizer.hyperparameters.is_quantized", lambda tensor: True
+    )
     with pytest.raises(ValueError, match="capturable=True with quantized parameters: must be"):
         AdamS([torch.nn.Parameter(torch.zeros(2))], capturable=True, master_weights=True)
 
@@ -299,7 +302,7 @@ def test_quantized_params_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lr_on_another_device_is_refused() -> None:
     lr = torch.zeros((), device="meta")
     with pytest.raises(ValueError, match="lr is a tensor on meta with capturable=True: must be on"):
-        AdamS._move_numbers_to_device(build(True)[1], {"params": [torch.zeros(1)], "lr": lr})
+        move_numbers_to_device({"params": [torch.zeros(1)], "lr": lr})
 
 
 def test_params_of_a_group_on_two_devices_are_refused() -> None:

@@ -240,7 +240,7 @@ def test_source_that_shrinks_while_it_is_read_is_an_error(tmp_path):
 
 def test_checkpoint_that_cannot_be_looked_into_is_left_to_megatron(tmp_path):
     """Where another optimizer than adams loads it, which the plugin is to leave as it was."""
-    from megatron_adams.megatron.checkpoint import refuse_adams_checkpoint
+    from megatron_adams.megatron.training.checkpoint import refuse_adams_checkpoint
 
     path = legacy(tmp_path)
     settings = {"optimizer": "adam", "ckpt_step": None, "finetune": False, "no_load_optim": False}

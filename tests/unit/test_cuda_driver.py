@@ -59,13 +59,13 @@ LAUNCH = """
 for mode in (FP32, FP32._replace(is_guarded=True), SCALED):
     cuda.load(mode, GPU)
     print("loaded")
-tensors = [[torch.randn(size) for size in (5, 20000)] for _ in range(3)]
+tensors = {n: [torch.randn(s) for s in (5, 20000)] for n in ("params", "grads", "exp_avgs")}
 for name, scalar, found_inf in (
     ("numbers", 0.0, None), ("pointers", torch.tensor(0.5), torch.zeros(1))
 ):
     table = PointerTable()
     scalars = Scalars(scalar, scalar, scalar, found_inf, 0.9, 0.95, 1e-8, 0.1, True)
-    cuda.run(Batch(*tensors), scalars, table, cuda.CudaDriver())
+    cuda.run(Batch(**tensors), scalars, table, cuda.CudaDriver())
     values = [argument.value or 0 for argument in kernel_arguments(table, scalars).values]
     print("expected", *(v.hex() if isinstance(v, float) else v for v in values))
 """
@@ -172,7 +172,7 @@ def test_table_is_kept_for_a_stream_that_it_was_not_allocated_on(
 ):
     """The next table takes its memory else, while the kernel of that stream still waits to run."""
     table, scalars = PointerTable(), Scalars(0.1, 1.0, 1.0, None, 0.9, 0.95, 1e-8, 0.0, True)
-    batch = Batch(*([torch.randn(3)] for _ in range(3)))
+    batch = Batch(**{name: [torch.randn(3)] for name in ("params", "grads", "exp_avgs")})
     driver = RecordingDriver(is_capturing=is_capturing)
     cuda.run(batch, scalars, table, RecordingDriver(is_capturing=False))
     # As it would be on a GPU.

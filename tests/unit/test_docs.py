@@ -13,8 +13,8 @@ from urllib.parse import unquote
 import pytest
 
 import megatron_adams
-from megatron_adams.megatron.arguments import wrap_add_megatron_arguments
 from megatron_adams.megatron.config import ADAMS
+from megatron_adams.megatron.training.arguments import wrap_add_megatron_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -173,6 +173,7 @@ def test_own_flags_are_documented_and_no_other() -> None:
         ("## The launcher", ["-m", "megatron_adams.launch"]),
         ("## megatron-adams precompile", ["-m", "megatron_adams.cli", "precompile"]),
         ("## megatron-adams convert", ["-m", "megatron_adams.cli", "convert"]),
+        ("## megatron-adams doctor", ["-m", "megatron_adams.cli", "doctor"]),
     ],
 )
 def test_command_line_page_has_every_option(section: str, command: list[str]) -> None:
@@ -313,7 +314,11 @@ def test_api_page_has_every_public_name(site: Path) -> None:
     ids = _Links(site / "api.html").ids
     text = (site / "api.html").read_text("utf-8")
     places = {
-        f"{module.__name__}.{name}": {f"{each.__module__}.{name}", f"{module.__name__}.{name}"}
+        # A package gives the names of its modules as its own.
+        f"{module.__name__}.{name}": {
+            f"{owner}.{name}"
+            for owner in (each.__module__, each.__module__.rpartition(".")[0], module.__name__)
+        }
         for module in (megatron_adams, megatron)
         for name in module.__all__
         if not isinstance(each := getattr(module, name), str)

@@ -426,28 +426,34 @@ def as_nobody():
 
 
 def test_cache_without_permission_stops_a_prolog(driver, capsys, monkeypatch, as_nobody):
+    def stopped() -> str:
+        code, out = prolog(capsys)
+        assert code == 1
+        lines = out.splitlines()
+        (line,) = [line for line in lines if line.startswith("problem   ")]
+        assert line.startswith("problem   kernel.cache: ")
+        return line + lines[lines.index(line) + 1].strip()
+
     with tempfile.TemporaryDirectory() as parent:
+        driver.file = Path(parent) / "nvml.txt"
+        monkeypatch.setenv("FAKE_NVML", str(driver.file))
+        driver.say()
         closed = Path(parent) / "closed"
         closed.mkdir(mode=0o000)
         monkeypatch.setenv("MEGATRON_ADAMS_CACHE_DIR", str(closed))
-        driver.say() if os.access(driver.file, os.W_OK) else None
-        checks = kernels.check(kernels.wanted(None, for_gpu=True), ["sm_90"])[1]
-        (check,) = [check for check in checks if check.name == "kernel.cache"]
-        assert check.status is Status.PROBLEM
-        assert f"{closed}: Permission denied" in check.text
-        assert "MEGATRON_ADAMS_CACHE_DIR" in check.remedy
-        # Another folder: it can be read, and not be written.
+        line = stopped()
+        assert f"{closed}: Permission denied" in line
+        assert "remedy: mend that, or set MEGATRON_ADAMS_CACHE_DIR to a folder" in line
+        # It can be read, and not be written.
         closed.chmod(0o500)
-        checks = kernels.check(kernels.wanted(None, for_gpu=True), ["sm_90"])[1]
-        (check,) = [check for check in checks if check.name == "kernel.cache"]
-        assert check.status is Status.PROBLEM
-        assert "it cannot be written (Permission denied)" in check.text
-        assert "precompile" in check.remedy
+        line = stopped()
+        assert "0 of 2 kernels that the job needs, and it cannot be written (Permission" in line
+        assert "remedy: make it writable, fill it as its owner (megatron-adams precompile)" in line
         # One that is not there, below it.
         monkeypatch.setenv("MEGATRON_ADAMS_CACHE_DIR", str(closed / "deeper" / "kernels"))
-        checks = kernels.check(kernels.wanted(None, for_gpu=True), ["sm_90"])[1]
-        assert f"{closed} cannot be written" in checks[-1].text
+        assert f"{closed} cannot be written" in stopped()
         closed.chmod(0o700)
+        assert prolog(capsys)[0] == 0
 
 
 def test_warm_cache_needs_not_be_writable(driver, monkeypatch, cache):
@@ -727,12 +733,12 @@ def test_real_prolog_with_a_driver_s_library(library, driver):
 
 
 def test_rehearsal_passes_here_and_its_flags_are_judged():
-    base = (
+    flags = (
         "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 "
         "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 "
         "--tensor-model-parallel-size 2 --optimizer adams --bf16 --use-distributed-optimizer"
-    ).split()
-    done = run("--cpu-rehearsal", "--json", "--", *base, CUDA_DEVICE_MAX_CONNECTIONS="1")
+    )
+    done = run("--cpu-rehearsal", "--json", "--", *flags.split(), CUDA_DEVICE_MAX_CONNECTIONS="1")
     report = json.loads(done.stdout)
     assert done.returncode == 0, (report["checks"], done.stderr)
     assert report["flags"]["world_size"] == 2

@@ -304,7 +304,7 @@ def test_cap_and_target_together_are_refused():
 
 
 def test_guarded_kernels_are_compiled_before_the_first_step(monkeypatch):
-    import megatron_adams.optimizer as module
+    import megatron_adams.optimizer.adams as module
 
     asked = []
     monkeypatch.setattr(module, "select_backend", lambda _, mode, __: asked.append(mode.name))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_adams.optimizer import _UNSUPPORTED, AdamS
+from megatron_adams.optimizer import AdamS
+from megatron_adams.optimizer.hyperparameters import UNSUPPORTED
 from megatron_adams.update import adams_update_, exp_avg_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -388,13 +389,13 @@ def test_zero_gradients_at_the_smallest_eps_give_no_nan():
 )
 def test_unsupported_arguments_are_refused_and_their_defaults_taken(name, value):
     params = parameters((2,))
-    words = f"^{name}={value}: must be {_UNSUPPORTED[name].default}, as .*; "
+    words = f"^{name}={value}: must be {UNSUPPORTED[name].default}, as .*; "
     with pytest.raises(ValueError, match=words):
         AdamS(params, **{name: value})
     with pytest.raises(ValueError, match=words):
         AdamS([{"params": params, name: value}])
-    AdamS(params, **{name: _UNSUPPORTED[name].default})
-    AdamS([{"params": params, name: _UNSUPPORTED[name].default}])
+    AdamS(params, **{name: UNSUPPORTED[name].default})
+    AdamS([{"params": params, name: UNSUPPORTED[name].default}])
 
 
 def test_every_argument_of_fused_adam_is_taken_at_its_default():
@@ -486,6 +487,28 @@ def test_copies_continue_alike_and_apart(dtype, duplicate):
     train(optimizer, 2, first_seed=4)
     assert torch.equal(before, twin.param_groups[0]["params"][0])
     train(twin, 2, first_seed=4)
+    assert_equal_state(optimizer, twin)
+
+
+def test_unpickled_optimizer_has_every_attribute_of_the_one_pickled():
+    ours, adam = AdamS(parameters((5,))), torch.optim.AdamW(parameters((5,)))
+    copies = [pickle.loads(pickle.dumps(optimizer)) for optimizer in (ours, adam)]
+    # Torch leaves one of its own out.
+    lost = vars(adam).keys() - vars(copies[1]).keys()
+    assert vars(ours).keys() - lost == vars(copies[0]).keys()
+
+
+def test_pickle_of_an_earlier_version_goes_on():
+    """It names the class by the module that had it, and carries more attributes."""
+    optimizer = AdamS(parameters((5,)), lr=0.01, bias_correction=True)
+    train(optimizer, 2)
+    named = pickle.loads(b"cmegatron_adams.optimizer\nAdamS\n.")
+    assert named is AdamS
+    twin = named.__new__(named)
+    more = {"_plans": {}, "_guards": None, "_is_counted": False, "_begun": None}
+    twin.__setstate__({**copy.deepcopy(optimizer.__getstate__()), **more})
+    for each in (optimizer, twin):
+        train(each, 2, first_seed=3)
     assert_equal_state(optimizer, twin)
 
 

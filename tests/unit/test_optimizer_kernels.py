@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._pytree import tree_map
 
-import megatron_adams.optimizer
+import megatron_adams.optimizer.plan
 from megatron_adams.kernels import launch, run
 from megatron_adams.optimizer import AdamS
 from megatron_adams.update import adams_update_
@@ -52,8 +52,8 @@ def calls(monkeypatch):
         launch(table, scalars, backend, **kind)
         seen.append((backend, table.num_tensors))
 
-    monkeypatch.setattr(megatron_adams.optimizer, "run", record_run)
-    monkeypatch.setattr(megatron_adams.optimizer, "launch", record_launch)
+    monkeypatch.setattr(megatron_adams.optimizer.plan, "run", record_run)
+    monkeypatch.setattr(megatron_adams.optimizer.plan, "launch", record_launch)
     return seen
 
 
@@ -479,9 +479,9 @@ def test_gradients_at_other_addresses_are_followed_in_the_same_table(options, mo
             param.grad, twin.grad = (torch.randn_like(param), None)
             twin.grad = param.grad.clone()
         if step == 1:
-            monkeypatch.setattr(megatron_adams.optimizer, "run", not_again)
+            monkeypatch.setattr(megatron_adams.optimizer.plan, "run", not_again)
         with monkeypatch.context() as patch:
-            patch.setattr(megatron_adams.optimizer, "run", run)
+            patch.setattr(megatron_adams.optimizer.plan, "run", run)
             other.step()
         if step == 2:  # some stay where they are
             params[0].grad = kept[0].copy_(params[0].grad)
@@ -504,7 +504,7 @@ def test_step_that_failed_half_way_is_whole_when_it_is_taken_again(monkeypatch):
         run(batch, *rest, **kind)
 
     with monkeypatch.context() as patch:
-        patch.setattr(megatron_adams.optimizer, "run", fail_for_bf16)
+        patch.setattr(megatron_adams.optimizer.plan, "run", fail_for_bf16)
         with pytest.raises(RuntimeError, match="out of memory"):
             optimizer.step()
     before = bf16.detach().clone()

@@ -1,15 +1,17 @@
-// A block of the host's step in AVX2's own instructions, where all that is written is bf16 or the
-// halves of an fp32 master.
+// A block of the host's step in AVX2 intrinsics. It serves the modes that write only bf16 numbers
+// or the halves of fp32 main params.
 //
-// The arithmetic is element.h's, on eight numbers at a time. What the compiler does not find for the
-// loops of host.cpp is how sixteen results become bf16: their halves are put in the order of memory
-// first, by one blend each, and rounded in 16-bit lanes then. Nor are NaNs looked for one by one: where
-// exp_avg becomes one, so does param, and one question for sixteen params is enough.
+// The arithmetic is element.h's, on eight numbers at a time. Two things are faster here than in
+// what the compiler makes of the loops in host.cpp:
+// - Sixteen results become bf16 together. One blend for each of their halves puts them in the order
+//   of memory, and 16-bit lanes round them after that.
+// - NaNs are not looked for one by one. If exp_avg becomes NaN, param does, too, so one check for
+//   sixteen params is enough.
 //
-// With AVX-512 the compiler has wider vectors, and the loops of host.cpp are taken.
+// On CPUs with AVX-512 the compiler has wider vectors, and the loops of host.cpp run instead.
 
-// What the preprocessor has to know of the dtypes: the header of the instructions takes a compiler most
-// of a second, and is for the modes that need it.
+// These names tell the preprocessor which dtypes the block below is for. Compiling <immintrin.h>
+// takes most of a second, so only the modes that need it include it.
 #define ADAMS_JOIN_NAMES(a, b) a##b
 #define ADAMS_JOIN(a, b) ADAMS_JOIN_NAMES(a, b)
 #define ADAMS_AVX2_GRAD_BF16 1
@@ -19,8 +21,8 @@
 #define ADAMS_AVX2_MAIN_NoMain 1
 #define ADAMS_AVX2_MAIN_Remainder 1
 
-#if defined(__AVX2__) && !defined(__AVX512BW__) && !ADAMS_GUARDED &&                                \
-    ADAMS_JOIN(ADAMS_AVX2_GRAD_, ADAMS_GRAD) && ADAMS_JOIN(ADAMS_AVX2_PARAM_, ADAMS_PARAM) &&       \
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !ADAMS_GUARDED &&                          \
+    ADAMS_JOIN(ADAMS_AVX2_GRAD_, ADAMS_GRAD) && ADAMS_JOIN(ADAMS_AVX2_PARAM_, ADAMS_PARAM) && \
     ADAMS_JOIN(ADAMS_AVX2_EXP_AVG_, ADAMS_EXP_AVG) && ADAMS_JOIN(ADAMS_AVX2_MAIN_, ADAMS_MAIN)
 #include <immintrin.h>
 
@@ -28,7 +30,8 @@ namespace adams {
 
 constexpr bool fits_avx2 = true;
 
-// Sixteen neighbours, as fp32 numbers or as words: those of even index, and those of odd index.
+// Sixteen neighbouring elements, as fp32 numbers or as 32-bit words. Those with even indices are in
+// one vector, those with odd indices in the other.
 struct Sixteen {
     __m256 even, odd;
 };
@@ -38,7 +41,8 @@ ADAMS_FUNCTION Sixteen read_16(const Storage* memory) {
     if constexpr (sizeof(Storage) == 4) {
         const float* const floats = reinterpret_cast<const float*>(memory);
         const __m256 first = _mm256_loadu_ps(floats), second = _mm256_loadu_ps(floats + 8);
-        // 0 2 8 10 4 6 12 14, of which the two pairs in the middle change places.
+        // The shuffles give 0 2 8 10 4 6 12 14. The permutations exchange the two pairs in the
+        // middle.
         const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0x88));
         const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(first, second, 0xdd));
         return {_mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)),
@@ -64,8 +68,9 @@ ADAMS_FUNCTION Halves halves_of(Sixteen words) {
             _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa)};
 }
 
-// As BF16::encode, but for NaNs. A half is rounded up where the lower one is above 0x8000, or is 0x8000
-// and the upper is odd: where the lower one less 1 for an even upper has its highest bit.
+// Rounds as BF16::encode does, but does not treat NaNs. An upper half is rounded up if its lower
+// half is above 0x8000, or if it is 0x8000 and the upper half is odd. One test finds both cases:
+// subtract 1 from the lower half if the upper half is even, and look at its highest bit.
 ADAMS_FUNCTION __m256i encode_bf16(Sixteen x) {
     const Halves halves = halves_of(x);
     const __m256i is_even = _mm256_andnot_si256(halves.upper, _mm256_set1_epi16(1));
@@ -84,7 +89,7 @@ ADAMS_FUNCTION Sixteen with_nans_as(Sixteen x, int bits) {
     return {with_nans_as(x.even, bits), with_nans_as(x.odd, bits)};
 }
 
-// As Master's.
+// These do on vectors what `join` and `Master` of element.h do on one number.
 ADAMS_FUNCTION __m256 join(__m256 high, __m256 low) {
     const __m256i rest = _mm256_srai_epi32(_mm256_castps_si256(low), 16);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(high), rest));
@@ -110,7 +115,7 @@ ADAMS_FUNCTION void write_masters(Param::Storage* param, Main::Storage* main, Si
 
 ADAMS_FUNCTION __m256 divisor_of(__m256 v, const Scalars& s) { return _mm256_sqrt_ps(v) + s.eps; }
 
-// COUNT elements, in two loops, as host.cpp says of its pairs.
+// Update COUNT elements in two loops, for the reason that host.cpp gives for its pairs.
 template <int COUNT>
 ADAMS_FUNCTION void update_block_avx2(const Grad::Storage* __restrict grad,
                                       Param::Storage* __restrict param,

@@ -1,9 +1,11 @@
-// The GPU form. Compiled by NVRTC; by the tests also by g++, under a shim that defines blockIdx etc.
+// The step on a GPU. NVRTC compiles it. The tests also compile it with g++ and a shim that defines
+// blockIdx and so on.
 //
-// A block takes one chunk. A thread moves a group of neighbours at a time, of each tensor in as few
-// accesses as there can be; tensors that are not aligned for that, and what is left over at a chunk's
-// end, go element by element. The macros that start with ADAMS_ and are not element.h's are those of
-// megatron_adams/kernels/tuning.py.
+// One block of threads takes one chunk. A thread moves a group of neighbouring elements at a time,
+// in as few accesses to each tensor as possible. Tensors that are not aligned for that, and what is
+// left over at the end of a chunk, are processed element by element.
+// megatron_adams/kernels/tuning.py describes ADAMS_BLOCK, ADAMS_GROUP, ADAMS_UNROLL,
+// ADAMS_MIN_BLOCKS and the two hints.
 
 #include "element.h"
 #include "multi_tensor.h"
@@ -17,24 +19,29 @@ constexpr int NARROWEST =
     smallest(smallest(sizeof(Grad::Storage), sizeof(Param::Storage)),
              smallest(sizeof(ExpAvg::Storage), has_main ? sizeof(Main::Storage) : 4));
 constexpr int GROUP = ADAMS_GROUP != 0 ? ADAMS_GROUP : 16 / NARROWEST;  // elements
-constexpr int HELD = GROUP * ADAMS_UNROLL;  // elements that a thread holds at once
-// Blocks that a multiprocessor must have registers for; 0: as it turns out. Left alone, or told more,
-// the compiler spills to save registers; with these, hardly ever (tests/kernels/sass.py lists all modes).
-constexpr int MIN_BLOCKS = ADAMS_MIN_BLOCKS >= 0 ? ADAMS_MIN_BLOCKS : HELD == 16 ? 2 : HELD == 8 ? 3 : 0;
+constexpr int HELD = GROUP * ADAMS_UNROLL;  // elements that a thread holds at a time
+// How many blocks a multiprocessor must have registers for; 0 leaves it to the compiler. With no
+// number, or with a larger one, the compiler spills to save registers. With these numbers it hardly
+// ever does (tests/kernels/sass.py lists all modes).
+constexpr int MIN_BLOCKS = ADAMS_MIN_BLOCKS >= 0 ? ADAMS_MIN_BLOCKS
+                           : HELD == 16          ? 2
+                           : HELD == 8           ? 3
+                                                 : 0;
 
 template <class T>
 ADAMS_FUNCTION bool is_aligned(const T* pointer) {
     return reinterpret_cast<unsigned long long>(pointer) % 16 == 0;
 }
 
-// What one access moves.
+// The bytes that one access moves.
 template <int BYTES>
 struct alignas(BYTES) Piece {
     unsigned words[BYTES / 4];
 };
 
 #ifdef __CUDACC__
-// Assignments would be split where the words are put together from smaller numbers.
+// In assembly, because the compiler splits an assignment whose words are put together from smaller
+// numbers.
 #define ADAMS_LOAD "ld.global" ADAMS_LOAD_HINT
 #define ADAMS_STORE "st.global" ADAMS_STORE_HINT
 ADAMS_FUNCTION void read_piece(Piece<16>& piece, const void* memory) {
@@ -75,17 +82,17 @@ ADAMS_FUNCTION void write_piece(void* memory, const Piece<BYTES>& piece) {
 }
 #endif
 
-// A thread's groups of one tensor. The next one lies behind those of all other threads of the block,
-// so that the accesses of a warp leave no gaps.
+// The groups of one tensor that a thread holds. In memory, the groups of all other threads of the
+// block lie between two of them, so that the accesses of a warp leave no gaps.
 template <class T, int UNROLL>
 struct Groups {
     static constexpr int BYTES = smallest(GROUP * sizeof(T), 16);
-    static constexpr int PIECES = GROUP * sizeof(T) / BYTES;  // of a group
+    static constexpr int PIECES = GROUP * sizeof(T) / BYTES;  // per group
     using Access = Piece<BYTES>;
 
     alignas(16) T elements[UNROLL * GROUP];
 
-    // Where a piece lies, in elements from the first.
+    // How far a piece lies behind the first one, in elements.
     ADAMS_FUNCTION int offset_of(int piece) {
         return piece / PIECES * BLOCK * GROUP + piece % PIECES * (BYTES / int(sizeof(T)));
     }
@@ -95,7 +102,8 @@ ADAMS_FUNCTION void read_groups(Groups<T, UNROLL>& groups, const T* memory) {
     using G = Groups<T, UNROLL>;
 #pragma unroll
     for (int i = 0; i < UNROLL * G::PIECES; ++i) {
-        read_piece(reinterpret_cast<typename G::Access*>(groups.elements)[i], memory + G::offset_of(i));
+        read_piece(reinterpret_cast<typename G::Access*>(groups.elements)[i],
+                   memory + G::offset_of(i));
     }
 }
 template <class T, int UNROLL>
@@ -108,7 +116,8 @@ ADAMS_FUNCTION void write_groups(T* memory, const Groups<T, UNROLL>& groups) {
     }
 }
 
-// The squares of all lanes. A lane has at most 2^11 elements of a chunk, so its sum has 41 bits.
+// Add up the squares of all lanes. A lane has at most 2^11 elements of a chunk, so its sum has at
+// most 41 bits.
 ADAMS_FUNCTION Squares of_warp(const Squares& lane) {
     const unsigned all = 0xffffffffu;
     const long long low = __reduce_add_sync(all, unsigned(lane.sum & 0xffffff));
@@ -116,8 +125,8 @@ ADAMS_FUNCTION Squares of_warp(const Squares& lane) {
     return {(high << 24) + low, int(__reduce_add_sync(all, unsigned(lane.num_not_finite)))};
 }
 
-// The elements from `begin` on, UNROLL groups of a thread at a time; returns the first that is left.
-// Several groups at a time are for whole rounds of the block.
+// Process the elements from `begin` on, UNROLL groups per thread at a time. Returns the first
+// element that is left. With more than one group at a time, the block processes whole rounds only.
 template <Pass PASS, int UNROLL>
 ADAMS_FUNCTION int process_groups(int begin, const Chunk& chunk, const Scalars& scalars,
                                   const TensorScales& scales, Amax& amax, Squares& squares) {
@@ -153,7 +162,7 @@ template <Pass PASS>
 ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
     constexpr bool STORE = PASS == UPDATE;
     const Chunk chunk = chunk_at(table, blockIdx.x);
-    // By value: a pointer into the chunk would put it into local memory.
+    // A copy, because a pointer into the chunk would put the chunk into local memory.
     const TensorScales scales = chunk.scales;
     Amax amax = {0, 0, 0};
     Squares squares = {0, 0};
@@ -165,15 +174,16 @@ ADAMS_FUNCTION void process(const Table& table, const Scalars& scalars) {
         }
         done = process_groups<PASS, 1>(done, chunk, scalars, scales, amax, squares);
     }
-    // At most a few elements of a thread: unrolled, the loop would take registers from the one above.
+    // A thread rarely has more than a few elements left. If it were unrolled, this loop would take
+    // registers from the one above.
 #pragma unroll 1
     for (int i = done + threadIdx.x; i < chunk.count; i += BLOCK) {
-        update_element<PASS>(i, chunk.grad, chunk.param, chunk.exp_avg, chunk.main, scalars,
-                             scales, amax, squares);
+        update_element<PASS>(i, chunk.grad, chunk.param, chunk.exp_avg, chunk.main, scalars, scales,
+                             amax, squares);
     }
 
     if constexpr (PASS == MEASURE || (STORE && Param::is_fp8)) {
-        // One atomic operation a warp. Every thread gets here.
+        // One atomic operation per warp. Every thread gets here, as the reductions demand.
         amax.param = __reduce_max_sync(0xffffffffu, amax.param);
         amax.exp_avg = __reduce_max_sync(0xffffffffu, amax.exp_avg);
         amax.main = __reduce_max_sync(0xffffffffu, amax.main);

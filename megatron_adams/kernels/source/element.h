@@ -1,8 +1,8 @@
-// One element's AdamS step, and the dtypes it is read from and written to.
+// The AdamS step of one element, and the dtypes that it is read from and written to.
 //
-// Compiled by NVRTC for a GPU and by g++ or clang++ for the host, without any header, so that what
-// the CPU tests execute is what a GPU executes. Every operation is rounded on its own: build with
-// -fmad=false (NVRTC) or -ffp-contract=off (host). The order is that of megatron_adams/update.py.
+// NVRTC compiles it for a GPU, and g++ or clang++ for the host. It includes no header, so the CPU
+// tests execute what a GPU executes. Every operation is rounded on its own: build with -fmad=false
+// (NVRTC) or -ffp-contract=off (host). The operations have the order of megatron_adams/update.py.
 
 #ifdef __CUDACC__
 #define ADAMS_FUNCTION static __device__ __forceinline__
@@ -10,7 +10,7 @@
 #define ADAMS_FUNCTION static inline __attribute__((always_inline))
 #endif
 
-// Which numbers a GPU converts by instructions of its own (tuning.py: hardware_conversions).
+// Which dtypes a GPU converts with its own instructions (tuning.py: hardware_conversions).
 #if defined(__CUDACC__) && ADAMS_HARDWARE_CONVERSIONS
 #define ADAMS_CONVERTS_16_BITS 1
 #define ADAMS_CONVERTS_8_BITS (__CUDA_ARCH__ >= 890)
@@ -44,15 +44,15 @@ ADAMS_FUNCTION void atomic_add(long long* address, long long value) {
 }
 #endif
 
-// |x| as an integer: the order of non-negative floats is that of their bits, with NaN above inf, so
-// that a maximum of magnitudes shows a NaN.
+// |x| as an integer. Non-negative floats have the order of their bits, with NaN above infinity, so
+// a maximum of magnitudes shows a NaN.
 ADAMS_FUNCTION int magnitude(float x) { return bits_of(x) & 0x7fffffff; }
 ADAMS_FUNCTION int larger(int a, int b) { return a > b ? a : b; }
 ADAMS_FUNCTION int smaller(int a, int b) { return a < b ? a : b; }
 
-// What is stored of a number, at the top of 32 bits: a loop in which all have the same width needs no
-// conversions between vectors of different lengths. A codec reads words whose other bits are zero, and
-// leaves anything in the other bits of those that it makes.
+// A stored number, in the upper bits of a 32-bit word. A loop over words of one width needs no
+// conversions between vectors of different lengths. A codec expects the lower, unused bits of a
+// word that it reads to be zero. It may leave anything in those of a word that it makes.
 using Word = unsigned;
 ADAMS_FUNCTION Word word_of(float stored) { return Word(bits_of(stored)); }
 ADAMS_FUNCTION Word word_of(unsigned short stored) { return Word(stored) << 16; }
@@ -61,7 +61,9 @@ ADAMS_FUNCTION void write_word(float& memory, Word word) { memory = float_of(int
 ADAMS_FUNCTION void write_word(unsigned short& memory, Word word) {
     memory = (unsigned short)(word >> 16);
 }
-ADAMS_FUNCTION void write_word(unsigned char& memory, Word word) { memory = (unsigned char)(word >> 24); }
+ADAMS_FUNCTION void write_word(unsigned char& memory, Word word) {
+    memory = (unsigned char)(word >> 24);
+}
 
 struct F32 {
     using Storage = float;
@@ -87,7 +89,8 @@ struct BF16 {
     }
 };
 
-// The GPU's own conversions, one number at a time; they round and saturate as the arithmetic below.
+// The GPU's own conversions, one number at a time. They round and saturate as the arithmetic below
+// does.
 #if ADAMS_CONVERTS_16_BITS
 ADAMS_FUNCTION float to_float(unsigned short fp16) {
     float x;
@@ -101,7 +104,7 @@ ADAMS_FUNCTION unsigned short to_fp16(float x) {
 }
 #endif
 #if ADAMS_CONVERTS_8_BITS
-// fp8 is converted in pairs; the second of each is not used.
+// The GPU converts fp8 in pairs. The second number of each pair is not used.
 template <int MANTISSA>
 ADAMS_FUNCTION unsigned short fp8_to_fp16(unsigned char fp8) {
     unsigned pair;
@@ -124,10 +127,11 @@ ADAMS_FUNCTION unsigned char to_fp8(float x) {
 }
 #endif
 
-// A float of 1 + EXPONENT + MANTISSA bits, rounded to nearest even. What is too large becomes LIMIT
-// (infinity, or the largest finite number of a dtype that saturates), a NaN becomes NAN_BITS.
-// FIRST_SPECIAL is the lowest magnitude that is not finite; with infinities, it is infinity.
-// Branch-free, and right under flush-to-zero: no fp32 subnormal is an operand that matters.
+// A codec of floats with 1 + EXPONENT + MANTISSA bits, rounded to nearest even. A number that is
+// too large becomes LIMIT: infinity, or the largest finite number of a dtype that saturates. A NaN
+// becomes NAN_BITS. FIRST_SPECIAL is the lowest magnitude that is not finite: infinity, if the
+// dtype has one. The code has no branches. It is right under flush-to-zero, because no result
+// depends on a subnormal fp32 operand.
 template <class StorageType, int EXPONENT, int MANTISSA, int LIMIT, int FIRST_SPECIAL, int NAN_BITS>
 struct SmallFloat {
     using Storage = StorageType;
@@ -163,11 +167,11 @@ struct SmallFloat {
 #endif
         const int size = magnitude(x);
         const Word sign = Word(bits_of(x)) & 0x80000000u;
-        // Larger magnitudes than infinity's are cut off before the addition, which could overflow.
+        // NaNs become infinity before the addition, which could overflow with a larger magnitude.
         const int finite = smaller(size, 0x7f800000);
         const int half = (1 << (shift - 1)) - 1 + ((finite >> shift) & 1);
         const int normal = ((finite + half) >> shift) - (rebias << MANTISSA);
-        // Adding 2^23 times the smallest subnormal leaves what is to be stored in the low bits.
+        // Adding 2^23 times the smallest subnormal leaves the bits to be stored at the low end.
         const int magic = (128 - bias - MANTISSA + 23) << 23;
         const int subnormal = bits_of(float_of(finite) + float_of(magic)) - magic;
         const int rounded = finite < ((rebias + 1) << 23) ? subnormal : smaller(normal, LIMIT);
@@ -179,7 +183,8 @@ using F16 = SmallFloat<unsigned short, 5, 10, 0x7c00, 0x7c00, 0x7e00>;
 using E4M3 = SmallFloat<unsigned char, 4, 3, 0x7e, 0x7f, 0x7f>;
 using E5M2 = SmallFloat<unsigned char, 5, 2, 0x7b, 0x7c, 0x7f>;
 
-// The largest magnitude that state is scaled to, as the bits of an fp32 number; 0: not scaled.
+// The largest magnitude that state is scaled to, as the bits of an fp32 number; 0 if the dtype is
+// not scaled.
 template <class Codec>
 constexpr int largest_scaled = 0;
 template <>
@@ -187,7 +192,8 @@ constexpr int largest_scaled<F16> = 0x47000000;  // 2^15
 template <>
 constexpr int largest_scaled<E4M3> = 0x43e00000;  // 448
 
-// Tags in place of a codec: no master weights beside param; or their low 16 bits.
+// Two tags that take the place of a codec for main params. NoMain: there are none, and the step
+// works on param. Remainder: only their low 16 bits are stored; param has the others.
 struct NoMain {
     using Storage = unsigned char;
 };
@@ -208,14 +214,15 @@ constexpr bool is_same<A, A> = true;
 constexpr bool has_main = !is_same<Main, NoMain>;
 constexpr bool main_is_scaled = largest_scaled<Main> != 0;
 constexpr bool exp_avg_is_scaled = largest_scaled<ExpAvg> != 0;
-// Whether updates are counted, for their RMS, and multiplied by a factor. A kernel of its own: the
-// other has nothing of it.
+// Whether the kernel counts the squares of updates, for their RMS, and multiplies updates by a
+// factor. Kernels without guards have no code for it.
 constexpr bool is_guarded = ADAMS_GUARDED;
 static_assert(ADAMS_SCALED == (main_is_scaled || exp_avg_is_scaled), "modes.py: is_scaled");
 
-// An fp32 master as bf16 `high`, rounded half away from zero, and the 16 bits `low` that it lacks, which
-// are negative where it was rounded up; exact for all numbers. A NaN could carry into the sign: it
-// becomes 0x7fff.
+// `split` divides an fp32 main param into `high`, the nearest bf16 number (ties away from zero),
+// and `low`, the 16 bits that `high` lacks. `low` is negative if `high` was rounded up. `join`
+// restores every number exactly. A NaN becomes 0x7fff first, because rounding could carry into its
+// sign.
 ADAMS_FUNCTION float join(Word high, Word low) {
     const Word rest = Word(int(low) >> 16);
     return float_of(int(high + rest));
@@ -226,13 +233,14 @@ ADAMS_FUNCTION void split(float master, Word& high, Word& low) {
     low = bits << 16;
 }
 
-// A power of two, so that scaling loses nothing: the largest value lands in (limit / 2, limit].
+// The scale of a tensor is a power of two, so that scaling itself rounds nothing. The largest
+// magnitude lands in (limit / 2, limit].
 struct Scale {
     float forward;  // what a stored number is multiplied by
     float inverse;
 };
 ADAMS_FUNCTION Scale scale_for(int amax, int limit) {
-    amax = smaller(amax, 0x7f800000);  // a NaN, whose payload is nobody's, as infinity
+    amax = smaller(amax, 0x7f800000);  // any NaN counts as infinity
     const bool is_above = (amax & 0x7fffff) > (limit & 0x7fffff);
     const int exponent = (amax >> 23) - (limit >> 23) + 127 + (is_above ? 1 : 0);
     // Within [1, 253] both the scale and its inverse are normal.
@@ -248,26 +256,26 @@ struct Scalars {
     int decay;
 };
 
-// Per tensor; 1 where the dtype has none.
+// The scales of one tensor. A scale is 1 where the dtype has none.
 struct TensorScales {
     float param;
     Scale exp_avg_old, exp_avg_new, main_old, main_new;
     float update;  // what the updates are multiplied by
 };
 
-// The largest magnitudes seen, as integers.
+// The largest magnitudes of a pass so far, as integers.
 struct Amax {
     int param, exp_avg, main;
 };
 
-// The squares of updates, in integers, so that no order of adding them shows; as
-// megatron_adams.update.count_squares.
+// The sum of the squares of updates: what megatron_adams.update.count_squares returns. It is an
+// integer, so it does not depend on the order of the additions.
 struct Squares {
     long long sum;  // in units of 2^-20
     int num_not_finite;
 
     ADAMS_FUNCTION int fixed_point(float update) {
-        const float largest = 1073741760.0f;  // 2^30 - 64; and of a NaN, which is less than nothing
+        const float largest = 1073741760.0f;  // 2^30 - 64, also for a NaN: it compares as not less
         const float scaled = (update * update) * 1048576.0f;
         return int((scaled < largest ? scaled : largest) + 0.5f);
     }
@@ -277,8 +285,8 @@ struct Squares {
     }
 };
 
-// An update in two halves, of a number or of a vector of them. The first moves exp_avg, and returns v,
-// with which `divisor_of` says what it is to be divided by;
+// A step has two halves. Both work on a number or on a vector of numbers.
+// The first half moves exp_avg and returns v. `divisor_of` makes of v what exp_avg is divided by.
 template <class Float>
 ADAMS_FUNCTION Float move_exp_avg(Float& exp_avg, Float grad, Float param, const Scalars& s) {
     Float g = grad * s.grad_scale;
@@ -289,7 +297,7 @@ ADAMS_FUNCTION Float move_exp_avg(Float& exp_avg, Float grad, Float param, const
     return v;
 }
 ADAMS_FUNCTION float divisor_of(float v, const Scalars& s) { return square_root(v) + s.eps; }
-// the second makes the update of it, and moves param by that.
+// The second half: `update_of` divides, and `move_param` moves param by the update.
 template <class Float>
 ADAMS_FUNCTION Float update_of(Float exp_avg, Float divisor, const Scalars& s) {
     return (exp_avg * s.correction) / divisor;
@@ -299,7 +307,7 @@ ADAMS_FUNCTION void move_param(Float& param, Float update, const Scalars& s) {
     const Float u = s.decay == DECOUPLED ? update + param * s.weight_decay : update;
     param = param - u * s.lr;
 }
-// A number's second half, with guards.
+// The second half for one number, with guards: the update is counted, and multiplied by a factor.
 ADAMS_FUNCTION void move_param(float& param, float exp_avg, float divisor, const Scalars& s,
                                float factor, Squares& squares) {
     float u = update_of(exp_avg, divisor, s);
@@ -318,7 +326,8 @@ ADAMS_FUNCTION Word encode_exp_avg(float exp_avg, const TensorScales& scales) {
     return ExpAvg::encode(exp_avg_is_scaled ? exp_avg * scales.exp_avg_new.inverse : exp_avg);
 }
 
-// Where the master of an element is: beside param,
+// How the main param of an element is read and written. Here it has a tensor of its own, `main`,
+// and param is a copy for the model, which is only written.
 template <class ParamCodec, class MainCodec>
 struct Master {
     static constexpr bool reads_param = false;
@@ -331,7 +340,7 @@ struct Master {
         param = ParamCodec::encode(ParamCodec::is_fp8 ? master * scales.param : master);
     }
 };
-// param itself,
+// Without main params, the step reads and writes param itself.
 template <class ParamCodec>
 struct Master<ParamCodec, NoMain> {
     static_assert(!ParamCodec::is_fp8, "an fp8 param needs a master");
@@ -343,7 +352,7 @@ struct Master<ParamCodec, NoMain> {
         param = ParamCodec::encode(master);
     }
 };
-// or in both.
+// With remainders, param has the upper half of the main param, and `main` the lower half.
 template <>
 struct Master<BF16, Remainder> {
     static constexpr bool reads_param = true;
@@ -356,18 +365,18 @@ struct Master<BF16, Remainder> {
 };
 constexpr bool reads_param = Master<Param, Main>::reads_param;
 
-// What a pass over the elements is for: to update them, to see how large their scaled state becomes,
-// or to count the squares of their updates.
+// What a pass over the elements does: update them, measure how large their scaled state becomes, or
+// count the squares of their updates.
 enum Pass { UPDATE, MEASURE, COUNT };
 
-// Update element i of the four arrays, or only see what an update would be.
+// Do one pass's work on element i of the four arrays.
 template <Pass PASS>
 ADAMS_FUNCTION void update_element(int i, const Grad::Storage* grad, Param::Storage* param,
                                    ExpAvg::Storage* exp_avg, Main::Storage* main, const Scalars& s,
                                    const TensorScales& scales, Amax& amax, Squares& squares) {
     const float g = Grad::decode(word_of(grad[i]));
     float m = decode_exp_avg(word_of(exp_avg[i]), scales);
-    // An update depends on the master only where decay is part of the gradient.
+    // An update depends on the main param only if weight decay is part of the gradient.
     const bool is_read = PASS != COUNT || s.decay == L2;
     Word param_word = reads_param && is_read ? word_of(param[i]) : 0u;
     Word main_word = has_main && is_read ? word_of(main[i]) : 0u;

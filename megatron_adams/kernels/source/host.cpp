@@ -1,13 +1,17 @@
-// The host form: the same elements in the same chunks, by OpenMP threads and the compiler's vectors.
+// The step on the CPU: the same elements in the same chunks as on a GPU, by OpenMP threads, in
+// vectors that the compiler makes.
 //
-// A step is to take no longer than its memory accesses do. So a chunk is gone through in short blocks,
-// and while one is computed, the lines of a later one are fetched (`prefetch`). Where all that is
-// written has 16 bits there is the most to compute for a byte, and a block is computed in another way
-// (`update_block`): as pairs, two neighbours of 16 bits being read and written as one number, so that
-// all vectors have 32-bit lanes, and none has to be spread over two or put together again; and in two
-// loops, because a root and a quotient take so long that a processor does not get from one to the next
-// vector's in a loop that has both.
-// With AVX2 the pairs of bf16 have a block of their own, in bf16_avx2.h.
+// The aim is a step that takes no longer than its memory accesses. A thread goes through its chunk
+// in short blocks. While it computes one block, it fetches the cache lines of a later one
+// (`prefetch`).
+//
+// Modes that write only 16-bit numbers compute the most per byte. `update_block` serves them, and
+// differs in two ways:
+// - It works on pairs. Two neighbours of 16 bits are read and written as one number. All vectors
+//   then have 32-bit lanes, and none is widened or packed.
+// - It has two loops, because roots and quotients take long. In one loop with both, a processor
+//   does not reach the next vector's while those of the last one are computed.
+// With AVX2, bf16_avx2.h has a block of its own for pairs of bf16.
 
 #include "element.h"
 #include "multi_tensor.h"
@@ -15,42 +19,42 @@
 
 namespace adams {
 
-// What is the same for all elements, where it is known when the loop is compiled: a loop that can do
-// both computes roots and quotients for either kind of decay.
-enum Form { PLAIN_NO_DECAY, PLAIN_DECOUPLED, ANY };  // plain: without a bias correction
+// What a loop knows about the scalars when it is compiled. A loop for any kind of decay computes
+// the roots and quotients once for each kind.
+enum Form { PLAIN_NO_DECAY, PLAIN_DECOUPLED, ANY };  // PLAIN: no bias correction
 
 constexpr bool is_paired = sizeof(Param::Storage) == 2 && sizeof(ExpAvg::Storage) == 2 &&
                            (!has_main || sizeof(Main::Storage) == 2) &&
                            __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
 
-// Whether numbers of a dtype are read and written in few instructions.
+// Whether few instructions read and write a number of this dtype.
 template <class Codec>
 constexpr bool is_cheap = is_same<Codec, F32> || is_same<Codec, BF16> || is_same<Codec, NoMain> ||
                           is_same<Codec, Remainder>;
 
-// Elements of a block. The fetches for one come all at once: where little is computed for a byte, it is
-// short, so that they wait for each other less. (With guards, adding up the sums of short ones takes longer.)
-constexpr int BLOCK = is_cheap<Grad> && is_cheap<Param> && is_same<ExpAvg, F32> && is_cheap<Main> &&
-                              !is_guarded
-                          ? 16
-                          : 64;
-// Bytes of each tensor from a block to what is fetched meanwhile. That may lie behind the end of the chunk:
-// the thread's next chunk mostly follows it.
+// Elements of a block. All fetches for a block are issued together. Where little is computed per
+// byte, blocks are short, so that the fetches wait for each other less. With guards they are not,
+// because adding up the sums of short blocks takes longer.
+constexpr int BLOCK =
+    is_cheap<Grad> && is_cheap<Param> && is_same<ExpAvg, F32> && is_cheap<Main> && !is_guarded ? 16
+                                                                                               : 64;
+// How far ahead of a block memory is fetched, in bytes of each tensor. That may be behind the end
+// of the chunk: the thread's next chunk usually follows there.
 constexpr int AHEAD = 2048;
-// A processor fetches on its own what follows in a page of memory, once it has seen accesses to the page.
-// For it to begin early, the second line of a page is fetched when this many bytes are missing until the
-// page's turn. (Its first line would change nothing; both measured on an Intel Xeon.)
+// Once a processor has seen accesses to a page of memory, it fetches the page's next lines on its
+// own. To make it begin early, the second line of a page is fetched this many bytes before the
+// page's turn. Fetching the first line changes nothing. Both were measured on an Intel Xeon.
 constexpr int PAGE_LEAD = 768;
 
-// While the block at `begin` of a chunk is computed. `array` is where the chunk begins in one of its tensors,
-// which has `rest` elements from there on.
+// Fetch a later block while the one at `begin` of a chunk is computed. `array` points to the
+// chunk's first element of one tensor, which has `rest` elements from there on.
 template <class Storage>
 ADAMS_FUNCTION void prefetch(const Storage* array, int begin, long long rest) {
     constexpr int line = 64, page = 4096;  // bytes
     constexpr int ahead = AHEAD / int(sizeof(Storage));
     if (begin + ahead + BLOCK > rest) return;
     const Storage* const block = array + begin + ahead;
-    // In integers: the page may lie behind the array, where a fetch does no harm.
+    // Integers, not pointers: the page may lie behind the array. A fetch there does no harm.
     const unsigned long long later = reinterpret_cast<unsigned long long>(block) + PAGE_LEAD;
     const unsigned long long offset = later % page;
     if (offset < BLOCK * sizeof(Storage)) {
@@ -78,14 +82,15 @@ ADAMS_FUNCTION void write_pair(void* memory, int i, Pair pair) {
     reinterpret_cast<TwoOf16Bits*>(memory)[i] = pair.low >> 16 | (pair.high & 0xffff0000u);
 }
 
-// What lies between the two halves of an update, of the elements of even and of odd index.
+// What the first half of a step hands to the second: `low` for the elements with even indices,
+// `high` for those with odd indices.
 struct Halfway {
     float exp_avg_low[BLOCK / 2], exp_avg_high[BLOCK / 2];
     float divisor_low[BLOCK / 2], divisor_high[BLOCK / 2];
 };
 
-// The halves are functions, and not the bodies of loops: the compiler makes arrays of what a loop's
-// body declares and passes by reference, and then no vectors.
+// The halves are functions, not loop bodies. Where a loop's body declares variables and passes them
+// by reference, the compiler makes arrays of them, and no vectors.
 ADAMS_FUNCTION void move_exp_avgs(int i, const Grad::Storage* __restrict grad,
                                   const Param::Storage* __restrict param,
                                   ExpAvg::Storage* __restrict exp_avg,
@@ -123,7 +128,7 @@ ADAMS_FUNCTION void move_params(int i, Param::Storage* __restrict param,
     if (has_main) write_pair(main, i, w);
 }
 
-// A whole block in pairs.
+// Update a whole block in pairs.
 ADAMS_FUNCTION void update_block(const Grad::Storage* grad, Param::Storage* param,
                                  ExpAvg::Storage* exp_avg, Main::Storage* main, const Scalars& s,
                                  const TensorScales& scales, Squares& squares) {
@@ -145,7 +150,7 @@ ADAMS_FUNCTION void update_block(const Grad::Storage* grad, Param::Storage* para
     squares.num_not_finite += not_finite;
 }
 
-// A block, or what is left of a chunk, element by element.
+// Process a block, or what is left of a chunk, element by element.
 template <Pass PASS>
 ADAMS_FUNCTION void process_block(int count, const Grad::Storage* __restrict grad,
                                   Param::Storage* __restrict param,
@@ -177,7 +182,8 @@ template <Pass PASS, Form FORM>
 static void process(const Table& table, const Scalars& scalars, int num_threads) {
     constexpr bool STORE = PASS == UPDATE;
     const long long num_chunks = Table::get(table, CHUNK_END, table.num_tensors - 1);
-    // Guided: where another process takes a core for a while, the other threads go on with the rest.
+    // schedule(guided): if another process takes a core for a while, the other threads go on with
+    // the rest.
 #pragma omp parallel for num_threads(num_threads) schedule(guided)
     for (long long index = 0; index < num_chunks; ++index) {
         const Chunk chunk = chunk_at(table, index);
@@ -206,7 +212,7 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
                 update_block_avx2<BLOCK>(grad, param, exp_avg, main, s);
             } else if constexpr (STORE && is_paired) {
                 update_block(grad, param, exp_avg, main, s, scales, squares);
-            } else {  // the compiler does more with a number that it knows
+            } else {  // the compiler does more with a constant
                 process_block<PASS>(BLOCK, grad, param, exp_avg, main, s, scales, amax, squares);
             }
         }
@@ -236,24 +242,28 @@ static void process(const Table& table, const Scalars& scalars, int num_threads)
 
 extern "C" void adams_update(ADAMS_PARAMETERS, int num_threads) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<adams::UPDATE>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS, num_threads);
+    adams::process<adams::UPDATE>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS,
+                                  num_threads);
 }
 
 #if ADAMS_SCALED
 extern "C" void adams_measure(ADAMS_PARAMETERS, int num_threads) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<adams::MEASURE>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS, num_threads);
+    adams::process<adams::MEASURE>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS,
+                                   num_threads);
 }
 
 extern "C" void adams_finish(ADAMS_PARAMETERS, int) {
     if (ADAMS_IS_SKIPPED) return;
-    for (int t = 0; t < num_tensors; ++t) adams::finish_tensor({table, num_tensors, chunk_size, amax}, t);
+    for (int t = 0; t < num_tensors; ++t)
+        adams::finish_tensor({table, num_tensors, chunk_size, amax}, t);
 }
 #endif
 
 #if ADAMS_GUARDED
 extern "C" void adams_rms(ADAMS_PARAMETERS, int num_threads) {
     if (ADAMS_IS_SKIPPED) return;
-    adams::process<adams::COUNT>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS, num_threads);
+    adams::process<adams::COUNT>({table, num_tensors, chunk_size, amax}, ADAMS_SCALARS,
+                                 num_threads);
 }
 #endif

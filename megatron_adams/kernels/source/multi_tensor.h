@@ -7,38 +7,37 @@ namespace adams {
 
 enum Field {
     NUMEL,
-    CHUNK_END,  // chunks of this tensor and all before it
+    CHUNK_END,  // number of chunks of this tensor and all before it
     GRAD,       // pointers from here on; 0 where the mode has no such tensor
     PARAM,
     EXP_AVG,
     MAIN,
-    PARAM_SCALE,  // fp8 param: one fp32 number each; param_scale is only read
+    PARAM_SCALE,  // fp8 params: one fp32 number each; this one is only read
     PARAM_AMAX,
     PARAM_SCALE_INV,
     EXP_AVG_SCALE,  // scaled state: one fp32 number each
     MAIN_SCALE,
-    UPDATE_SUM,     // with guards, and 0 where not wanted: two 64-bit integers each, of Squares
-    UPDATE_FACTOR,  // one fp32 number each
+    UPDATE_SUM,     // guards: two 64-bit integers each, as in Squares; 0 if not wanted
+    UPDATE_FACTOR,  // guards: one fp32 number each; 0 if not wanted
     NUM_FIELDS
 };
 
-// The arguments of every entry point. A block of a GPU, or an iteration of the host's loop, takes one
-// chunk of at most chunk_size elements, a multiple of 16.
-// A scalar with a pointer is read through it, unless it is null:
-// so that a CUDA graph replays with new values. amax: (2, num_tensors), zero between steps.
-#define ADAMS_PARAMETERS                                                                        \
-    const long long *table, int num_tensors, int chunk_size, int *amax, float lr,               \
-        const float *lr_pointer, float grad_scale, const float *grad_scale_pointer,             \
-        float correction,                                                                       \
-        const float *correction_pointer, const float *found_inf, float beta1,                   \
-        float one_minus_beta1, float beta2, float one_minus_beta2, float eps,                   \
-        float weight_decay, int decay
+// The arguments of every entry point. One block of a GPU, or one iteration of the host's loop,
+// takes one chunk of at most chunk_size elements, a multiple of 16. A scalar that also has a
+// pointer is read through the pointer unless it is null, so that a CUDA graph can be replayed with
+// new values. amax is (2, num_tensors), and zero between steps.
+#define ADAMS_PARAMETERS                                                                          \
+    const long long *table, int num_tensors, int chunk_size, int *amax, float lr,                 \
+        const float *lr_pointer, float grad_scale, const float *grad_scale_pointer,               \
+        float correction, const float *correction_pointer, const float *found_inf, float beta1,   \
+        float one_minus_beta1, float beta2, float one_minus_beta2, float eps, float weight_decay, \
+        int decay
 
-#define ADAMS_SCALARS                                                                           \
-    adams::Scalars {                                                                            \
-        lr_pointer ? *lr_pointer : lr, grad_scale_pointer ? *grad_scale_pointer : grad_scale,   \
-            correction_pointer ? *correction_pointer : correction, beta1, one_minus_beta1,      \
-            beta2, one_minus_beta2, eps, weight_decay, decay                                    \
+#define ADAMS_SCALARS                                                                             \
+    adams::Scalars {                                                                              \
+        lr_pointer ? *lr_pointer : lr, grad_scale_pointer ? *grad_scale_pointer : grad_scale,     \
+            correction_pointer ? *correction_pointer : correction, beta1, one_minus_beta1, beta2, \
+            one_minus_beta2, eps, weight_decay, decay                                             \
     }
 
 #define ADAMS_IS_SKIPPED (found_inf && *found_inf != 0.0f)
@@ -56,7 +55,7 @@ struct Table {
     ADAMS_FUNCTION T* pointer(const Table& table, Field field, int tensor, long long offset = 0) {
         T* address = reinterpret_cast<T*>(get(table, field, tensor)) + offset;
 #ifdef __CUDACC__
-        // Of an address that was a number, the compiler knows no memory space.
+        // The address was a number, so the compiler does not know its memory space.
         __builtin_assume(__isGlobal(address));
 #endif
         return address;
@@ -77,7 +76,7 @@ struct Chunk {
 };
 
 ADAMS_FUNCTION Chunk chunk_at(const Table& table, long long index) {
-    // The first tensor whose last chunk lies behind `index`; those without elements have none.
+    // Find the first tensor whose chunks end behind `index`. Tensors without elements have none.
     int low = 0, high = table.num_tensors - 1;
     while (low < high) {
         const int middle = low + (high - low) / 2;
@@ -111,8 +110,7 @@ ADAMS_FUNCTION Chunk chunk_at(const Table& table, long long index) {
     }
     if (main_is_scaled) {
         chunk.scales.main_old.forward = *Table::pointer<const float>(table, MAIN_SCALE, t);
-        chunk.scales.main_new =
-            scale_for(table.amax[table.num_tensors + t], largest_scaled<Main>);
+        chunk.scales.main_new = scale_for(table.amax[table.num_tensors + t], largest_scaled<Main>);
     }
     if (is_guarded && Table::get(table, UPDATE_FACTOR, t) != 0) {
         chunk.scales.update = *Table::pointer<const float>(table, UPDATE_FACTOR, t);
@@ -120,14 +118,15 @@ ADAMS_FUNCTION Chunk chunk_at(const Table& table, long long index) {
     return chunk;
 }
 
-// What a tensor's first chunk writes for all of it.
+// A tensor's first chunk writes this for the whole tensor.
 ADAMS_FUNCTION void write_param_scale_inv(const Table& table, const Chunk& chunk) {
     if (Param::is_fp8) {
         *Table::pointer<float>(table, PARAM_SCALE_INV, chunk.tensor) = 1.0f / chunk.scales.param;
     }
 }
 
-// The maxima of a part of a chunk. Reading first spares most of the atomic operations.
+// Merge the maxima of a part of a chunk into its tensor's. Reading first avoids most of the atomic
+// operations.
 ADAMS_FUNCTION void raise(int* address, int value) {
     if (value > *(volatile int*)address) atomic_max(address, value);
 }
@@ -143,7 +142,7 @@ ADAMS_FUNCTION void merge_amax(const Table& table, int tensor, const Amax& amax)
     }
 }
 
-// The squares of a part of a chunk.
+// Add the squares of a part of a chunk to its tensor's sums.
 ADAMS_FUNCTION void merge_squares(const Table& table, int tensor, const Squares& squares) {
     if (Table::get(table, UPDATE_SUM, tensor) == 0) return;
     long long* sums = Table::pointer<long long>(table, UPDATE_SUM, tensor);
@@ -151,7 +150,8 @@ ADAMS_FUNCTION void merge_squares(const Table& table, int tensor, const Squares&
     if (squares.num_not_finite != 0) atomic_add(sums + 1, squares.num_not_finite);
 }
 
-// After all chunks are written: the new scales, and amax zero for the next step.
+// After all chunks are written, write the tensor's new scales, and set amax to zero for the next
+// step.
 ADAMS_FUNCTION void finish_tensor(const Table& table, int t) {
     if (exp_avg_is_scaled) {
         *Table::pointer<float>(table, EXP_AVG_SCALE, t) =

@@ -1,17 +1,16 @@
-"""AdamS in Megatron's optimizers: the same wrappers as Adam's, with one state tensor less.
+"""Megatron's optimizers with AdamS inside: what they save and load.
 
-Megatron builds its optimizer for Adam; `adopt` then puts AdamS in the place of each inner
-Adam, before any state exists. Called by `register()`'s wrapper of get_megatron_optimizer.
+They differ from Adam's by one state tensor less. `adopt` (adopt.py) gives Megatron's objects these
+classes. Imports megatron.core alone.
 """
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from megatron.core.models.mimo.model.base import MimoModel
-from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
+from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.utils import log_single_rank
 
@@ -21,220 +20,23 @@ from megatron_adams.checkpoint import (
     contradict,
     is_adam_group,
     shifted,
-    state_dict_from_adam,
 )
-from megatron_adams.megatron import cuda_graph
-from megatron_adams.megatron.callers import asks_for_adams
-from megatron_adams.megatron.config import (
-    ADAMS,
-    RATES,
-    AdamSOptimizerConfig,
-    built_as_adam,
-    check_config,
-    dtype_name,
-    other_rates,
-)
-from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer, check_fsdp, local_part
 from megatron_adams.megatron.fused_step import (
     FusedStepChain,
     FusedStepOptimizer,
-    describe,
     synchronize_steps,
 )
-from megatron_adams.megatron.offload import HybridAdamS, refuse_quantized
-from megatron_adams.megatron.update_rms import connect
-from megatron_adams.optimizer import AdamS
+from megatron_adams.megatron.inner import InnerAdamS, params_of
+from megatron_adams.megatron.names import ADAMS, RATES
+from megatron_adams.megatron.refusals import rates_refusal, refusal
 
 logger = logging.getLogger(__name__)
 
-# Hyperparameters that a param group can carry for both optimizers; Megatron's MuP sets eps.
-_SHARED_WITH_ADAM = {"lr", "betas", "eps", "weight_decay"}
 
-
-def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Build adams where the configuration asks for it."""
-
-    def get_megatron_optimizer(
-        config: Any, model_chunks: Sequence[Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        # A MIMO model's optimizer is built module by module: each comes back here. Its
-        # configuration can be of another class, without `optimizer`.
-        if not asks_for_adams(config) or isinstance(model_chunks[0], MimoModel):
-            return original(config, model_chunks, *args, **kwargs)
-        check_config(config)
-        if not isinstance(config, AdamSOptimizerConfig):
-            config = AdamSOptimizerConfig.from_config(config)
-        if model_chunks[0].ddp_config.use_megatron_fsdp:
-            check_fsdp(config, model_chunks)
-        refuse_quantized(config, model_chunks[0].ddp_config)
-        cuda_graph.check_model(config, model_chunks[0].ddp_config)
-        with built_as_adam(config):
-            optimizer = original(config, model_chunks, *args, **kwargs)
-        return adopt(optimizer, config)
-
-    return get_megatron_optimizer
-
-
-def wrap_get_megatron_emerging_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Say why adams comes here: by Megatron's own `get_megatron_optimizer`, in spite of ours."""
-
-    def get_megatron_emerging_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if asks_for_adams(config):
-            raise RuntimeError(
-                f"optimizer={ADAMS!r} reached Megatron's own get_megatron_optimizer, which the "
-                f"caller took from megatron.core.optimizer before megatron_adams.register() was "
-                f"called, and keeps where that does not find it (a closure, a partial, an "
-                f"attribute); call megatron_adams.register() first"
-            )
-        return original(config, *args, **kwargs)
-
-    return get_megatron_emerging_optimizer
-
-
-def adopt(
-    optimizer: ChainedOptimizer | DistributedOptimizer, config: AdamSOptimizerConfig
-) -> "AdamSChainedOptimizer | AdamSFsdpOptimizer":
-    """Put AdamS in the place of every Adam of what Megatron has just built.
-
-    Args:
-        optimizer: a chain, or with Megatron-FSDP an optimizer alone; no inner one has state yet.
-        config: with `optimizer == "adams"`; the parts keep a reference to it.
-    Returns:
-        The same object.
-    """
-    is_chain = isinstance(optimizer, ChainedOptimizer)
-    parts = optimizer.chained_optimizers if is_chain else [optimizer]
-    for part in parts:
-        # The subclasses add no attribute and no constructor: only their methods differ.
-        if isinstance(part, DistributedOptimizer):
-            is_fsdp = part.ddp_config.use_megatron_fsdp
-            part.__class__ = AdamSFsdpOptimizer if is_fsdp else AdamSDistributedOptimizer
-        if part.optimizer is not None:
-            part.optimizer = _adams_from(part.optimizer, config)
-            part.init_state_fn = init_state
-            if config.adams_from_adam:
-                part.optimizer.register_load_state_dict_pre_hook(take_from_adam)
-            if isinstance(part, AdamSFsdpOptimizer):
-                part.prepare_inner()
-                connect(part)
-                part.optimizer.compile_kernels(part.grad_dtype(), counts_updates=True)
-                continue
-            if isinstance(part, AdamSDistributedOptimizer):
-                part.prepare_step()
-            connect(part)
-            decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
-            # training_log.py has the steps that are logged counted, the first among them.
-            part.optimizer.compile_kernels(decoupled, counts_updates=True)
-    if is_chain:
-        optimizer.__class__ = AdamSChainedOptimizer
-    if config.optimizer_cuda_graph:
-        optimizer.prepare_cuda_graph()
-    passes = describe(optimizer) if is_chain else optimizer.describe()
-    log_single_rank(logger, logging.INFO, f"{ADAMS}: {_describe_state(parts)}; {passes}")
-    return optimizer
-
-
-def _describe_state(parts: Sequence[Any]) -> str:
-    """What the inner optimizers of this rank will keep, in which dtypes, in bytes."""
-    num_params = 0
-    num_bytes: dict[tuple[str, torch.dtype], int] = {}
-    num_offloaded = 0
-    for part in parts:
-        if isinstance(part.optimizer, HybridAdamS):
-            num_offloaded += part.optimizer.num_offloaded
-        for param in part.get_parameters():
-            numel = local_part(param).numel()
-            num_params += numel
-            for name, dtype in part.optimizer.state_dtypes(param).items():
-                size = numel * dtype.itemsize
-                num_bytes[name, dtype] = num_bytes.get((name, dtype), 0) + size
-    kept = [
-        f"{name} in {'16-bit remainders' if dtype == torch.int16 else dtype_name(dtype)} "
-        f"({size} bytes)"
-        for (name, dtype), size in num_bytes.items()
-    ]
-    where = f", {num_offloaded} of them on the CPU" if num_offloaded else ""
-    return (
-        f"state is {' and '.join(kept) or 'empty'} for the {num_params} parameters of this "
-        f"rank{where}"
-    )
-
-
-def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> AdamS | HybridAdamS:
-    # Taken over as they are: the dp shards in them are views, which torch's add_param_group
-    # refuses, and Megatron holds the group dicts' own keys (wd_mult, max_lr, ...).
-    adam_only = set(adam.defaults) - _SHARED_WITH_ADAM
-    for group in adam.param_groups:
-        for key in adam_only & group.keys():
-            del group[key]
-    adams = AdamS.from_param_groups(
-        adam.param_groups,
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        adam_w_mode=config.decoupled_weight_decay,
-        bias_correction=config.adams_bias_correction,
-        kernel=config.adams_kernel,
-        max_update_rms=config.adams_max_update_rms,
-        match_update_rms=config.adams_match_rms,
-        capturable=config.optimizer_cuda_graph,
-        **_storage(config),
-    )
-    return HybridAdamS(adams, config, _storage(config)) if config.optimizer_cpu_offload else adams
-
-
-def _storage(config: AdamSOptimizerConfig) -> dict[str, Any]:
-    """The arguments that Megatron would give to TransformerEngine's FusedAdam for its state."""
-    if not config.use_precision_aware_optimizer:
-        return {}
-    storage: dict[str, Any] = {"exp_avg_dtype": config.exp_avg_dtype}
-    if config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
-        # The model params are the inner optimizer's, which keeps the main params.
-        is_fp32 = config.main_params_dtype == torch.float32
-        storage |= {
-            "master_weights": True,
-            "use_decoupled_grad": True,
-            "master_weight_dtype": config.main_params_dtype,
-            "store_param_remainders": config.store_param_remainders and is_fp32,
-        }
-    return storage
-
-
-def take_from_adam(optimizer: AdamS, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A hook of AdamS's load_state_dict: an Adam's state becomes its own.
-
-    Raises:
-        ValueError: a parameter has no momentum in the checkpoint.
-    """
-    saved = state_dict["param_groups"]
-    if not any(map(is_adam_group, saved)):
-        # AdamS's own, which Megatron also passes through here to have state allocated.
-        return state_dict
-    adam_w_mode = optimizer.defaults["adam_w_mode"]
-    converted = state_dict_from_adam(state_dict, adam_w_mode=adam_w_mode)
-    # Of the distributed optimizer the groups alone come here.
-    if converted["state"]:
-        params = [index for group in saved for index in group["params"]]
-        if missing := sorted(set(params) - converted["state"].keys()):
-            raise ValueError(
-                f"--adams-from-adam: the checkpoint has no momentum of {len(missing)} of "
-                f"{len(params)} parameters (number {missing[0]} and so on): {ADAMS} would start "
-                f"them anew; train the same parameters as the run that saved it, or load the "
-                f"weights alone with --no-load-optim"
-            )
-        steps = [int(state["step"]) for state in state_dict["state"].values() if "step" in state]
-        steps += [int(group["step"]) for group in saved if "step" in group]
-        message = continued_from_adam(len(params), len(params), max(steps, default=0))
-        log_single_rank(logger, logging.INFO, message)
-    return converted
-
-
-def init_state(optimizer: AdamS, config: Any = None) -> None:
+def init_state(optimizer: InnerAdamS, config: Any = None) -> None:
     """Allocate the state of every parameter that has none: Megatron's init_state_fn."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            optimizer.initialize_state(param)
+    for param in params_of(optimizer):
+        optimizer.initialize_state(param)
 
 
 class AdamSDistributedOptimizer(FusedStepOptimizer):
@@ -355,10 +157,12 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
             DamagedCheckpointError: the main params are not those of the weights.
         """
         if missing := {"param", "exp_avg"} - tensors.keys():
-            raise ValueError(
-                f"--adams-from-adam: the checkpoint has no {' and no '.join(sorted(missing))} of "
-                f"{self._name_of(model_param)}, which {ADAMS} would start anew; train the params "
-                f"of the run that saved it, or load the weights alone with --no-load-optim"
+            raise refusal(
+                "--adams-from-adam",
+                f"the checkpoint has no {' and no '.join(sorted(missing))} of "
+                f"{self._name_of(model_param)}, which {ADAMS} would start anew",
+                "train the params of the run that saved it, or load the weights alone with "
+                "--no-load-optim",
             )
         if self._is_distopt_quantized_param(model_param):
             return
@@ -374,9 +178,9 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
-        """As upstream, also where the inner optimizer keeps the main params.
+        """As Megatron's, and also where the inner optimizer keeps the main params.
 
-        Upstream leaves that to FusedAdam's first step, which is too late where there is state
+        Megatron leaves that to FusedAdam's first step, which is too late where there is state
         already, or where the params of `state_dict` are more exact than the model's.
         """
         if not self.has_main_params_inside() or self.is_stub_optimizer:
@@ -581,7 +385,7 @@ def match_param_groups(
         if found is None:
             found = rateless.get(identity(group, rateless_keys))
             if found is not None and not (takes_own_rates or is_adam_group(found)):
-                raise other_rates(group, found)
+                raise rates_refusal(group, found)
         if found is None:
             wanted = dict(zip(all_keys, identity(group, all_keys), strict=True))
             known = [dict(zip(all_keys, key, strict=True)) for key in exact]

@@ -15,6 +15,7 @@ from megatron.training.utils import print_rank_last
 from megatron_adams.megatron.callers import bound, global_arguments, is_adams
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.megatron.fused_step import FusedStepChain
+from megatron_adams.megatron.training import gpu_memory
 from megatron_adams.megatron.update_rms import UpdateStats, inner_optimizers
 
 
@@ -44,6 +45,8 @@ def wrap_train_step(original: Callable[..., Any]) -> Callable[..., Any]:
         is_first = _log.chain is not optimizer
         _log.chain, _log.iteration = optimizer, None
         settings = _settings()
+        if settings is not None:
+            gpu_memory.prepare(settings)
         if not is_adams(optimizer) or settings is None:
             return original(*args, **kwargs)
         # Megatron counts from 0 before a step, and from 1 after it.
@@ -89,8 +92,11 @@ def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def training_log(*args: Any, **kwargs: Any) -> Any:
         outcome = original(*args, **kwargs)
-        iteration = bound(original, args, kwargs).get("iteration")
+        call = bound(original, args, kwargs)
+        iteration = call.get("iteration")
         settings = _settings()
+        if settings is not None and iteration is not None:
+            gpu_memory.log(settings, iteration, is_first=call.get("is_first_iteration", False))
         if _log.iteration is not None and _log.iteration == iteration and settings is not None:
             assert _log.stats is not None
             _write(settings, iteration, _log.stats)

@@ -28,8 +28,8 @@ from megatron_adams.checkpoint import (
     unfit_for_adams,
 )
 from megatron_adams.megatron.callers import bound, global_arguments, saves_as_adams
-from megatron_adams.megatron.config import ADAMS
-from megatron_adams.megatron.fsdp import FSDP_FORMAT, AdamSFsdpOptimizer
+from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
+from megatron_adams.megatron.names import ADAMS, FSDP_FORMAT
 
 logger = logging.getLogger(__name__)
 

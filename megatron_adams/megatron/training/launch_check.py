@@ -18,8 +18,8 @@ from typing import Any
 
 import megatron.core
 
-from megatron_adams.megatron.config import dtype_name
 from megatron_adams.megatron.hooks import UnsupportedMegatronError
+from megatron_adams.megatron.names import dtype_name
 from megatron_adams.megatron.register import register
 
 # What the doctor chooses the kernels by, and says of the job.

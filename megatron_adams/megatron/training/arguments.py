@@ -9,25 +9,27 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_adams.megatron import cuda_graph
 from megatron_adams.megatron.callers import asks_for_adams
 from megatron_adams.megatron.config import (
-    ADAMS,
-    DEFAULT_BETA2,
-    KERNELS,
     NO_PRECISION,
+    OWN_FLAGS,
     AdamSOptimizerConfig,
-    check_config,
-    dtype_name,
-    guards_of,
-    no_exp_avg_sq,
     stated_as_adam,
 )
-from megatron_adams.megatron.fsdp import check_fsdp_arguments
+from megatron_adams.megatron.names import ADAMS, DEFAULT_BETA2, KERNELS, dtype_name
+from megatron_adams.megatron.refusals import (
+    check_arguments,
+    check_own_flags,
+    exp_avg_sq_refusal,
+    yaml_refusal,
+)
+from megatron_adams.megatron.training import gpu_memory
+from megatron_adams.update import update_bound
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
@@ -46,7 +48,7 @@ class _Unset(float):
 
 
 class _UnsetText(str):
-    """Likewise of --exp-avg-sq-dtype."""
+    """The same for the default of --exp-avg-sq-dtype."""
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self
@@ -55,22 +57,12 @@ class _UnsetText(str):
         return str, (str(self),)
 
 
-# What adams's own arguments are where a namespace was not made by Megatron's parser.
-_OWN_DEFAULTS = {
-    "adams_bias_correction": False,
-    "adams_from_adam": False,
-    "adams_kernel": KERNELS[0],
-    "adams_match_rms": None,
-    "adams_max_update_rms": None,
-    "adams_no_param_remainders": False,
-}
-
 # Megatron's own that say whose learning rates a resumed run has.
 _SCHEDULER_FLAGS = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
 
 
 def _own(args: Any) -> dict[str, Any]:
-    return {name: getattr(args, name, default) for name, default in _OWN_DEFAULTS.items()}
+    return {name: getattr(args, name, default) for name, default in OWN_FLAGS.items()}
 
 
 def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,6 +118,7 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             help="Keep fp32 main params as they are. The precision-aware optimizer keeps of a bf16 "
             "param's main param the 16 bits that the param lacks, and loses nothing.",
         )
+        gpu_memory.add_argument(group)
         return parser
 
     return add_megatron_arguments
@@ -147,36 +140,20 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(exp_avg_sq_dtype, _UnsetText):
             args.exp_avg_sq_dtype = str(exp_avg_sq_dtype)
         if not asks_for_adams(args):
-            _refuse_own_flags(args)
+            check_own_flags(args, OWN_FLAGS)
             return original(args, *rest, **kwargs)
         vars(args).update(_own(args))
         if isinstance(beta2, _Unset):
             args.adam_beta2 = DEFAULT_BETA2
         if isinstance(exp_avg_sq_dtype, str) and not isinstance(exp_avg_sq_dtype, _UnsetText):
             # Text: from the command line. Only other values than fp32 are refused as a dtype.
-            raise no_exp_avg_sq(exp_avg_sq_dtype)
-        _check_arguments(args)
+            raise exp_avg_sq_refusal(exp_avg_sq_dtype)
+        check_arguments(args)
+        _warn_of_beta2(args)
         with stated_as_adam(args), _printed_as_adams(args):
             return original(args, *rest, **kwargs)
 
     return validate_args
-
-
-def _refuse_own_flags(args: argparse.Namespace) -> None:
-    own = _own(args)
-    given = {
-        "--adams-bias-correction": own["adams_bias_correction"],
-        "--adams-from-adam": own["adams_from_adam"],
-        "--adams-no-param-remainders": own["adams_no_param_remainders"],
-        f"--adams-kernel {own['adams_kernel']}": own["adams_kernel"] != KERNELS[0],
-        **{f"{flag} {value}": True for flag, value in guards_of(args).items()},
-    }
-    for flag, is_given in given.items():
-        if is_given:
-            raise ValueError(
-                f"{flag} with --optimizer {args.optimizer}: it belongs to --optimizer {ADAMS}; "
-                f"remove it or change the optimizer"
-            )
 
 
 def wrap_validate_yaml(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,118 +161,47 @@ def wrap_validate_yaml(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
         if asks_for_adams(args):
-            raise ValueError(
-                f"--yaml-cfg with optimizer: {ADAMS}: not supported; give Megatron's flags on the "
-                f"command line instead"
-            )
+            raise yaml_refusal()
         return original(args, *rest, **kwargs)
 
     return validate_yaml
 
 
 # The namespace whose validation is under way: `_print_args` is called from inside it.
-_being_validated: list[argparse.Namespace] = []
+_being_validated: ContextVar[argparse.Namespace | None] = ContextVar(
+    "megatron_adams_being_validated", default=None
+)
 
 
 @contextmanager
 def _printed_as_adams(args: argparse.Namespace) -> Iterator[None]:
-    _being_validated.append(args)
+    token = _being_validated.set(args)
     try:
         yield
     finally:
-        _being_validated.remove(args)
+        _being_validated.reset(token)
 
 
 def wrap_print_args(original: Callable[..., Any]) -> Callable[..., Any]:
     """Print the optimizer's own name in Megatron's argument dump."""
 
     def print_args(title: str, args: argparse.Namespace) -> Any:
-        if any(args is namespace for namespace in _being_validated):
+        if args is _being_validated.get():
             args = argparse.Namespace(**{**vars(args), "optimizer": ADAMS})
         return original(title, args)
 
     return print_args
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    """Refuse, before any work, what Megatron's configuration of the optimizer does not show."""
-    # Megatron adds it for Megatron-FSDP, with a warning.
-    is_distributed = args.use_distributed_optimizer or args.use_megatron_fsdp
-    check_config(argparse.Namespace(**{**vars(args), "use_distributed_optimizer": is_distributed}))
-    cuda_graph.check_arguments(args)
-    if guards_of(args):
-        _check_weight_shards(args)
-    if args.adams_from_adam:
-        _check_from_adam(args)
-    if args.adams_no_param_remainders and not (
-        args.use_precision_aware_optimizer
-        and args.bf16
-        and dtype_name(args.main_params_dtype) == "fp32"
-    ):
-        raise ValueError(
-            "--adams-no-param-remainders: only the precision-aware optimizer keeps remainders, of "
-            "bf16 params and fp32 main params; add --use-precision-aware-optimizer and --bf16, or "
-            "remove the flag"
-        )
-    if args.use_torch_fsdp2:
-        raise ValueError(
-            f"--use-torch-fsdp2 with --optimizer {ADAMS}: not supported; use --use-megatron-fsdp "
-            f"or --use-distributed-optimizer"
-        )
-    if args.use_megatron_fsdp:
-        check_fsdp_arguments(args)
-    elif args.ckpt_format not in ("torch", "torch_dist"):
-        raise ValueError(
-            f"--ckpt-format {args.ckpt_format} with --optimizer {ADAMS}: must be torch_dist or "
-            f"torch; remove the flag to get torch_dist"
-        )
+def _warn_of_beta2(args: argparse.Namespace) -> None:
     if args.adam_beta2 >= 0.99:
+        bound = update_bound(beta1=args.adam_beta1, beta2=args.adam_beta2)
+        usual = update_bound(beta1=args.adam_beta1, beta2=DEFAULT_BETA2)
         warnings.warn(
-            f"--adam-beta2 {args.adam_beta2} with --optimizer {ADAMS}: the update's bound grows "
-            f"as sqrt(1 / (1 - beta2)); 0.95 is the paper's value",
+            f"--adam-beta2 {args.adam_beta2} with --optimizer {ADAMS}: an element's update can be "
+            f"{bound:.3g} times the learning rate, {usual:.3g} times at {DEFAULT_BETA2}, which is "
+            f"the paper's value",
             stacklevel=2,
-        )
-
-
-def _check_weight_shards(args: argparse.Namespace) -> None:
-    """Refuse a cap or a target where weights are cut into more shards than tensor parallel ones.
-
-    Raises:
-        ValueError: naming the flags.
-    """
-    words = " ".join(f"{flag} {value}" for flag, value in guards_of(args).items())
-    tp_size = args.tensor_model_parallel_size
-    for flag, num_shards, size in (
-        ("--tensor-parallel-num-weight-shards", args.tensor_parallel_num_weight_shards, tp_size),
-        (
-            "--expert-tensor-parallel-num-weight-shards",
-            args.expert_tensor_parallel_num_weight_shards,
-            args.expert_tensor_parallel_size or tp_size,
-        ),
-    ):
-        if num_shards is not None and num_shards > size:
-            raise ValueError(
-                f"{words} with {flag} {num_shards} and tensor parallel size {size}: not supported, "
-                f"the RMS would be that of a shard; remove one of the two"
-            )
-
-
-def _check_from_adam(args: argparse.Namespace) -> None:
-    """Refuse flags beside --adams-from-adam with which no momentum would be loaded."""
-    for flag, is_given in (
-        ("--finetune", args.finetune),
-        ("--no-load-optim", args.no_load_optim),
-        ("--pretrained-checkpoint", args.pretrained_checkpoint is not None),
-    ):
-        if is_given:
-            raise ValueError(
-                f"--adams-from-adam with {flag}: that loads the weights alone, and no momentum to "
-                f"go on from; remove one of the two"
-            )
-    if args.load is None:
-        raise ValueError(
-            "--adams-from-adam without --load: must have a checkpoint of Adam's to go on from; add "
-            "--load, or remove the flag"
         )
 
 
