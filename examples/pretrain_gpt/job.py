@@ -28,7 +28,7 @@ RECIPE = FOLDER / "recipe.toml"
 SCRIPT = FOLDER / "pretrain_gpt.py"
 
 CPU_RANKS = 2
-# What torchrun needs to end its workers: it gives them 30 s after SIGTERM.
+# How long torchrun may take to end its workers: it gives them 30 s after SIGTERM.
 TERMINATION_TIMEOUT_S = 40
 
 Flags = dict[str, object]
@@ -61,7 +61,7 @@ class Recipe:
             raise ValueError(f"recipe {path}: {exc}; compare it with {RECIPE}") from exc
 
     def flags(self, optimizer: str, num_gpus: int) -> Flags:
-        """Merge what a run of this optimizer on this machine is started with."""
+        """Return the flags of a run of this optimizer on this machine."""
         flags = self.megatron | self.optimizers[optimizer]
         flags |= self.gpu if num_gpus else self.cpu
         if not num_gpus or find_spec("transformer_engine") is None:
@@ -94,7 +94,7 @@ _ITERATION = re.compile(
     r" learning rate: (\S+) \|.* lm loss: (\S+) \|"
 )
 _VALIDATION = re.compile(r" validation loss at iteration (\d+)\b.* lm loss value: (\S+) \|")
-# Where torchrun begins to report that a rank died: what the rank itself said is above.
+# torchrun's report on a dead rank begins with this path. The rank's own words are above it.
 _TORCHRUN_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
 
 
@@ -166,7 +166,7 @@ def num_ranks(flags: Flags, num_gpus: int) -> int:
 def torchrun_command(flags: Flags, *, num_gpus: int) -> list[str]:
     """Return the command that trains with these flags on this machine.
 
-    Where the flags give no micro-batch-size, a rank takes its part of the batch at once.
+    If the flags give no micro-batch-size, a rank takes its whole part of the batch at once.
     """
     ranks = num_ranks(flags, num_gpus)
     flags = {"micro-batch-size": int(str(flags["global-batch-size"])) // ranks} | flags
@@ -181,19 +181,19 @@ def torchrun_command(flags: Flags, *, num_gpus: int) -> list[str]:
 
 @contextmanager
 def _running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """Run a command in a session of its own; on the way out nothing of it is left."""
+    """Run a command in a session of its own, and end it on the way out."""
     cores = len(os.sched_getaffinity(0))
     environment = {
         # Without it every rank of a CPU run would take all cores.
         "OMP_NUM_THREADS": str(max(1, cores // CPU_RANKS)),
         # Required by Megatron for communication overlap on GPUs before Blackwell.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        # Megatron has Inductor compile some fusions at start, which takes a C compiler and longer
-        # than this model gains by them; --disable-jit-fuser comes too late to prevent it (0.19).
+        # At start, Megatron makes Inductor compile some fusions. That takes a C compiler, and more
+        # time than this model gains. --disable-jit-fuser comes too late to prevent it (0.19).
         "TORCHDYNAMO_DISABLE": "1",
         "PYTHONUNBUFFERED": "1",
         **os.environ,
-        # The package of this repository, wherever the command is given.
+        # Use this repository's package, whatever the current folder is.
         "PYTHONPATH": os.pathsep.join(
             filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
         ),
@@ -224,7 +224,7 @@ def exit_code_of(program: Callable[[], object]) -> int:
     SIGTERM and SIGHUP end it as Ctrl-C does, through every `finally`.
 
     Returns:
-        0, 2 for what the user has to change (ValueError), 1 for a failed run, 130 if stopped.
+        0; 2 if the user has to change something (ValueError); 1 if a run failed; 130 if stopped.
     """
 
     def stop(signum: int, frame: object) -> None:
