@@ -24,7 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "recorded_pretrain.py"
 
-# The value of --log-interval. A logged step also counts its update RMS, in another pass.
+# The value of --log-interval. A logged step also counts its update RMS, so its times are kept
+# apart.
 _LOG_INTERVAL = 4
 
 # What Megatron needs without TransformerEngine and Apex.
