@@ -128,7 +128,7 @@ STAGES = (
         needs=("{out}/best.json",),
     ),
     Stage(
-        *("megatron", 140, "Megatron on one GPU over NCCL in bf16: adams beside adam"),
+        *("megatron", 140, "Megatron on one GPU over NCCL in bf16: adams and adam"),
         "tests/gpu/megatron_runs.py --out {out}/megatron.json --seconds {seconds}",
         "tests/gpu/megatron_runs.py --out {out}/megatron.json --seconds {seconds} --rehearse",
         verdicts.megatron,
@@ -140,11 +140,11 @@ STAGES = (
     ),
     _own("ncu", 40, "why the kernel is as fast as it is: the profiler's counters", verdicts.ncu),
     _own(
-        *("sanitizer", 60, "no access beyond a tensor, or to what nobody wrote"),
+        *("sanitizer", 60, "no access beyond a tensor, or to memory that nothing wrote"),
         verdicts.checks,
     ),
     Stage(
-        *("quality", 600, "held-out loss after equal training, adams beside adamw"),
+        *("quality", 600, "held-out loss after equal training, adams and adamw"),
         "examples/quality/gpu_study.py --data {quality_data} --out {out} --seconds {seconds}",
         "examples/quality/gpu_study.py --data {quality_data} --out {out} --seconds 25 "
         "--device cpu --rehearse",
