@@ -10,9 +10,13 @@ RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 WITH_TE := $(if $(VENV),$(VENV)/transformer-engine/.complete,)
 CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/*.h
 
-.PHONY: help setup train test lint sweep bench docs clean
+# Two tests at a time on two cores. More than four hold up each other: each test may start processes.
+# A file's tests stay together, as they share runs.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help setup train test test-all lint sweep bench docs clean
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 setup: $(SETUP) $(WITH_TE)  ## create the environment alone
 
@@ -41,8 +45,11 @@ sweep: $(SETUP)  ## the learning-rate sweep behind the recipe's defaults
 bench: $(SETUP)  ## time AdamS's step against other optimizers and the memory stream
 	$(RUN) benchmarks/step.py $(ARGS)
 
-test: lint $(WITH_TE)  ## lint, type-check and run all tests
-	$(RUN) -m pytest $(ARGS)
+test: lint $(WITH_TE)  ## lint, type-check and run the tests
+	$(RUN) -m pytest $(PARALLEL) $(ARGS)
+
+test-all: lint $(WITH_TE)  ## the same with the cases that others cover in part
+	$(RUN) -m pytest $(PARALLEL) --full $(ARGS)
 
 lint: $(SETUP)
 	$(RUN) -m ruff check .

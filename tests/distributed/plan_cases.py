@@ -1,4 +1,4 @@
-"""What the ranks of test_plan.py run: Megatron's own setup, whose tensors are counted, and plans."""
+"""What the ranks of test_plan.py run: Megatron's own setup, whose tensors are counted; plans."""
 
 import importlib
 import os

@@ -23,6 +23,7 @@ from tests.kernels import batteries
 from tests.kernels.checks import (
     MISALIGNED,
     SCALARS,
+    THIRD,
     differences,
     expected,
     make_batch,
@@ -31,7 +32,6 @@ from tests.kernels.checks import (
 )
 from tests.kernels.emulator import EmulatedDriver
 from tests.kernels.test_backends import REPRESENTATIVES
-from tests.kernels.test_sass import THIRD
 
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 BACKENDS = {

@@ -33,9 +33,9 @@ NUMEL = 40_000  # more than two chunks, and no multiple of one
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
+def _own_cache(kernel_cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path_factory.mktemp("kernels")))
+        patch.setenv(ENVIRONMENT_VARIABLE, str(kernel_cache))
         yield
 
 
