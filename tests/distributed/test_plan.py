@@ -8,8 +8,8 @@ import pytest
 from megatron_adams.cpu_rehearsal import rehearsal_flags
 from megatron_adams.planning.models import model_flags
 from tests.distributed.cases import TINY_GPT
-from tests.distributed.cluster import Cluster
 from tests.distributed.test_parity import MOE
+from tests.harness.cluster import Cluster
 
 LIVE = "tests.distributed.plan_cases:live"
 LIVE_TE = "tests.distributed.plan_cases:live_with_transformer_engine"
