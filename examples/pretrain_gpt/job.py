@@ -3,9 +3,7 @@
 train.py and sweep.py are made of these. Nothing here imports Megatron: it runs in the processes
 that are started."""
 
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,25 +15,32 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from prepare_data import Dataset
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 FOLDER = Path(__file__).resolve().parent
-REPOSITORY = FOLDER.parents[1]
+sys.path.append(str(FOLDER.parent))
+
+from shared.command import (  # noqa: E402  (the folder above is on the path now)
+    REPOSITORY,
+    WITHOUT_TRANSFORMER_ENGINE,
+    Flags,
+    RunError,
+    command_line_flags,
+    exit_code_of,
+    num_visible_gpus,
+    training_environment,
+)
+
+__all__ = ["REPOSITORY", "exit_code_of", "num_visible_gpus"]  # train.py and sweep.py take them here
+
 RECIPE = FOLDER / "recipe.toml"
 SCRIPT = FOLDER / "pretrain_gpt.py"
 
 CPU_RANKS = 2
 # What torchrun needs to end its workers: it gives them 30 s after SIGTERM.
 TERMINATION_TIMEOUT_S = 40
-
-Flags = dict[str, object]
-
-
-class RunError(Exception):
-    """A training process failed; the message says where its log is and how it ends."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Recipe:
     optimizers: dict[str, Flags]
     cpu: Flags
     gpu: Flags
-    without_transformer_engine: Flags
+    without_transformer_engine: Flags = field(default_factory=WITHOUT_TRANSFORMER_ENGINE.copy)
 
     @classmethod
     def load(cls, path: Path = RECIPE) -> "Recipe":
@@ -134,18 +139,6 @@ def length_flags(steps: int) -> Flags:
     }
 
 
-def command_line_flags(flags: Flags) -> list[str]:
-    """Turn {"num-layers": 4, "bf16": True} into ["--num-layers", "4", "--bf16"]; False leaves a
-    flag out."""
-    words: list[str] = []
-    for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not False:
-            words += [f"--{name}", str(value)]
-    return words
-
-
 def num_ranks(flags: Flags, num_gpus: int) -> int:
     """Return how many ranks to use: 2 CPU processes, or as many GPUs as the batch divides into.
 
@@ -182,21 +175,11 @@ def torchrun_command(flags: Flags, *, num_gpus: int) -> list[str]:
 @contextmanager
 def _running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     """Run a command in a session of its own; on the way out nothing of it is left."""
-    cores = len(os.sched_getaffinity(0))
     environment = {
-        # Without it every rank of a CPU run would take all cores.
-        "OMP_NUM_THREADS": str(max(1, cores // CPU_RANKS)),
-        # Required by Megatron for communication overlap on GPUs before Blackwell.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         # Megatron has Inductor compile some fusions at start, which takes a C compiler and longer
         # than this model gains by them; --disable-jit-fuser comes too late to prevent it (0.19).
         "TORCHDYNAMO_DISABLE": "1",
-        "PYTHONUNBUFFERED": "1",
-        **os.environ,
-        # The package of this repository, wherever the command is given.
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])
-        ),
+        **training_environment(CPU_RANKS),
     }
     process = subprocess.Popen(
         command,
@@ -216,35 +199,6 @@ def _running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
                 process.wait(TERMINATION_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def exit_code_of(program: Callable[[], object]) -> int:
-    """Run a command-line program to its end, and say on stderr what stopped it.
-
-    SIGTERM and SIGHUP end it as Ctrl-C does, through every `finally`.
-
-    Returns:
-        0, 2 for what the user has to change (ValueError), 1 for a failed run, 130 if stopped.
-    """
-
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGHUP, stop)
-    name = Path(sys.argv[0]).name
-    try:
-        program()
-    except ValueError as exc:
-        print(f"{name}: {exc}", file=sys.stderr)
-        return 2
-    except RunError as exc:
-        print(f"{name}: {exc}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
-        return 130
-    return 0
 
 
 def run(command: list[str], log: Path, report: Callable[[str], None]) -> Curves:
@@ -305,8 +259,3 @@ def saved_optimizer_bytes(checkpoint: Path) -> dict[str, int]:
             size = entry.size.numel() * entry.properties.dtype.itemsize
             num_bytes[kind] = num_bytes.get(kind, 0) + size
     return num_bytes
-
-
-def num_visible_gpus() -> int:
-    """Return the number of GPUs that training would use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
