@@ -49,7 +49,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=5
-OverTimeLimit=2
+OverTimeLimit=10
 ReturnToService=2
 GresTypes=gpu
 """
@@ -143,8 +143,10 @@ class LocalSlurm:
             for node in nodes:
                 self._start("slurmd", "-D", "-N", node)
             wait_until(
-                lambda: self.output("sinfo", "-N", "--noheader", "--format=%T").split()
-                == ["idle"] * (2 * len(nodes)),
+                lambda: (
+                    self.output("sinfo", "-N", "--noheader", "--format=%T").split()
+                    == ["idle"] * (2 * len(nodes))
+                ),
                 "idle nodes",
                 30,
                 self.report,
