@@ -136,7 +136,7 @@ def uninterrupted_run(jobs: Jobs) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+def jobs(slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """All jobs, ended."""
     jobs = Jobs(slurm, tmp_path_factory.mktemp("jobs"))
     folder = jobs.folder / "preempted"
@@ -182,7 +182,7 @@ def jobs(slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             ("preempted", "COMPLETED"),
         ]:
             jobs.wait_for(name, state)
-    yield jobs
+    return jobs
 
 
 def events(output: str) -> list[str]:
