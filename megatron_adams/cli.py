@@ -2,6 +2,7 @@
 
     megatron-adams precompile --arch sm_90 --cache-dir /opt/megatron-adams
     megatron-adams convert /checkpoints/adamw /checkpoints/adams
+    megatron-adams doctor --expect-gpus 8
 
 It must not import Megatron at its top, and needs no GPU.
 """
@@ -10,9 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_adams.commands import convert, precompile
+from megatron_adams.commands import convert, doctor, precompile
 
-_COMMANDS = (precompile, convert)
+_COMMANDS = (precompile, convert, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """A folder of compiled kernels, shared by the processes of a user, or by the users of an image.
 
-Called by compile.py and cli.py; imports the standard library alone.
+Called by compile.py, the commands and the doctor; imports the standard library alone.
 
 What is read here is executed: a folder or an entry counts only where this user or root owns it
 and nobody else can write it. The check and all that follows go through one open descriptor of the
@@ -32,6 +32,8 @@ ENVIRONMENT_VARIABLE = "MEGATRON_ADAMS_CACHE_DIR"
 _LOCK_TIMEOUT_S = 60.0
 _LOCK_POLL_S = 0.01
 _DIGEST_BYTES = 32
+# What `why_not_writable` tries to write: about a kernel.
+_TRIAL_BYTES = 2**16
 
 
 def default_folder() -> Path | None:
@@ -117,6 +119,58 @@ class KernelCache:
             self._warn(exc)
         return None
 
+    def has(self, pattern: str) -> bool:
+        """Whether a sound entry matches the shell pattern; makes no folder, and warns of none."""
+        with suppress(OSError), self._open_folder(makes=False) as folder:
+            return any(
+                _read(folder, name) is not None
+                for name in os.listdir(folder)
+                if fnmatchcase(name, pattern)
+            )
+        return False
+
+    def why_not_trusted(self) -> str | None:
+        """Why nothing is read from the folder, None where it is, or where there is none yet."""
+        try:
+            with self._open_folder(makes=False):
+                return None
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            return exc.strerror
+
+    def why_not_writable(self) -> str | None:
+        """Why nothing can be kept in the folder, None where it can; leaves nothing there.
+
+        A file is written, and taken away: a full disk, a quota, and a server that maps root to
+        nobody do not show in the folder's mode.
+        """
+        if self.folder is None:
+            return "this user has no home folder"
+        try:
+            with self._open_folder(makes=False) as folder:
+                self._try_to_write(folder)
+        except FileNotFoundError:
+            parent = next(path for path in self.folder.parents if path.exists())
+            if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+                return f"it is not there, and {parent} cannot be written"
+        except OSError as exc:
+            return exc.strerror
+        return None
+
+    @staticmethod
+    def _try_to_write(folder: int) -> None:
+        name = f"doctor.{secrets.token_hex(8)}.tmp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            with open(os.open(name, flags, 0o600, dir_fd=folder), "wb") as file:
+                file.write(bytes(_TRIAL_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+
     def _warn(self, exc: OSError) -> None:
         name = "" if self.folder is None else f" {self.folder}"
         _warn_once(
@@ -126,8 +180,8 @@ class KernelCache:
         )
 
     @contextmanager
-    def _open_folder(self) -> Iterator[int]:
-        """Yield a descriptor of the folder, made where missing.
+    def _open_folder(self, *, makes: bool = True) -> Iterator[int]:
+        """Yield a descriptor of the folder, made where missing and `makes` is set.
 
         Raises:
             OSError: it cannot be made or opened, or others can write it.
@@ -135,7 +189,7 @@ class KernelCache:
         if self.folder is None:
             raise FileNotFoundError(errno.ENOENT, "this user has no home folder")
         missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        for path in reversed(missing):
+        for path in reversed(missing) if makes else ():
             with suppress(FileExistsError):
                 path.mkdir(self._folder_mode)
                 path.chmod(self._folder_mode)  # what the umask took away

@@ -1,7 +1,7 @@
 """The kernel sources, compiled for one mode: a shared library for the CPU, a cubin for a GPU.
 
-Called by host.py, cuda.py and cli.py; goes through the cache in cache.py. It imports no torch, and
-NVRTC's bindings only where they are used.
+Called by host.py, cuda.py, the commands and the doctor; goes through the cache in cache.py. It
+imports no torch, and NVRTC's bindings only where they are used.
 """
 
 import ctypes
@@ -95,7 +95,7 @@ def host_library(mode: Mode, kernels: KernelCache | None = None) -> ctypes.CDLL:
     kernels = kernels or KernelCache()
     arch, compiler = host_arch(), host_compiler()
     if compiler is None:
-        image = kernels.find(_host_name(mode, arch, source_text("host.cpp"), "*"))
+        image = kernels.find(host_cache_pattern(mode, arch))
         if image is None:
             raise CompileError(
                 "no C++ compiler: CXX is not set, and neither g++ nor clang++ is on PATH; install "
@@ -148,6 +148,11 @@ def cuda_recipe(mode: Mode, arch: str, tuning: Tuning | None = None) -> Recipe:
         f"{mode.name}.{arch}.{digest}.cubin",
         lambda: _timed(mode, arch, lambda: compile_cuda(text, defines, arch)),
     )
+
+
+def host_cache_pattern(mode: Mode, arch: str) -> str:
+    """Return the shell pattern of a host kernel's name in the cache, by whatever compiler."""
+    return _host_name(mode, arch, source_text("host.cpp"), "*")
 
 
 def _host_name(mode: Mode, arch: str, text: str, compiler: str) -> str:

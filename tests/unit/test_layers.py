@@ -20,8 +20,10 @@ TOP = {
     "guards": {"update"},
     "kernels": {"precision", "update"},
     "optimizer": {"guards", "kernels", "precision", "update"},
-    "megatron": {"__init__", "checkpoint", "kernels", "optimizer", "update"},
-    "commands": {"checkpoint", "kernels"},
+    "megatron": {"__init__", "checkpoint", "kernels", "nvml", "optimizer", "update"},
+    "nvml": set(),
+    "doctor": {"__init__", "cpu_rehearsal", "kernels", "nvml"},
+    "commands": {"checkpoint", "doctor", "kernels"},
     "cli": {"commands"},
     "cpu_rehearsal": set(),
     "launch": {"__init__", "cpu_rehearsal", "optimizer", "update"},
@@ -29,6 +31,8 @@ TOP = {
 LAZY = {
     "__init__": {"megatron"},
     "cpu_rehearsal": {"megatron"},
+    # In a process of its own: doctor/probe.py.
+    "doctor": {"megatron"},
     "launch": {"megatron"},
 }
 # What only megatron_adams/megatron/ may import: the package has to work without them.
