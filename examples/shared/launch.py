@@ -1,7 +1,7 @@
 """Start a recipe: the command line of pretrain_gpt2/train.py and of pretrain_llama2/train.py.
 
-It merges the recipe's flags, checks what can be checked before any rank runs, prints the memory plan,
-and becomes torchrun."""
+It merges the recipe's flags, checks what can be checked before any rank runs, prints the memory
+plan, and becomes torchrun."""
 
 import argparse
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from shared import rehearsal
 from shared.command import (
     REPOSITORY,
+    WITHOUT_TRANSFORMER_ENGINE,
     Flags,
     command_line_flags,
     exit_code_of,
@@ -68,8 +69,8 @@ class Nodes:
         """Read PET_NNODES, PET_NODE_RANK and PET_NPROC_PER_NODE.
 
         Raises:
-            ValueError: a value is no number. Megatron's layouts have a fixed size, so that torchrun's
-                ranges of nodes (1:4) mean nothing here.
+            ValueError: a value is no number. A layout of Megatron's has a fixed size, so that a
+                range of nodes (1:4), which torchrun takes, means nothing here.
         """
         return cls(
             num_nodes=_number_from_environment("PET_NNODES"),
@@ -121,6 +122,7 @@ class Job:
         # Every rank's output goes to a file of its own and to the terminal.
         words += ["--log-dir", str(self.out / "logs"), "--tee", "3"]
         words += ["-m", "megatron_adams.launch"]
+        # Asked for by name, so that a GPU of this machine is no reason to refuse.
         words += ["--force-cpu-rehearsal"] if self.is_rehearsal else []
         return [*words, str(SCRIPT), *command_line_flags(self.flags)]
 
@@ -168,8 +170,8 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "[-- Megatron's flags]",
         description=f"Train a model of {recipe.path.parent.name}/{recipe.path.name} with AdamS, or "
         "with AdamW. Goes on from the last checkpoint in --out, if there is one.",
-        epilog="Flags of Megatron after -- win over the recipe's. On several nodes, start it on each, "
-        "with torchrun's environment variables: PET_NNODES, PET_NODE_RANK, PET_RDZV_BACKEND, "
+        epilog="Flags of Megatron after -- win over the recipe's. On several nodes, start it on "
+        "each, with torchrun's environment variables: PET_NNODES, PET_NODE_RANK, PET_RDZV_BACKEND, "
         "PET_RDZV_ENDPOINT, PET_RDZV_ID, or PET_MASTER_ADDR and PET_MASTER_PORT. "
         "PET_NPROC_PER_NODE is the number of ranks on a node; default: one for each GPU.",
     )
@@ -193,13 +195,13 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cpu-rehearsal",
         action="store_true",
-        help="run the same parallel layout on CPU processes, with a model and batches so small that "
-        "it takes a minute; without --data on made-up sequences",
+        help="run the same parallel layout on CPU processes, with a model and batches so small "
+        "that it takes a minute; without --data on made-up sequences",
     )
     parser.add_argument(
         "--wandb-project",
         default=os.environ.get("WANDB_PROJECT"),
-        help="log to this W&B project, too; default: $WANDB_PROJECT. WANDB_MODE=offline is respected",
+        help="log to this W&B project, too; default: $WANDB_PROJECT. WANDB_MODE=offline works",
     )
     parser.add_argument(
         "--without",
@@ -253,7 +255,7 @@ def make_job(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> Job:
         job_flags |= _MOCK_DATA
     elif not _DATA_FLAGS & extra.keys():
         raise ValueError(
-            "--data is missing: give a folder that prepare_data.py has made, or flags of Megatron's "
+            "--data is missing: give a folder that prepare_data.py has made, or Megatron's flags "
             "for your own data, as -- --data-path PREFIX --tokenizer-type ..."
         )
     out = (args.out or _default_out(recipe, args)).resolve()
@@ -264,23 +266,15 @@ def make_job(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> Job:
     ranks_per_node = nodes.ranks_per_node or num_gpus
     if args.cpu_rehearsal:
         ranks_per_node = nodes.ranks_per_node or rehearsal.num_ranks(job_flags)
-        num_ranks = ranks_per_node * (nodes.num_nodes or 1)
-        te_only = recipe.transformer_engine | recipe.precision["fp8"]
-        dropped = [
-            name
-            for name in te_only
-            if name in job_flags and name not in recipe.precision["bf16"] and name not in extra
-        ]
-        base = recipe.flags(args.model, args.optimizer, "bf16", transformer_engine=False)
-        added = {name: base[name] for name in base.keys() - job_flags.keys()}
-        small = rehearsal.shrink(job_flags, num_ranks)
-        kept = {name: value for name, value in job_flags.items() if name not in dropped}
-        flags = kept | added | small | extra
-        without = {flag.removeprefix("--") for flag in args.without}
-        flags = {name: value for name, value in flags.items() if name not in without}
-        notes = rehearsal.describe(
-            job_flags, {n: v for n, v in small.items() if n not in extra}, dropped
-        )
+        # What only TransformerEngine's layers have. What the user asks for stays: the launcher says
+        # in a sentence where it cannot be rehearsed.
+        absent = recipe.transformer_engine.keys() | recipe.precision["fp8"].keys()
+        absent -= recipe.precision["bf16"].keys() | extra.keys()
+        small = rehearsal.shrink(job_flags, ranks_per_node * (nodes.num_nodes or 1))
+        small = {name: value for name, value in small.items() if name not in extra}
+        flags = {name: value for name, value in job_flags.items() if name not in absent}
+        flags |= WITHOUT_TRANSFORMER_ENGINE | small
+        notes = rehearsal.describe(job_flags, small, [flag for flag in job_flags if flag in absent])
     elif not has_te and not on_cluster:
         notes.append(
             "TransformerEngine is not installed: Megatron's own layers run, which are slower and "
@@ -352,7 +346,7 @@ def claim_folder(job: Job, recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def memory_plan(flags: Flags, num_ranks: int) -> str:
-    """Return the memory plan of a job, or why there is none: the plan is a help, not a condition."""
+    """Return the memory plan of a job, or why there is none: it is a help, not a condition."""
     try:
         from megatron_adams.planning import summary
 
@@ -376,15 +370,10 @@ def start(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> None:
         for note in job.notes:
             print(note)
         if not args.no_plan:
-            print(memory_plan(job.job_flags, _planned_ranks(job)))
+            print(memory_plan(job.job_flags, job.num_ranks))
         print(f"Starting {job.num_ranks} ranks; everything goes to {job.out}", flush=True)
     command = job.command()
     os.execve(command[0], command, job.environment())
-
-
-def _planned_ranks(job: Job) -> int:
-    """Return the job's ranks; of a rehearsal, the fewest that its full batch divides by."""
-    return job.num_ranks
 
 
 def main(recipe_path: Path, argv: Sequence[str] | None = None) -> int:

@@ -138,16 +138,16 @@ def check_layout(flags: Flags, num_ranks: int) -> None:
             )
         )
         raise ValueError(
-            f"{num_ranks} ranks: must be a multiple of {size} ({sizes}), which hold the model once; "
-            "take more GPUs, or another layout after --"
+            f"{num_ranks} ranks: must be a multiple of {size} ({sizes}), which hold the model "
+            "once; take more GPUs, or another layout after --"
         )
     data_parallel = num_ranks // size
     batch = number(flags, "global-batch-size")
     micro_batch = number(flags, "micro-batch-size")
     if batch % data_parallel:
         raise ValueError(
-            f"{num_ranks} ranks: the {data_parallel} data-parallel ones cannot share a global batch "
-            f"of {batch} evenly; take another number of ranks, or give -- --global-batch-size"
+            f"{num_ranks} ranks: the {data_parallel} data-parallel ones cannot share a global "
+            f"batch of {batch} evenly; take another number of ranks, or give -- --global-batch-size"
         )
     part = batch // data_parallel
     if part % micro_batch:

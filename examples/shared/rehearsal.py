@@ -46,7 +46,7 @@ def shrink(flags: Flags, ranks: int) -> Flags:
         "global-batch-size": ranks // model_parallel_size(flags) * max(pipeline, 2),
         "train-iters": 8,
         "lr-warmup-iters": 2,
-        "eval-interval": 4,
+        "eval-interval": 3,  # no divisor of train-iters: the last evaluation would run twice
         "eval-iters": 1,
         "log-interval": 1,
         "save-interval": 4,
