@@ -14,6 +14,7 @@
 #   JOB_PYTHON       the Python to run; default: python
 #   JOB_LOGS         folder for logs, on a file system that all nodes share; default: slurm-<job id>
 #   JOB_MAX_CRASHES  a job that has crashed this often stays down; default: 3
+#   JOB_DOCTOR_FLAGS more flags for the doctor, as "--expect-driver 580 --strict"
 #   MASTER_ADDR      the first node's address, where the other nodes cannot resolve its name
 #   PET_NPROC_PER_NODE, PET_MAX_RESTARTS, PET_SHUTDOWN_TIMEOUT   torchrun's; default: the GPUs of a
 #                    node, 0, and 600 s from SIGTERM to SIGKILL
@@ -93,9 +94,14 @@ run_job() { # run_job SCRIPT FLAG...
   mkdir -p "$logs" || exit 2
   say "on $SLURM_JOB_NODELIST; logs: $logs"
 
-  local doctor=("$JOB_PYTHON" -m megatron_adams.cli doctor) status log
-  [[ " $* " != *" --cpu-rehearsal "* ]] || doctor+=(--cpu-rehearsal)
-  on_each_node doctor "${doctor[@]}"
+  local doctor=(doctor) more status log
+  if [[ " $* " == *" --cpu-rehearsal "* ]]; then
+    doctor+=(--cpu-rehearsal)
+  elif [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+    doctor+=(--expect-gpus "$SLURM_GPUS_ON_NODE")
+  fi
+  read -ra more <<<"${JOB_DOCTOR_FLAGS:-}"
+  on_each_node doctor "$JOB_PYTHON" -m megatron_adams.cli "${doctor[@]}" "${more[@]}"
   status=$?
   if ((status)); then
     for log in "$logs"/doctor.*.log; do
