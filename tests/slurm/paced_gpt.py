@@ -13,7 +13,7 @@ from typing import Any
 from megatron.training import get_signal_handler, training
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt" / "pretrain_gpt.py"
-TIMEOUT_S = 200
+TIMEOUT_S = 240
 
 if __name__ == "__main__":
     train_step = training.train_step

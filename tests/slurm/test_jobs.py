@@ -21,7 +21,7 @@ from tests.slurm.local_slurm import LocalSlurm, wait_until
 REPO = Path(__file__).resolve().parents[2]
 JOB = "examples/jobs/slurm/pretrain.sbatch"
 PACED = str(Path(__file__).with_name("paced_gpt.py"))
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 LAUNCH = ["-m", "torch.distributed.run"]
 LAUNCH += ["-m", "megatron_adams.launch", "--cpu-rehearsal", PACED, *TINY_GPT.split()]
 LAUNCH += ["--optimizer", "adams", "--use-distributed-optimizer", "--exit-signal-handler"]
@@ -35,6 +35,8 @@ if [[ $SLURMD_NODENAME == n4 ]]; then
 fi
 exec {sys.executable} "$@"
 """
+
+pytestmark = pytest.mark.timeout(4 * TIMEOUT_S)
 
 
 class Jobs:
