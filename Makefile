@@ -6,12 +6,17 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -V >/dev/n
 VENV ?= .venv
 SETUP := $(if $(VENV),$(VENV)/.complete,)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+BIN := $(if $(VENV),$(VENV)/bin/)
 # TransformerEngine's Python code, which only some tests see: tests/distributed/with_te.
 WITH_TE := $(if $(VENV),$(VENV)/transformer-engine/.complete,)
 
-.PHONY: help setup train test lint sweep bench docs clean
+# Two tests at a time on two cores. More than four hold up each other: each test may start processes.
+# A file's tests stay together, as they share runs.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help setup train test test-all lint sweep bench image docs clean
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 setup: $(SETUP) $(WITH_TE)  ## create the environment alone
 
@@ -40,13 +45,21 @@ sweep: $(SETUP)  ## the learning-rate sweep behind the recipe's defaults
 bench: $(SETUP)  ## time AdamS's step against other optimizers and the memory stream
 	$(RUN) benchmarks/step.py $(ARGS)
 
-test: lint $(WITH_TE)  ## lint, type-check and run all tests
-	$(RUN) -m pytest $(ARGS)
+test: lint $(WITH_TE)  ## lint, type-check and run the tests
+	$(RUN) -m pytest $(PARALLEL) $(ARGS)
+
+test-all: lint $(WITH_TE)  ## the same with the cases that others cover in part
+	$(RUN) -m pytest $(PARALLEL) --full $(ARGS)
 
 lint: $(SETUP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(BIN)hadolint docker/*.Dockerfile
+	$(RUN) -m yamllint --strict .github .pre-commit-config.yaml .yamllint.yaml examples/jobs
+
+image:  ## build the container image for CPUs; ARGS=gpu builds the one for GPUs
+	docker/build.sh $(or $(ARGS),cpu)
 
 docs: $(SETUP)  ## build the documentation's site into build/docs; a broken link is an error
 	$(RUN) -m zensical build --strict --clean

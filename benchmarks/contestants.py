@@ -6,7 +6,6 @@ meet the same pages; each has its own state, but for the stream, which leaves ev
 
 import ctypes
 import importlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -276,10 +275,7 @@ def make_driver(device: torch.device, mode: Mode, tuning: Tuning | None) -> Any:
         from megatron_adams.kernels.cuda import CudaDriver
 
         return CudaDriver(tuning)
-    tests = str(Path(__file__).resolve().parents[1] / "tests/kernels")
-    if tests not in sys.path:
-        sys.path.append(tests)
-    import emulator
+    from tests.kernels import emulator
 
     library = emulator.load_emulator(mode, tuning=tuning)
     return emulator.EmulatedDriver(load=lambda _: library, constants=tuning)

@@ -3,6 +3,7 @@
     megatron-adams precompile --arch sm_90 --cache-dir /opt/megatron-adams
     megatron-adams convert /checkpoints/adamw /checkpoints/adams
     megatron-adams doctor --expect-gpus 8
+    megatron-adams plan --model llama2-13b --tp 2 --pp 2 --dp 64
 
 It must not import Megatron at its top, and needs no GPU.
 """
@@ -11,9 +12,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_adams.commands import convert, doctor, precompile
+from megatron_adams.commands import convert, doctor, plan, precompile
 
-_COMMANDS = (precompile, convert, doctor)
+_COMMANDS = (precompile, convert, doctor, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import with_te
-from tests.distributed.cluster import Cluster
+from tests.harness.cluster import Cluster
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from megatron.core.optimizer.optimizer_cuda_graph import OptimizerCudaGraphWrapp
 from megatron_adams import AdamS, cpu_rehearsal
 from megatron_adams.megatron import cuda_graph
 from megatron_adams.megatron.optimizer import AdamSChainedOptimizer
-from tests import cuda_graph_stand_in
 from tests.distributed import cases, fused_cases, module_cases
+from tests.harness import cuda_graph_stand_in
 
 RANK = int(os.environ.get("RANK", "0"))
 

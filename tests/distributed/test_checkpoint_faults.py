@@ -8,15 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cluster import Cluster, Outcome
-from tests.distributed.test_checkpoint import (
-    ADAMS,
-    DISTRIBUTED,
-    TRAIN,
-    assert_continues,
-    choose,
-)
+from tests.harness.argv import ADAMS, DISTRIBUTED, choose
+from tests.harness.cluster import Cluster, Outcome
+from tests.harness.compare import assert_continues
 
+TRAIN = "tests.distributed.cases:train"
 KILLED = "tests.distributed.checkpoint_cases:train_killed"
 FAILING = "tests.distributed.checkpoint_cases:train_failing"
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
+from tests.harness.argv import ADAMS, DISTRIBUTED, UNCLIPPED, printed_arguments
+from tests.harness.cluster import Cluster, Outcome
+from tests.harness.compare import assert_same
 
 TRAIN = "tests.distributed.cases:train"
 WITHOUT_PLUGIN = "tests.distributed.flag_cases:train_without_plugin"
@@ -16,21 +18,6 @@ OBSERVE = "tests.distributed.flag_cases:observe"
 REFUSALS = "tests.distributed.flag_cases:refusals"
 PARSED = "tests.distributed.flag_cases:parsed"
 MEMORY = "tests.distributed.flag_cases:theoretical_memory"
-
-ADAMS = "--optimizer adams"
-SHARDED = f"{ADAMS} --use-distributed-optimizer"
-# Sums of squares differ in their order where shards differ, and the clip coefficient with them.
-NO_CLIPPING = "--clip-grad 0"
-
-
-def assert_same_run(mine: Outcome, theirs: Outcome) -> None:
-    """Bit-equal losses and model parameters on every rank, and there were some."""
-    assert any(rank["losses"] for rank in theirs.results)
-    for my_rank, their_rank in zip(mine.results, theirs.results, strict=True):
-        assert my_rank["losses"] == their_rank["losses"]
-        assert my_rank["model"].keys() == their_rank["model"].keys()
-        for name, tensor in their_rank["model"].items():
-            assert torch.equal(my_rank["model"][name], tensor), name
 
 
 def num_elements(rank: dict[str, Any]) -> int:
@@ -41,18 +28,12 @@ def groups(rank: dict[str, Any]) -> list[dict[str, Any]]:
     return [group for part in rank["parts"] for group in part["groups"]]
 
 
-def printed_arguments(log: str) -> dict[str, str]:
-    """Megatron's argument dump: name -> text."""
-    dump = log.partition("- arguments -")[2].partition("- end of arguments -")[0]
-    return dict(re.findall(r"^ +(\w+) \.+ (.*)$", dump, re.MULTILINE))
-
-
 # --- communication ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def bf16_dp2(cluster: Cluster) -> Outcome:
-    return cluster.run(TRAIN, 2, argv=f"{SHARDED} --bf16 --train-iters 4 {NO_CLIPPING}")
+    return cluster.run(TRAIN, 2, argv=f"{DISTRIBUTED} --bf16 --train-iters 4 {UNCLIPPED}")
 
 
 @pytest.mark.parametrize(
@@ -60,19 +41,20 @@ def bf16_dp2(cluster: Cluster) -> Outcome:
 )
 def test_overlap_changes_no_bit(cluster: Cluster, bf16_dp2: Outcome, flags: str) -> None:
     buckets = "--ddp-bucket-size 20000"  # several of them: one bucket has nothing to overlap
-    base = f"{SHARDED} --bf16 --train-iters 4 {NO_CLIPPING}"
-    assert_same_run(cluster.run(TRAIN, 2, argv=f"{base} {flags} {buckets}"), bf16_dp2)
+    base = f"{DISTRIBUTED} --bf16 --train-iters 4 {UNCLIPPED}"
+    run = cluster.run(TRAIN, 2, argv=f"{base} {flags} {buckets}")
+    assert_same(run, bf16_dp2, "losses", "model")
 
 
 def test_overlap_of_param_gather_with_optimizer_step_changes_no_bit(cluster: Cluster) -> None:
     base = (
-        f"{SHARDED} --bf16 --train-iters 4 {NO_CLIPPING} --num-layers 4 "
+        f"{DISTRIBUTED} --bf16 --train-iters 4 {UNCLIPPED} --num-layers 4 "
         "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
         "--overlap-grad-reduce --overlap-param-gather --ckpt-format torch"
     )
     plain = cluster.run(TRAIN, 4, argv=base)
     overlapped = cluster.run(TRAIN, 4, argv=f"{base} --overlap-param-gather-with-optimizer-step")
-    assert_same_run(overlapped, plain)
+    assert_same(overlapped, plain, "losses", "model")
     # It splits the chain: the first model chunk has an optimizer of its own.
     assert [len(rank["parts"]) for rank in overlapped.results] == [2] * 4
     assert {part["classes"][1] for rank in overlapped.results for part in rank["parts"]} == {
@@ -81,7 +63,7 @@ def test_overlap_of_param_gather_with_optimizer_step_changes_no_bit(cluster: Clu
 
 
 def test_two_optimizer_instances_equal_one(cluster: Cluster) -> None:
-    base = f"{SHARDED} --train-iters 4"
+    base = f"{DISTRIBUTED} --train-iters 4"
     one = cluster.run(TRAIN, 4, argv=base)
     two = cluster.run(TRAIN, 4, argv=f"{base} --num-distributed-optimizer-instances 2")
     for mine, theirs in zip(two.results, one.results, strict=True):
@@ -101,7 +83,7 @@ def test_two_optimizer_instances_equal_one(cluster: Cluster) -> None:
 
 def test_fp16_step_that_overflows_changes_nothing_and_training_goes_on(cluster: Cluster) -> None:
     scaling = f"--initial-loss-scale {2**26} --loss-scale-window 3 --hysteresis 1"
-    run = cluster.run(OBSERVE, 2, argv=f"{SHARDED} --fp16 {scaling} --train-iters 16")
+    run = cluster.run(OBSERVE, 2, argv=f"{DISTRIBUTED} --fp16 {scaling} --train-iters 16")
     skipped = run.results[0]["skipped"]
     assert all(rank["skipped"] == skipped for rank in run.results)
     assert skipped[0] == 1  # the first scale overflows
@@ -163,7 +145,7 @@ def first_update(step: dict[str, Any], index: int) -> torch.Tensor:
 
 def test_bias_correction_changes_the_first_update(cluster: Cluster) -> None:
     for flag, expected in (("", 0.1 / 0.05**0.5), ("--adams-bias-correction", 1 / 0.05**0.5)):
-        base = f"{SHARDED} {flag} --train-iters 1 --weight-decay 0"
+        base = f"{DISTRIBUTED} {flag} --train-iters 1 --weight-decay 0"
         step = cluster.run(OBSERVE, 1, argv=base).results[0]["steps"][0]
         for index in range(len(step["groups"])):
             update = first_update(step, index)
@@ -194,7 +176,7 @@ def global_norm(grads: list[torch.Tensor]) -> float:
 
 
 def test_clip_grad_scales_to_the_norm_that_is_logged(cluster: Cluster) -> None:
-    base = f"{SHARDED} --train-iters 1"
+    base = f"{DISTRIBUTED} --train-iters 1"
     free = cluster.run(OBSERVE, 1, argv=f"{base} --clip-grad 1e6").results[0]
     clipped = cluster.run(OBSERVE, 2, argv=f"{base} --clip-grad 0.01").results
     norm = free["grad_norms"][0]
@@ -212,7 +194,7 @@ def test_logged_zeros_and_params_norm_are_those_of_one_process(cluster: Cluster)
         "--global-batch-size 2 --untie-embeddings-and-output-weights --clip-grad 1e6"
     )
     single = cluster.run(OBSERVE, 1, argv=f"{ADAMS} {base}").results
-    sharded = cluster.run(OBSERVE, 2, argv=f"{SHARDED} {base}")
+    sharded = cluster.run(OBSERVE, 2, argv=f"{DISTRIBUTED} {base}")
     for ranks in (single, sharded.results):
         for index in range(2):
             steps = [rank["steps"][index] for rank in ranks]
@@ -238,7 +220,7 @@ def test_logged_zeros_and_params_norm_are_those_of_one_process(cluster: Cluster)
 
 
 def test_log_and_argument_dump_say_adams(cluster: Cluster) -> None:
-    run = cluster.run(TRAIN, 1, argv=f"{SHARDED} --train-iters 1")
+    run = cluster.run(TRAIN, 1, argv=f"{DISTRIBUTED} --train-iters 1")
     dump = printed_arguments(run.log)
     assert dump["optimizer"] == "adams"
     assert dump["adam_beta2"] == "0.95"
@@ -253,9 +235,9 @@ def test_log_and_argument_dump_say_adams(cluster: Cluster) -> None:
 def test_adams_hyperparameters_are_adams_but_for_beta2(cluster: Cluster) -> None:
     names = ["adam_beta1", "adam_beta2", "adam_eps", "optimizer", "use_distributed_optimizer"]
     commands = [
-        SHARDED,
-        f"{SHARDED} --adam-beta2 0.999",
-        f"{SHARDED} --adam-beta2 0.98",
+        DISTRIBUTED,
+        f"{DISTRIBUTED} --adam-beta2 0.999",
+        f"{DISTRIBUTED} --adam-beta2 0.98",
         "--optimizer adam --use-distributed-optimizer",
         "--optimizer sgd",
     ]
@@ -277,7 +259,7 @@ def test_adams_hyperparameters_are_adams_but_for_beta2(cluster: Cluster) -> None
 
 def test_given_hyperparameters_reach_the_optimizer(cluster: Cluster) -> None:
     given = "--adam-beta1 0.8 --adam-beta2 0.999 --adam-eps 1e-5"
-    run = cluster.run(TRAIN, 1, argv=f"{SHARDED} {given} --train-iters 1")
+    run = cluster.run(TRAIN, 1, argv=f"{DISTRIBUTED} {given} --train-iters 1")
     assert {(g["betas"], g["eps"]) for g in groups(run.results[0])} == {((0.8, 0.999), 1e-5)}
     assert "--adam-beta2 0.999 with --optimizer adams" in run.log
 
@@ -341,7 +323,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def refused(cluster: Cluster) -> dict[str, str | None]:
     # Ours comes first: --overlap-param-gather by itself is one of Megatron's own assertions.
-    commands = [f"{SHARDED} --overlap-param-gather {flags}" for flags, _ in REFUSED.values()]
+    commands = [f"{DISTRIBUTED} --overlap-param-gather {flags}" for flags, _ in REFUSED.values()]
     answers = cluster.run(REFUSALS, 1, commands=commands).results[0]
     return dict(zip(REFUSED, answers, strict=True))
 
@@ -359,7 +341,7 @@ def test_unsupported_flag_is_refused_in_one_sentence(
 
 def test_refusal_ends_the_run_with_a_non_zero_exit_on_every_rank(cluster: Cluster) -> None:
     flags = "--use-torch-fsdp2 --train-iters 1"
-    run = cluster.run(TRAIN, 2, argv=f"{SHARDED} {flags}", check=False, timeout_s=60)
+    run = cluster.run(TRAIN, 2, argv=f"{DISTRIBUTED} {flags}", check=False, timeout_s=60)
     assert run.codes == [1, 1]
     for log in run.logs:
         assert log.splitlines()[-1].startswith(
@@ -443,18 +425,7 @@ def test_other_optimizers_run_as_without_the_plugin(
     argv = f"{flags} --train-iters 3"
     registered = cluster.run(TRAIN, 2, argv=argv)
     plain = plain_cluster.run(WITHOUT_PLUGIN, 2, argv=argv)
-    assert_same_run(registered, plain)
-    for mine, theirs in zip(registered.results, plain.results, strict=True):
-        assert mine["grad_norms"] == theirs["grad_norms"]
-        assert [part["classes"] for part in mine["parts"]] == [
-            part["classes"] for part in theirs["parts"]
-        ]
-        assert groups(mine) == groups(theirs)
-        for my_part, their_part in zip(mine["parts"], theirs["parts"], strict=True):
-            for my_shard, their_shard in zip(my_part["shards"], their_part["shards"], strict=True):
-                assert my_shard["state"].keys() == their_shard["state"].keys()
-                for key, tensor in their_shard["state"].items():
-                    assert torch.equal(my_shard["state"][key], tensor)
+    assert_same(registered, plain, "losses", "model", "grad_norms", "classes", "groups", "state")
     mine, theirs = printed_arguments(registered.log), printed_arguments(plain.log)
     own = {name: mine.pop(name) for name in mine.keys() - theirs.keys()}
     assert own == {

@@ -13,15 +13,9 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_adams.cli import main as megatron_adams_command
-from tests.distributed.cluster import REPO, Cluster, Outcome
-from tests.distributed.test_checkpoint import (
-    NUM_STEPS,
-    SAVED_AT,
-    STEPS,
-    choose,
-    folder_of,
-)
-from tests.distributed.test_parity import MOE
+from tests.harness.argv import EP2, NUM_STEPS, SAVED_AT, STEPS, choose, folder_of
+from tests.harness.cluster import REPO, Cluster, Outcome
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
@@ -36,7 +30,7 @@ FORMATS = {
     "dp_reshardable": DISTRIBUTED,
     "bf16_fully_reshardable": f"{DISTRIBUTED} --bf16 --dist-ckpt-optim-fully-reshardable",
     "fp16": f"{DISTRIBUTED} --fp16 --initial-loss-scale 1024",
-    "experts": f"{DISTRIBUTED} {MOE} --disable-bias-linear --expert-model-parallel-size 2",
+    "experts": f"{DISTRIBUTED} {EP2}",
     "legacy": f"{DISTRIBUTED} --ckpt-format torch",
     "plain": "",
     "plain_bf16": "--bf16",
@@ -128,7 +122,9 @@ def test_switch_at_another_layout_and_precision_loses_no_bit(
         assert torch.equal(before[key], after[key]), key
 
 
-@pytest.mark.parametrize("name", ["dp_reshardable", "legacy", "plain_bf16"])
+@pytest.mark.parametrize(
+    "name", thinned(["dp_reshardable", "legacy", "plain_bf16"], full=("legacy",))
+)
 def test_flag_may_stay_for_resumes_from_adams(
     cluster: Cluster, plain_cluster: Cluster, tmp_path: Path, name: str
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_adams.checkpoint import TRACKER, convert, damage
-from tests.distributed.cluster import Cluster, Outcome
+from tests.harness.cluster import Cluster, Outcome
 
 TRAIN = "tests.distributed.fsdp_cases:train"
 TRAIN_WITHOUT = "tests.distributed.cases:train"

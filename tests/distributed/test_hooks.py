@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import hook_cases
-from tests.distributed.cluster import Cluster
+from tests.harness.cluster import Cluster
 
 CASES = "tests.distributed.hook_cases"
 CHECKPOINT = f"{CASES}:checkpoint_without_arguments"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.cases import SCRIPT, TINY_GPT
-from tests.distributed.cluster import REPO
+from tests.harness.cluster import REPO
 
 TIMEOUT_S = 240
 

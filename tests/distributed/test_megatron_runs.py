@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cluster import REPO
 from tests.gpu import megatron_runs
 from tests.gpu.megatron_runs import Record
+from tests.harness.cluster import REPO
 
 TIMEOUT_S = 240
 

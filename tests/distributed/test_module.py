@@ -1,16 +1,12 @@
 """The optimizer under megatron.core's API alone, with a small MegatronModule of our own."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster
-
-TRAIN = "tests.distributed.module_cases:train"
-Rank = dict[str, Any]
+from tests.distributed.module_runs import Rank, assert_loaded, assert_matches, run
+from tests.harness.cluster import Cluster
 
 
 @pytest.fixture(scope="module")
@@ -21,29 +17,6 @@ def single(cluster: Cluster) -> Rank:
 @pytest.fixture(scope="module")
 def single_with_experts(cluster: Cluster) -> Rank:
     return run(cluster, 1, distributed=False, experts=True)[0]
-
-
-def run(cluster: Cluster, num_ranks: int, **kwargs: Any) -> list[Rank]:
-    ranks: list[Rank] = cluster.run(TRAIN, num_ranks, timeout_s=60, **kwargs).results
-    for rank in ranks:
-        # One state element for each element of the main params, on every rank of every layout.
-        assert rank["state"] == rank["main"]
-        assert rank["state_keys"] in (["exp_avg"], [])
-    return ranks
-
-
-def assert_matches(ranks: list[Rank], single: Rank, sharded_over_tp: bool = False) -> None:
-    """Params and grad norms equal the single process's to fp32 rounding."""
-    for rank in ranks:
-        # Summed in another order, by 20 steps of up to 1e-2 (lr) each: 1e-5 is 1/1000 of a step.
-        np.testing.assert_allclose(rank["grad_norms"], single["grad_norms"], rtol=1e-4)
-    names = [name for name in single["params"] if not name.startswith("experts")]
-    for name in names:
-        copies = [rank["params"][name] for rank in ranks]
-        if sharded_over_tp and name != "norm":
-            copies = [torch.cat(copies)]
-        for copy in copies:
-            torch.testing.assert_close(copy, single["params"][name], rtol=1e-4, atol=1e-5)
 
 
 def assert_trained(single: Rank) -> None:
@@ -146,21 +119,6 @@ def test_dp_ranks_that_own_no_parameter_step_save_and_load(
     assert [rank["state"] for rank in ranks] == [8, 32, 4, 0]
     assert_matches(ranks, single)
     assert_loaded(ranks)
-
-
-def assert_loaded(ranks: list[Rank]) -> None:
-    """What is loaded is what was saved ten steps before the end."""
-    for rank in ranks:
-        saved, loaded = rank["saved"], rank["loaded"]
-        assert set(saved["steps"]) == {10}
-        assert loaded["steps"] == saved["steps"]
-        for key in ("params", "exp_avg"):
-            assert len(loaded[key]) == len(saved[key])
-            for mine, theirs in zip(loaded[key], saved[key], strict=True):
-                assert torch.equal(mine, theirs)
-    end = torch.cat([param.flatten() for param in ranks[0]["params"].values()])
-    at_save = torch.cat([param.flatten() for param in ranks[0]["saved"]["params"]])
-    assert not torch.equal(end[: len(at_save)], at_save)
 
 
 def test_config_overrides_reach_their_groups(cluster: Cluster) -> None:

@@ -6,11 +6,23 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
-from tests.distributed.test_checkpoint import NUM_STEPS, SAVED_AT, STEPS, choose, folder_of
-from tests.distributed.test_fused_step import EP2, FP16, FP32_GRADS
-from tests.distributed.test_module import assert_loaded
-from tests.distributed.test_precision import assert_same_run, shards
+from tests.distributed.module_runs import assert_loaded
+from tests.harness.argv import (
+    AWARE,
+    EP2,
+    FP16_GROWING,
+    FP16_SKIPPING,
+    FP32_GRADS,
+    NUM_STEPS,
+    SAVED_AT,
+    STEPS,
+    TP2,
+    choose,
+    folder_of,
+)
+from tests.harness.cluster import Cluster
+from tests.harness.compare import assert_continues, assert_same, assert_same_tensors, shards
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
 OFFLOADED = "tests.distributed.offload_cases:train"
@@ -22,7 +34,8 @@ WITHOUT = "tests.distributed.register_cases:register_without"
 HALFWAY = "tests.distributed.precision_cases:params_after_load_halfway"
 RELOADING = "tests.distributed.precision_cases:train_reloading"
 
-AWARE = "--optimizer adams --use-distributed-optimizer --use-precision-aware-optimizer"
+VALUES = ("main_param", "exp_avg")
+ALIKE = ("losses", "grad_norms", "model", *VALUES)
 ALL = "--optimizer-cpu-offload"
 HALF = f"{ALL} --optimizer-offload-fraction 0.5"
 OVERLAP = "--overlap-cpu-optimizer-d2h-h2d"
@@ -42,8 +55,8 @@ RUNS = {
         f"{HALF} {OVERLAP}",
     ),
     "bf16_scaled_by_megatron": ("--bf16 --log-num-zeros-in-grad", HALF),
-    "fp16_half": (f"{FP16} {FP32_GRADS}", HALF),
-    "bf16_tp2": ("--bf16 --tensor-model-parallel-size 2", HALF),
+    "fp16_half": (f"{FP16_GROWING} {FP32_GRADS}", HALF),
+    "bf16_tp2": (f"--bf16 {TP2}", HALF),
     "bf16_ep2": (f"--bf16 {EP2} --clip-grad 1.18", HALF),
     # Every step has a learning rate and a bias correction of its own.
     "bf16_bias_correction_warmup": (
@@ -54,22 +67,17 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", thinned(RUNS, full=("fp32", "bf16_tp2")))
 def test_offloading_changes_no_bit(cluster: Cluster, name: str) -> None:
     flags, offload = RUNS[name]
     base = f"{AWARE} {CLIPPED} {flags}"
     off = cluster.run(TRAIN, 2, argv=base)
     on = cluster.run(OFFLOADED, 2, argv=f"{base} {offload}")
-    assert_same_run(on, off)
+    # As many bytes, in other memory, and nothing beside them.
+    assert_same(on, off, *ALIKE, "skipped", "num_zeros", "groups", "bytes_per_param")
     for mine, theirs in zip(on.results, off.results, strict=True):
-        assert mine["skipped"] == theirs["skipped"]
-        assert mine["num_zeros"] == theirs["num_zeros"]
-        for my_part, their_part in zip(mine["parts"], theirs["parts"], strict=True):
+        for my_part in mine["parts"]:
             assert my_part["classes"] == ("AdamSDistributedOptimizer", "HybridAdamS")
-            assert my_part["groups"] == their_part["groups"]
-        for my_shard, their_shard in zip(shards(mine), shards(theirs), strict=True):
-            # As many bytes, in other memory, and nothing beside them.
-            assert my_shard["bytes_per_param"] == their_shard["bytes_per_param"]
         for hybrid in mine["offload"]:
             homes = {home for _, home in hybrid["params"]}
             assert homes == ({"cpu", "gpu"} if offload.startswith(HALF) else {"cpu"})
@@ -85,7 +93,7 @@ def test_offloading_changes_no_bit(cluster: Cluster, name: str) -> None:
         norms = [norm for norm in mine["grad_norms"] if norm is not None]
         clip_grad = 1.18 if EP2 in flags else 1.7
         assert min(norms) < clip_grad < max(norms)
-    if FP16 in flags:
+    if FP16_GROWING in flags:
         assert 0 < sum(on.results[0]["skipped"]) < 5
     where = (
         "by Megatron" if "by_megatron" in name else "in the step, model params are written in the"
@@ -168,28 +176,8 @@ SAVED_MODES = {
     "remainders": "--bf16",
     "masters": f"--bf16 {MASTERS}",
     "fp32": "",
-    # It overflows before the save, and grows soon.
-    "fp16": "--fp16 --initial-loss-scale 1048576 --hysteresis 1 --loss-scale-window 2",
+    "fp16": FP16_SKIPPING,
 }
-
-
-def assert_goes_on(resumed: Outcome, whole: Outcome) -> None:
-    """The resumed run took the rest of the whole run's steps, bit for bit, on every rank."""
-    for mine, theirs in zip(resumed.results, whole.results, strict=True):
-        assert len(mine["grad_norms"]) == NUM_STEPS - SAVED_AT
-        assert mine["grad_norms"] == theirs["grad_norms"][SAVED_AT:]
-        assert mine["skipped"] == theirs["skipped"][SAVED_AT:]
-        assert mine["losses"] == theirs["losses"][len(theirs["losses"]) - len(mine["losses"]) :]
-        for name, tensor in theirs["model"].items():
-            assert torch.equal(mine["model"][name], tensor), name
-        for my_part, their_part in zip(mine["parts"], theirs["parts"], strict=True):
-            assert my_part["groups"] == their_part["groups"]
-            assert my_part["groups"][0]["step"] == theirs["skipped"].count(0)
-        assert shards(theirs)
-        for my_shard, their_shard in zip(shards(mine), shards(theirs), strict=True):
-            assert set(my_shard["state"]) <= {"exp_avg", "master_param"}
-            for name in ("main_param", "exp_avg"):
-                assert torch.equal(my_shard[name], their_shard[name])
 
 
 @pytest.mark.parametrize(
@@ -210,7 +198,7 @@ def test_resumed_run_equals_uninterrupted_one(
     whole = cluster.run(TRAIN, 2, argv=f"{base} {HALF} --save {checkpoints}")
     for offload in (HALF, ""):
         load = choose(checkpoints, SAVED_AT)
-        assert_goes_on(cluster.run(TRAIN, 2, argv=f"{base} {offload} {load}"), whole)
+        assert_continues(cluster.run(TRAIN, 2, argv=f"{base} {offload} {load}"), whole, what=VALUES)
     if mode == "fp16":
         assert {0, 1} == set(whole.results[0]["skipped"][:SAVED_AT])
 
@@ -222,7 +210,9 @@ def test_run_offloads_from_a_checkpoint_on(
     base = f"{AWARE} {SAVED_MODES[mode]} {FORMATS[kind]} {STEPS}"
     whole = cluster.run(TRAIN, 2, argv=f"{base} --save {checkpoints}")
     load = choose(checkpoints, SAVED_AT)
-    assert_goes_on(cluster.run(TRAIN, 2, argv=f"{base} {ALL} {OVERLAP} {load}"), whole)
+    assert_continues(
+        cluster.run(TRAIN, 2, argv=f"{base} {ALL} {OVERLAP} {load}"), whole, what=VALUES
+    )
 
 
 @pytest.mark.parametrize("kind", ["dp_reshardable", "fully_reshardable"])
@@ -250,15 +240,14 @@ def test_resharded_run_continues_with_the_bits_of_one_without_offloading(
     cluster: Cluster, checkpoints: Path
 ) -> None:
     base = f"{AWARE} --bf16 {FORMATS['fully_reshardable']} {STEPS}"
-    tp2 = "--tensor-model-parallel-size 2"
-    cluster.run(TRAIN, 2, argv=f"{base} {HALF} {tp2} --save {checkpoints}")
+    cluster.run(TRAIN, 2, argv=f"{base} {HALF} {TP2} --save {checkpoints}")
     load = choose(checkpoints, SAVED_AT)
     off, on = (cluster.run(TRAIN, 2, argv=f"{base} {offload} {load}") for offload in ("", HALF))
-    assert_same_run(on, off)
+    assert_same(on, off, *ALIKE)
     assert len(on.results[0]["grad_norms"]) == NUM_STEPS - SAVED_AT
 
 
-@pytest.mark.parametrize("mode", ["fp32", "remainders", "masters"])
+@pytest.mark.parametrize("mode", thinned(["fp32", "remainders", "masters"], full=("masters",)))
 def test_weights_alone_are_taken_over_on_the_cpu(
     cluster: Cluster, checkpoints: Path, mode: str
 ) -> None:
@@ -267,7 +256,7 @@ def test_weights_alone_are_taken_over_on_the_cpu(
     cluster.run(TRAIN, 2, argv=f"{base} --lr 1e-2 --train-iters 3 --save {checkpoints}")
     flags = f"{base} --train-iters 2 --finetune --load {checkpoints}"
     off, on = (cluster.run(TRAIN, 2, argv=f"{flags} {offload}") for offload in ("", HALF))
-    assert_same_run(on, off)
+    assert_same(on, off, *ALIKE)
     fresh = cluster.run(TRAIN, 2, argv=f"{base} --train-iters 2").results[0]
     assert on.results[0]["losses"][0] != fresh["losses"][0]
 
@@ -278,7 +267,7 @@ def test_reloaded_model_params_become_main_params(cluster: Cluster, mode: str) -
     flags = f"{AWARE} {SAVED_MODES[mode]} --train-iters 3"
     off, on = (cluster.run(RELOADING, 2, argv=f"{flags} {offload}") for offload in ("", HALF))
     assert on.results[0]["reloaded"] and all(on.results[0]["reloaded"])
-    assert_same_run(on, off)
+    assert_same(on, off, *ALIKE)
 
 
 def test_params_that_loading_has_changed_are_changed_on_the_gpu(
@@ -291,8 +280,7 @@ def test_params_that_loading_has_changed_are_changed_on_the_gpu(
     off, on = (cluster.run(HALFWAY, 2, argv=f"{flags} {offload}") for offload in ("", HALF))
     for mine, theirs in zip(on.results, off.results, strict=True):
         assert mine["rounded"] == theirs["rounded"] > 0
-        for name, tensor in theirs["params"].items():
-            assert torch.equal(mine["params"][name], tensor), name
+        assert_same_tensors(mine["params"], theirs["params"])
 
 
 def test_checkpoint_crosses_to_a_world_with_apex(
@@ -302,7 +290,7 @@ def test_checkpoint_crosses_to_a_world_with_apex(
     base = f"{AWARE} --bf16 {STEPS}"
     whole = cluster.run(TRAIN, 2, argv=f"{base} {HALF} --save {checkpoints}")
     load = choose(checkpoints, SAVED_AT)
-    assert_goes_on(apex_cluster.run(TRAIN, 2, argv=f"{base} {HALF} {load}"), whole)
+    assert_continues(apex_cluster.run(TRAIN, 2, argv=f"{base} {HALF} {load}"), whole, what=VALUES)
 
 
 def test_ranks_that_own_no_parameter_step_save_and_load(cluster: Cluster, tmp_path: Path) -> None:
@@ -319,8 +307,7 @@ def test_ranks_that_own_no_parameter_step_save_and_load(cluster: Cluster, tmp_pa
     assert [rank["state"] for rank in on] == [8, 32, 4, 0]
     for mine, theirs in zip(on, off, strict=True):
         assert mine["grad_norms"] == theirs["grad_norms"]
-        for name, tensor in theirs["params"].items():
-            assert torch.equal(mine["params"][name], tensor)
+        assert_same_tensors(mine["params"], theirs["params"])
     assert_loaded(on)
 
 
@@ -329,7 +316,7 @@ def test_run_goes_on_from_adam_and_offloads(cluster: Cluster, checkpoints: Path)
     cluster.run(TRAIN, 2, argv=f"{adam} {STEPS} --save {checkpoints}")
     flags = f"{AWARE} --bf16 --adams-from-adam {STEPS} {choose(checkpoints, SAVED_AT)}"
     off, on = (cluster.run(TRAIN, 2, argv=f"{flags} {offload}") for offload in ("", HALF))
-    assert_same_run(on, off)
+    assert_same(on, off, *ALIKE)
     (line,) = {text for text in on.logs[0].splitlines() if "goes on from Adam's step" in text}
     assert f"Adam's step {SAVED_AT}" in line
 

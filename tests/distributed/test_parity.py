@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster
+from tests.harness.argv import MOE
+from tests.harness.cluster import Cluster
+from tests.harness.compare import assert_close, assert_same
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
@@ -23,7 +26,6 @@ COMMON = (
     # A parameter with gradients of rounding noise alone would be moved by it, not by the data.
     "--adam-eps 1e-6 "
 )
-MOE = "--num-experts 4 --moe-router-topk 2 --swiglu --moe-token-dispatcher-type alltoall "
 
 LAYOUTS = {
     "dp2": (2, ""),
@@ -77,19 +79,6 @@ def experts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Refer
     return _reference(cluster, tmp_path_factory.mktemp("experts"), MOE)
 
 
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal to fp32 rounding of sums in another order, amplified by NUM_STEPS steps."""
-    optimizer_keys = {key for key in expected if key.startswith("optimizer.state.")}
-    assert {key.split(".")[2] for key in optimizer_keys} == {"param", "exp_avg"}
-    assert set(actual) == set(expected)
-    for key, tensor in expected.items():
-        if tensor.is_floating_point():
-            # Updates are up to 1e-3 (lr) each: 1e-5 is a hundredth of one step.
-            np.testing.assert_allclose(
-                actual[key].float(), tensor.float(), rtol=1e-4, atol=1e-5, err_msg=key
-            )
-
-
 def assert_state_is_exp_avg_alone(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for part in rank["parts"]:
@@ -106,7 +95,7 @@ def num_elements(ranks: list[dict[str, Any]]) -> int:
     return sum(shard["param"].numel() for part in parts for shard in part["shards"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", thinned(LAYOUTS, full=("tp2", "pp2")))
 def test_layout_matches_single_process(
     cluster: Cluster, dense: Reference, tmp_path: Path, layout: str
 ) -> None:
@@ -166,10 +155,6 @@ def test_distributed_optimizer_equals_plain_one(cluster: Cluster, dtype: str) ->
     base = f"--optimizer adams {dtype} --train-iters 5 --clip-grad 0"
     plain = cluster.run(TRAIN, 2, argv=base)
     sharded = cluster.run(TRAIN, 2, argv=f"{base} --use-distributed-optimizer")
-    for mine, theirs in zip(sharded.results, plain.results, strict=True):
-        assert mine["losses"] == theirs["losses"]
-        assert mine["model"].keys() == theirs["model"].keys()
-        for name, tensor in theirs["model"].items():
-            assert torch.equal(mine["model"][name], tensor), name
+    assert_same(sharded, plain, "losses", "model")
     assert {len(r["losses"]) for r in plain.results} == {5}
     assert num_elements(sharded.results) * 2 == num_elements(plain.results)

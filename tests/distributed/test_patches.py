@@ -11,8 +11,9 @@ import megatron.core
 import pytest
 from packaging.version import Version
 
-from tests.distributed.cluster import REPO, Cluster
-from tests.distributed.test_flags import assert_same_run, printed_arguments
+from tests.harness.argv import printed_arguments
+from tests.harness.cluster import REPO, Cluster
+from tests.harness.compare import assert_same
 
 TRAIN = "tests.distributed.cases:train"
 ADAMS = "--optimizer adams --use-distributed-optimizer --bf16 --train-iters 3"
@@ -59,7 +60,7 @@ def test_patched_tree_takes_the_steps_of_the_launcher(
     cluster: Cluster, patched_cluster: Cluster, tree: Path
 ) -> None:
     patched = patched_cluster.run(TRAIN, 2, argv=ADAMS)
-    assert_same_run(patched, cluster.run(TRAIN, 2, argv=ADAMS))
+    assert_same(patched, cluster.run(TRAIN, 2, argv=ADAMS), "losses", "model")
     assert printed_arguments(patched.log)["optimizer"] == "adams"
     assert {part["classes"][1] for rank in patched.results for part in rank["parts"]} == {"AdamS"}
     assert str(tree) in patched.log  # the paths of warnings: it was this Megatron
@@ -70,7 +71,7 @@ def test_patched_tree_runs_other_optimizers_as_before(
 ) -> None:
     argv = ADAMS.replace("adams", "adam")
     runs = [each.run(TRAIN, 2, argv=argv) for each in (patched_cluster, plain_cluster)]
-    assert_same_run(*runs)
+    assert_same(*runs, "losses", "model")
 
 
 def test_unpatched_megatron_does_not_know_adams(plain_cluster: Cluster) -> None:

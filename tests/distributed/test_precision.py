@@ -1,22 +1,28 @@
 """--use-precision-aware-optimizer without TransformerEngine: state in fewer bits."""
 
 import re
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
-from tests.distributed.test_checkpoint import (
+from tests.harness.argv import (
+    AWARE,
+    DISTRIBUTED,
+    FP16,
+    MODES,
+    MOE,
     SAVED_AT,
     STEPS,
-    assert_continues,
     choose,
     folder_of,
 )
-from tests.distributed.test_parity import MOE
+from tests.harness.cluster import Cluster
+from tests.harness.compare import assert_continues, assert_same, shards
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
@@ -27,39 +33,7 @@ POINTERS = "tests.distributed.precision_cases:pointers_over_load"
 HALFWAY = "tests.distributed.precision_cases:params_after_load_halfway"
 AFTER_LOAD = "tests.distributed.precision_cases:params_after_load"
 
-ADAMS = "--optimizer adams --use-distributed-optimizer"
-AWARE = f"{ADAMS} --use-precision-aware-optimizer"
-FP16 = "--fp16 --accumulate-allreduce-grads-in-fp32 --initial-loss-scale 1024"
-
-# Flags, and the bytes of state that a parameter has.
-MODES = {
-    "remainder": ("--bf16", 6),
-    "master": ("--bf16 --adams-no-param-remainders", 8),
-    "remainder_m16": ("--bf16 --exp-avg-dtype bf16", 4),
-    "g16_remainder_m16": ("--bf16 --main-grads-dtype bf16 --exp-avg-dtype bf16", 4),
-    "remainder_m8": ("--bf16 --exp-avg-dtype fp8", 3),
-    "w16_m16": ("--bf16 --main-params-dtype fp16 --exp-avg-dtype fp16", 4),
-    "fp16": (f"{FP16} --exp-avg-dtype bf16", 6),
-    "fp16_w16_m8": (f"{FP16} --main-params-dtype fp16 --exp-avg-dtype fp8", 3),
-    "fp32_m16": ("--exp-avg-dtype bf16", 2),
-}
-
-
-def shards(rank: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shard for part in rank["parts"] for shard in part["shards"]]
-
-
-def assert_same_run(mine: Outcome, theirs: Outcome) -> None:
-    """Bit-equal losses, norms, model params, main params and exp_avg, on every rank."""
-    for my_rank, their_rank in zip(mine.results, theirs.results, strict=True):
-        assert my_rank["losses"] == their_rank["losses"]
-        assert my_rank["grad_norms"] == their_rank["grad_norms"]
-        for name, tensor in their_rank["model"].items():
-            assert torch.equal(my_rank["model"][name], tensor), name
-        assert shards(their_rank)
-        for my_shard, their_shard in zip(shards(my_rank), shards(their_rank), strict=True):
-            for name in ("main_param", "exp_avg"):
-                assert torch.equal(my_shard[name], their_shard[name])
+ALIKE = ("losses", "grad_norms", "model", "main_param", "exp_avg")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -86,9 +60,9 @@ def test_main_params_inside_change_no_bit(cluster: Cluster, flags: str) -> None:
     """fp32 main params in the inner optimizer, and in Megatron's."""
     inside = "--adams-no-param-remainders" if "--bf16" in flags else ""
     steps = "--train-iters 6"
-    theirs = cluster.run(TRAIN, 2, argv=f"{ADAMS} {flags} {steps}")
+    theirs = cluster.run(TRAIN, 2, argv=f"{DISTRIBUTED} {flags} {steps}")
     mine = cluster.run(TRAIN, 2, argv=f"{AWARE} {flags} {inside} {steps}")
-    assert_same_run(mine, theirs)
+    assert_same(mine, theirs, *ALIKE)
     assert all("master_param" in shard["state"] for shard in shards(mine.results[0]))
 
 
@@ -101,8 +75,8 @@ def test_remainders_change_no_bit_of_main_params_and_exp_avg(cluster: Cluster, l
     """Beside fp32 main params whose bf16 copies are rounded alike, half away from zero."""
     flags = f"--bf16 --train-iters 8 --disable-bias-linear {layout}"
     mine = cluster.run(TRAIN, 2, argv=f"{AWARE} {flags}")
-    theirs = cluster.run(TIES_AWAY, 2, argv=f"{ADAMS} {flags}")
-    assert_same_run(mine, theirs)
+    theirs = cluster.run(TIES_AWAY, 2, argv=f"{DISTRIBUTED} {flags}")
+    assert_same(mine, theirs, *ALIKE)
     kept = [shard["state"]["master_param"] for shard in shards(mine.results[0])]
     assert {tensor.dtype for tensor in kept} == {torch.int16}
     assert any(tensor.any() for tensor in kept)
@@ -111,7 +85,7 @@ def test_remainders_change_no_bit_of_main_params_and_exp_avg(cluster: Cluster, l
 @pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2"], ids=["dp2", "tp2"])
 def test_logged_params_norm_is_that_of_the_params(cluster: Cluster, layout: str) -> None:
     norms = []
-    for flags in (ADAMS, AWARE):
+    for flags in (DISTRIBUTED, AWARE):
         argv = f"{flags} --bf16 --train-iters 2 --log-params-norm {layout}"
         log = cluster.run(TRAIN, 2, argv=argv).logs[-1]
         norms.append([float(text) for text in re.findall(r"params norm: ([\d.]+)", log)])
@@ -134,28 +108,49 @@ LAYOUTS = {
 START, END = 2, 8
 
 
-@pytest.fixture(scope="module", params=["remainder_m16", "w16_m16", "remainder_m8", "fp32_m16"])
+class Reference(NamedTuple):
+    """A mode's flags, where all layouts start, and where a single process ends."""
+
+    flags: str
+    start: Path
+    begin: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
+    losses: list[float]
+
+
+# Each mode and each layout twice.
+PAIRS = list(product(("remainder_m16", "w16_m16", "remainder_m8", "fp32_m16"), LAYOUTS))
+CHOSEN = (
+    *(("remainder_m16", "dp2"), ("remainder_m16", "tp2_pp2")),
+    *(("w16_m16", "tp2"), ("w16_m16", "tp2_pp2")),
+    *(("remainder_m8", "pp2"), ("remainder_m8", "tp2")),
+    *(("fp32_m16", "dp2"), ("fp32_m16", "pp2")),
+)
+
+
+@pytest.fixture(scope="module")
 def reference(
     request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, dict[str, torch.Tensor], list[float]]:
-    """A mode's flags, where all layouts start, and where a single process ends."""
+) -> Reference:
     flags = f"{AWARE} {MODES[request.param][0]} {COMMON} --train-iters {END}"
     folder = tmp_path_factory.mktemp(request.param)
     start, end = folder / "start", folder / "end"
     cluster.run(TRAIN, 1, argv=f"{flags} --exit-interval {START} --save {start}")
     run = cluster.run(TRAIN, 1, argv=f"{flags} --load {start} --save {end}")
+    begin = cluster.run(LOAD, 1, checkpoint=folder_of(start, START)).results[0]
     tensors = cluster.run(LOAD, 1, checkpoint=folder_of(end, END)).results[0]
-    return flags, start, tensors, run.results[0]["losses"]
+    return Reference(flags, start, begin, tensors, run.results[0]["losses"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("reference", "layout"),
+    thinned(PAIRS, full=[pair for pair in PAIRS if pair not in CHOSEN]),
+    indirect=["reference"],
+)
 def test_layout_matches_single_process(
-    cluster: Cluster,
-    reference: tuple[str, Path, dict[str, torch.Tensor], list[float]],
-    tmp_path: Path,
-    layout: str,
+    cluster: Cluster, reference: Reference, tmp_path: Path, layout: str
 ) -> None:
-    flags, start, expected, losses = reference
+    flags, start, begin, expected, losses = reference
     num_ranks, split = LAYOUTS[layout]
     run = cluster.run(TRAIN, num_ranks, argv=f"{flags} {split} --load {start} --save {tmp_path}")
     # Activations and gradients are bf16 in most modes: their sums are rounded in another order.
@@ -164,7 +159,6 @@ def test_layout_matches_single_process(
     saved = cluster.run(LOAD, 1, checkpoint=folder_of(tmp_path, END)).results[0]
     assert saved.keys() == expected.keys()
     moved = started = 0.0
-    begin = cluster.run(LOAD, 1, checkpoint=folder_of(start, START)).results[0]
     for key, tensor in expected.items():
         if key.startswith("optimizer.state.param."):
             assert saved[key].dtype == torch.float32
@@ -206,38 +200,44 @@ def test_resumed_run_equals_uninterrupted_one(
     base = f"{flags} {STEPS}"
     whole = cluster.run(TRAIN, num_ranks, argv=f"{base} --save {checkpoints}").results
     resumed = cluster.run(TRAIN, num_ranks, argv=f"{base} {choose(checkpoints, SAVED_AT)}").results
-    for rank in (*whole, *resumed):
-        for shard in shards(rank):
-            # Of scaled state the values count: their scale is found anew when they are loaded.
-            shard["param"] = shard["main_param"]
-            shard["state"] = {"exp_avg": shard["exp_avg"]}
-    assert_continues(resumed, whole)
+    assert_continues(resumed, whole, what=("main_param", "exp_avg"))
 
 
 SOURCES = {
-    "default": (ADAMS, "--bf16"),
+    "default": (DISTRIBUTED, "--bf16"),
     "remainder_m16": (AWARE, "--bf16 --exp-avg-dtype bf16"),
     "w16_m8": (AWARE, "--bf16 --main-params-dtype fp16 --exp-avg-dtype fp8"),
 }
 
 
-@pytest.mark.parametrize("target", SOURCES)
-@pytest.mark.parametrize("source", SOURCES)
+RELOADED = f"--train-iters {SAVED_AT} --dist-ckpt-optim-fully-reshardable --disable-bias-linear"
+
+
+@pytest.fixture(scope="module")
+def saved(
+    request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A source's checkpoint, saved with tensor parallelism, and its tensors."""
+    folder = tmp_path_factory.mktemp(request.param)
+    flags = f"{' '.join(SOURCES[request.param])} {RELOADED} --tensor-model-parallel-size 2"
+    cluster.run(TRAIN, 2, argv=f"{flags} --save {folder}")
+    return folder, cluster.run(LOAD, checkpoint=folder_of(folder, SAVED_AT)).results[0]
+
+
+@pytest.mark.parametrize(
+    ("saved", "target"),
+    thinned(product(SOURCES, SOURCES), full=[(name, name) for name in SOURCES]),
+    indirect=["saved"],
+)
 def test_checkpoint_of_any_precision_loads_into_any_other(
-    cluster: Cluster, tmp_path: Path, source: str, target: str
+    cluster: Cluster, saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, target: str
 ) -> None:
     """Also at another layout: saved at once, it has the values that the target can keep."""
-    common = f"--train-iters {SAVED_AT} --dist-ckpt-optim-fully-reshardable --disable-bias-linear"
-    first, second = tmp_path / "first", tmp_path / "second"
-    split = "--tensor-model-parallel-size 2"
-    cluster.run(TRAIN, 2, argv=f"{' '.join(SOURCES[source])} {common} {split} --save {first}")
+    first, before = saved
     cluster.run(
-        TRAIN, 2, argv=f"{' '.join(SOURCES[target])} {common} --load {first} --save {second}"
+        TRAIN, 2, argv=f"{' '.join(SOURCES[target])} {RELOADED} --load {first} --save {tmp_path}"
     )
-    before, after = (
-        cluster.run(LOAD, checkpoint=folder_of(folder, SAVED_AT)).results[0]
-        for folder in (first, second)
-    )
+    after = cluster.run(LOAD, checkpoint=folder_of(tmp_path, SAVED_AT)).results[0]
     keys = {key for key in before if key.startswith("optimizer.state.")}
     assert {key.split(".")[2] for key in keys} == {"param", "exp_avg"}
     assert keys == {key for key in after if key.startswith("optimizer.state.")}
@@ -269,7 +269,7 @@ def test_data_parallel_ranks_agree_once_fp32_main_params_are_remainders(
 ) -> None:
     """Params of a rank's own shards are rounded anew where they were half way."""
     common = f"--bf16 --train-iters {SAVED_AT} --ckpt-format {ckpt_format}"
-    cluster.run(TRAIN, 2, argv=f"{ADAMS} {common} --save {tmp_path}")
+    cluster.run(TRAIN, 2, argv=f"{DISTRIBUTED} {common} --save {tmp_path}")
     overlap = "--overlap-grad-reduce --overlap-param-gather"
     loaded = cluster.run(HALFWAY, 2, argv=f"{AWARE} {common} {overlap} --load {tmp_path}").results
     assert all(rank["rounded"] > 0 for rank in loaded)
@@ -298,8 +298,13 @@ def test_reloaded_model_params_become_main_params(cluster: Cluster, mode: str) -
 # Faults
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("mode", ["remainder_m16", "fp16_w16_m8"])
+@pytest.mark.parametrize(
+    ("mode", "value"),
+    thinned(
+        product(("remainder_m16", "fp16_w16_m8"), ("nan", "inf")),
+        full=(("remainder_m16", "inf"), ("fp16_w16_m8", "nan")),
+    ),
+)
 def test_gradient_that_is_not_finite_on_one_rank_of_four(
     cluster: Cluster, mode: str, value: str
 ) -> None:

@@ -11,15 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.cluster import Cluster, Outcome
-from tests.distributed.test_checkpoint import (
+from tests.harness.argv import (
+    AWARE,
+    DISTRIBUTED,
     FAMILIES,
+    FP16,
+    FP16_SKIPPING,
+    MODES,
     SAVED_AT,
     STEPS,
-    assert_continues,
+    UNCLIPPED,
     choose,
 )
-from tests.distributed.test_precision import AWARE, FP16, MODES, shards
+from tests.harness.cluster import Cluster
+from tests.harness.compare import assert_continues, assert_same, shards
+from tests.harness.thinning import thinned
 from tests.kernels.quantized import STEPS as QUANTIZED_STEPS
 from tests.kernels.quantized import check_steps
 
@@ -32,46 +38,21 @@ TAKE_STEPS = "tests.kernels.quantized:take_steps"
 REFUSAL = "tests.distributed.te_cases:refusal_of_quantized_params"
 TRAIN_QUANTIZED = "tests.distributed.te_cases:train_quantized"
 
-DISTRIBUTED = "--optimizer adams --use-distributed-optimizer"
 DTYPES = {
     "fp32": "",
     "bf16": "--bf16",
-    "fp16": "--fp16 --initial-loss-scale 1048576 --hysteresis 1 --loss-scale-window 2",
+    "fp16": FP16_SKIPPING,
 }
 # The norm of the gradients is a tensor there, so that the coefficient that clips them is computed
 # in fp32, not in double: it can differ in its last bit.
-UNCLIPPED = "--clip-grad 0"
 # TransformerEngine's final norm has an (empty) entry of its own in torch_dist checkpoints.
 CROSSING = f"{UNCLIPPED} --dist-ckpt-strictness log_unexpected"
 
 
-def assert_same_bits(mine: Outcome, theirs: Outcome) -> None:
-    """Losses, skipped steps, model params, groups, main params and state, on every rank."""
-    for my_rank, their_rank in zip(mine.results, theirs.results, strict=True):
-        assert my_rank["losses"] == their_rank["losses"]
-        assert my_rank["skipped"] == their_rank["skipped"]
-        for name, tensor in their_rank["model"].items():
-            assert torch.equal(my_rank["model"][name], tensor), name
-        for my_part, their_part in zip(my_rank["parts"], their_rank["parts"], strict=True):
-            assert my_part["classes"] == their_part["classes"]
-            assert my_part["groups"] == their_part["groups"]
-        assert shards(their_rank)
-        for my_shard, their_shard in zip(shards(my_rank), shards(their_rank), strict=True):
-            assert torch.equal(my_shard["param"], their_shard["param"])
-            assert my_shard["state"].keys() == their_shard["state"].keys()
-            for name, tensor in their_shard["state"].items():
-                assert torch.equal(my_shard["state"][name], tensor), name
-
-
-def assert_continues_elsewhere(
-    resumed: list[dict[str, Any]], whole: list[dict[str, Any]], steps_before: int = SAVED_AT
-) -> None:
-    """As `assert_continues`, but for the last bit of the norms: their root is taken otherwise."""
-    for mine, theirs in zip(resumed, whole, strict=True):
-        norms = theirs["grad_norms"][steps_before:]
-        np.testing.assert_allclose(mine["grad_norms"], norms, rtol=3e-7)
-        mine["grad_norms"] = norms
-    assert_continues(resumed, whole, steps_before)
+# All but the norms, and all state as it is stored.
+ALIKE = ("losses", "skipped", "model", "classes", "groups", "param", "state")
+# The root of the norm is taken otherwise.
+NORM_RTOL = 3e-7
 
 
 # Without quantized params
@@ -83,7 +64,7 @@ def test_run_has_the_bits_of_one_without_transformer_engine(
 ) -> None:
     argv = f"{DISTRIBUTED} {DTYPES[dtype]} {UNCLIPPED} --train-iters 6"
     mine, theirs = te_cluster.run(TRAIN, 2, argv=argv), cluster.run(TRAIN, 2, argv=argv)
-    assert_same_bits(mine, theirs)
+    assert_same(mine, theirs, *ALIKE)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -109,7 +90,7 @@ def test_fused_step_equals_megatrons_own_passes(te_cluster: Cluster, dtype: str)
     fused, own = (
         te_cluster.run(FUSED, 2, argv=argv, own_passes=own_passes) for own_passes in (False, True)
     )
-    assert_same_bits(fused, own)
+    assert_same(fused, own, *ALIKE)
     for fused_rank, own_rank in zip(fused.results, own.results, strict=True):
         assert fused_rank["copies"] == 0 < own_rank["copies"]
         assert fused_rank["grad_norms"] == own_rank["grad_norms"]
@@ -123,10 +104,10 @@ def test_checkpoint_crosses_between_worlds_with_and_without_transformer_engine(
     without, within = tmp_path / "without", tmp_path / "with"
     whole = cluster.run(TRAIN, 2, argv=f"{base} --save {without}").results
     run = te_cluster.run(TRAIN, 2, argv=f"{base} --save {within}")
-    assert_continues_elsewhere(run.results, whole, 0)
+    assert_continues(run, whole, 0, norm_rtol=NORM_RTOL)
     for there, saved in ((te_cluster, without), (cluster, within)):
         run = there.run(TRAIN, 2, argv=f"{base} {choose(saved, SAVED_AT)}")
-        assert_continues_elsewhere(run.results, whole)
+        assert_continues(run, whole, norm_rtol=NORM_RTOL)
 
 
 # Beside FusedAdam
@@ -195,7 +176,7 @@ def test_precision_aware_run_has_the_bits_of_one_without_transformer_engine(
 ) -> None:
     argv = f"{AWARE} {MODES[mode][0]} {UNCLIPPED} --train-iters 4"
     mine, theirs = te_cluster.run(TRAIN, 2, argv=argv), cluster.run(TRAIN, 2, argv=argv)
-    assert_same_bits(mine, theirs)
+    assert_same(mine, theirs, *ALIKE)
     for rank in mine.results:
         for shard in shards(rank):
             assert shard["bytes_per_param"] == MODES[mode][1]
@@ -240,16 +221,11 @@ def test_precision_aware_checkpoint_crosses_between_worlds(
     whole = cluster.run(TRAIN, 2, argv=f"{base} --save {without}").results
     te_cluster.run(TRAIN, 2, argv=f"{base} --save {within}")
     resumed = [
-        there.run(TRAIN, 2, argv=f"{base} {choose(saved, SAVED_AT)}").results
+        there.run(TRAIN, 2, argv=f"{base} {choose(saved, SAVED_AT)}")
         for there, saved in ((te_cluster, without), (cluster, within))
     ]
-    for rank in (*whole, *resumed[0], *resumed[1]):
-        for shard in shards(rank):
-            # Of scaled state the values count: their scale is found anew when they are loaded.
-            shard["param"] = shard["main_param"]
-            shard["state"] = {"exp_avg": shard["exp_avg"]}
-    for results in resumed:
-        assert_continues_elsewhere(results, whole)
+    for run in resumed:
+        assert_continues(run, whole, what=("main_param", "exp_avg"), norm_rtol=NORM_RTOL)
 
 
 # Quantized params
@@ -347,7 +323,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", RESUMED)
+@pytest.mark.parametrize("mode", thinned(RESUMED, full=("delayed_m16",)))
 def test_resumed_run_with_quantized_params_equals_uninterrupted_one(
     te_cluster: Cluster, checkpoints: Path, mode: str
 ) -> None:

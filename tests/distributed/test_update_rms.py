@@ -2,17 +2,19 @@
 
 import math
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed import test_module
-from tests.distributed.cluster import Cluster, Outcome
-from tests.distributed.test_checkpoint import SAVED_AT, STEPS, assert_continues, choose
-from tests.distributed.test_module import assert_matches
-from tests.distributed.test_parity import MOE
+from tests.distributed import module_runs
+from tests.distributed.module_runs import assert_matches
+from tests.harness.argv import ADAMS, DISTRIBUTED, MOE, SAVED_AT, STEPS, TP2, choose
+from tests.harness.cluster import Cluster, Outcome
+from tests.harness.compare import assert_continues, assert_same
+from tests.harness.thinning import thinned
 
 TRAIN = "tests.distributed.rms_cases:train"
 TRAIN_UNDER = "tests.distributed.rms_cases:train_under"
@@ -20,37 +22,35 @@ PLAIN_TRAIN = "tests.distributed.cases:train"
 TRAIN_FSDP = "tests.distributed.fsdp_cases:train"
 REFUSALS = "tests.distributed.flag_cases:refusals"
 
-ADAMS = "--optimizer adams"
-SHARDED = f"{ADAMS} --use-distributed-optimizer"
-AWARE = f"{SHARDED} --use-precision-aware-optimizer --bf16"
+AWARE = f"{DISTRIBUTED} --use-precision-aware-optimizer --bf16"
 MATCH = "--adams-match-rms 0.25"
 NUM_STEPS = 4
 COMMON = f"--train-iters {NUM_STEPS} --global-batch-size 8 --clip-grad 1.0"
-TP2 = "--tensor-model-parallel-size 2"
 
 LAYOUTS = {
-    "one": (1, SHARDED),
+    "one": (1, DISTRIBUTED),
     "one_plain": (1, ADAMS),
-    "dp2": (2, SHARDED),
+    "dp2": (2, DISTRIBUTED),
     "dp2_plain": (2, ADAMS),
     "dp2_plain_bf16": (2, f"{ADAMS} --bf16"),
-    "tp2": (2, f"{SHARDED} {TP2}"),
-    "tp2_dp2": (4, f"{SHARDED} {TP2}"),
+    "tp2": (2, f"{DISTRIBUTED} {TP2}"),
+    "tp2_dp2": (4, f"{DISTRIBUTED} {TP2}"),
     "tp2_plain": (2, f"{ADAMS} {TP2}"),
-    "pp2": (2, f"{SHARDED} --pipeline-model-parallel-size 2"),
-    "instances2": (4, f"{SHARDED} --num-distributed-optimizer-instances 2"),
+    "pp2": (2, f"{DISTRIBUTED} --pipeline-model-parallel-size 2"),
+    "instances2": (4, f"{DISTRIBUTED} --num-distributed-optimizer-instances 2"),
     "precision_aware": (2, f"{AWARE} --exp-avg-dtype bf16"),
     "scaled_state": (2, f"{AWARE} --exp-avg-dtype fp8 --main-params-dtype fp16"),
 }
 EXPERTS = {
-    "one_ep": (1, SHARDED),
-    "ep2": (2, f"{SHARDED} --expert-model-parallel-size 2"),
+    "one_ep": (1, DISTRIBUTED),
+    "ep2": (2, f"{DISTRIBUTED} --expert-model-parallel-size 2"),
     "ep2_plain": (2, f"{ADAMS} --expert-model-parallel-size 2"),
 }
 ALL = LAYOUTS | {
     name: (num_ranks, f"{flags} {MOE} --disable-bias-linear")
     for name, (num_ranks, flags) in EXPERTS.items()
 }
+PLAIN_ONES = ("one_plain", "dp2_plain")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def logged(outcome: Outcome) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("guard", ["", MATCH])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", thinned(ALL, full=PLAIN_ONES))
 def test_log_is_the_rms_of_all_updates_in_float64(
     cluster: Cluster, runs: dict[str, Outcome], name: str, guard: str
 ) -> None:
@@ -105,7 +105,7 @@ def test_log_is_the_rms_of_all_updates_in_float64(
     assert outcome.results[-1]["num_wandb"] == (2 if guard else 1) * NUM_STEPS
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", thinned(ALL, full=PLAIN_ONES))
 def test_ranks_agree_on_the_rms_of_whole_params(
     cluster: Cluster, runs: dict[str, Outcome], name: str
 ) -> None:
@@ -138,17 +138,22 @@ def test_rms_of_whole_params_is_that_of_one_process(
                         assert values[0] == pytest.approx(whole[step][param][0].item(), rel=2e-2)
 
 
-@pytest.mark.parametrize("precision", ["", "--bf16"])
-@pytest.mark.parametrize("guard", [MATCH, "--adams-max-update-rms 0.4"])
+CAP = "--adams-max-update-rms 0.4"
+
+
+@pytest.mark.parametrize(
+    ("guard", "precision"),
+    thinned(product((MATCH, CAP), ("", "--bf16")), full=((MATCH, "--bf16"), (CAP, ""))),
+)
 def test_matched_and_capped_updates_have_the_same_bits_sharded_over_dp_or_not(
     cluster: Cluster, guard: str, precision: str
 ) -> None:
     # Sums of squares differ in their order where shards differ, and the clip coefficient with them.
     flags = f"--train-iters 6 --clip-grad 0 {guard} {precision}"
-    sharded = cluster.run(TRAIN, 2, argv=f"{SHARDED} {flags}")
+    sharded = cluster.run(TRAIN, 2, argv=f"{DISTRIBUTED} {flags}")
     whole = cluster.run(TRAIN, 2, argv=f"{ADAMS} {flags}")
     unguarded = cluster.run(PLAIN_TRAIN, 2, argv=f"{ADAMS} {flags.replace(guard, '')}")
-    assert_same_model(sharded, whole)
+    assert_same(sharded, whole, "losses", "model")
     assert sharded.results[0]["stats"] == whole.results[0]["stats"]
     num_scaled = [scaled for _, scaled, _ in sharded.results[0]["stats"]]
     assert max(num_scaled) > 0
@@ -158,13 +163,6 @@ def test_matched_and_capped_updates_have_the_same_bits_sharded_over_dp_or_not(
     )
 
 
-def assert_same_model(mine: Outcome, theirs: Outcome) -> None:
-    for my_rank, their_rank in zip(mine.results, theirs.results, strict=True):
-        assert my_rank["losses"] == their_rank["losses"]
-        for name, tensor in their_rank["model"].items():
-            assert torch.equal(my_rank["model"][name], tensor), name
-
-
 @pytest.mark.parametrize(
     "name", ["dp2", "tp2_dp2", "dp2_plain_bf16", "precision_aware", "scaled_state"]
 )
@@ -172,17 +170,17 @@ def test_a_cap_that_never_bites_changes_no_bit(
     cluster: Cluster, runs: dict[str, Outcome], name: str
 ) -> None:
     capped = run(cluster, runs, name, "--adams-max-update-rms 50")
-    assert_same_model(capped, run(cluster, runs, name))
+    assert_same(capped, run(cluster, runs, name), "losses", "model")
     assert all(scaled == 0 for _, scaled, _ in capped.results[0]["stats"])
     num_tensors = capped.results[0]["stats"][0][2]
     assert all(f"capped at 50.0: 0 of {num_tensors}" in x for x in logged(capped).values())
 
 
 def test_the_log_changes_no_bit_and_is_at_the_interval(cluster: Cluster) -> None:
-    flags = f"{SHARDED} --bf16 --train-iters 7"
+    flags = f"{DISTRIBUTED} --bf16 --train-iters 7"
     often = cluster.run(TRAIN, 2, argv=f"{flags} --log-interval 1")
     seldom = cluster.run(TRAIN, 2, argv=f"{flags} --log-interval 3")
-    assert_same_model(often, seldom)
+    assert_same(often, seldom, "losses", "model")
     # Megatron logs the first step, too, on the screen alone.
     assert sorted(logged(seldom)) == [1, 3, 6]
     assert [rms is not None for rms in seldom.results[0]["rms"]] == [
@@ -198,7 +196,7 @@ def test_the_log_changes_no_bit_and_is_at_the_interval(cluster: Cluster) -> None
 @pytest.mark.parametrize("guard", ["", MATCH])
 def test_a_step_that_is_skipped_has_no_rms(cluster: Cluster, guard: str) -> None:
     flags = "--fp16 --initial-loss-scale 1048576 --hysteresis 1 --loss-scale-window 2"
-    outcome = cluster.run(TRAIN, 2, argv=f"{SHARDED} --train-iters 8 {flags} {guard}")
+    outcome = cluster.run(TRAIN, 2, argv=f"{DISTRIBUTED} --train-iters 8 {flags} {guard}")
     skipped = outcome.results[0]["skipped"]
     assert {0, 1} == set(skipped)
     first = skipped.index(0)
@@ -207,7 +205,7 @@ def test_a_step_that_is_skipped_has_no_rms(cluster: Cluster, guard: str) -> None
         assert (logged(outcome)[step] == "update RMS: none, the step was skipped") == was_skipped
 
 
-@pytest.mark.parametrize("flags", [f"{SHARDED} {MATCH}", f"{AWARE} --adams-max-update-rms 0.4"])
+@pytest.mark.parametrize("flags", [f"{DISTRIBUTED} {MATCH}", f"{AWARE} --adams-max-update-rms 0.4"])
 def test_resumed_run_equals_uninterrupted_one(
     cluster: Cluster, checkpoints: Path, flags: str
 ) -> None:
@@ -221,10 +219,7 @@ def test_resumed_run_equals_uninterrupted_one(
     if "--bf16" not in flags:
         assert_continues(resumed.results, whole)
         return
-    for mine, theirs in zip(resumed.results, whole, strict=True):
-        assert mine["losses"] == theirs["losses"][SAVED_AT:]
-        for name, tensor in theirs["model"].items():
-            assert torch.equal(mine["model"][name], tensor), name
+    assert_continues(resumed, whole, what=("main_param", "exp_avg"))
 
 
 FIELDS = {"adams_match_rms": 0.2}
@@ -240,8 +235,8 @@ MODULES: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def matched(cluster: Cluster) -> dict[str, Any]:
-    rank = test_module.run(cluster, 1, distributed=False, fields=FIELDS)[0]
-    plain = test_module.run(cluster, 1, distributed=False)[0]
+    rank = module_runs.run(cluster, 1, distributed=False, fields=FIELDS)[0]
+    plain = module_runs.run(cluster, 1, distributed=False)[0]
     assert not torch.allclose(rank["params"]["weight"], plain["params"]["weight"], atol=1e-2)
     return rank
 
@@ -251,15 +246,15 @@ def test_matched_updates_of_a_layout_are_those_of_one_process(
     cluster: Cluster, matched: dict[str, Any], name: str
 ) -> None:
     num_ranks, options = MODULES[name]
-    ranks = test_module.run(cluster, num_ranks, fields=FIELDS, **options)
+    ranks = module_runs.run(cluster, num_ranks, fields=FIELDS, **options)
     for group in (ranks[:2], ranks[2:]) if name == "tp2_dp2" else (ranks,):
         assert_matches(group, matched, sharded_over_tp="tp_size" in options)
 
 
 def test_experts_are_matched_as_in_one_process(cluster: Cluster) -> None:
-    single = test_module.run(cluster, 1, distributed=False, experts=True, fields=FIELDS)[0]
+    single = module_runs.run(cluster, 1, distributed=False, experts=True, fields=FIELDS)[0]
     for distributed in (True, False):
-        ranks = test_module.run(
+        ranks = module_runs.run(
             cluster, 2, ep_size=2, experts=True, fields=FIELDS, distributed=distributed
         )
         assert_matches(ranks, single)
@@ -274,12 +269,12 @@ def test_experts_are_matched_as_in_one_process(cluster: Cluster) -> None:
 
 def test_ranks_without_params_and_frozen_stages_take_part(cluster: Cluster) -> None:
     sizes = (4, 8)
-    single = test_module.run(cluster, 1, distributed=False, sizes=sizes, fields=FIELDS)[0]
-    ranks = test_module.run(cluster, 4, sizes=sizes, fields=FIELDS)
+    single = module_runs.run(cluster, 1, distributed=False, sizes=sizes, fields=FIELDS)[0]
+    ranks = module_runs.run(cluster, 4, sizes=sizes, fields=FIELDS)
     assert [rank["state"] for rank in ranks] == [8, 32, 4, 0]
     assert_matches(ranks, single)
     for distributed in (True, False):
-        ranks = test_module.run(
+        ranks = module_runs.run(
             cluster, 2, pp_size=2, frozen_stages=[1], distributed=distributed, fields=FIELDS
         )
         assert ranks[1]["state"] == 0
@@ -288,8 +283,16 @@ def test_ranks_without_params_and_frozen_stages_take_part(cluster: Cluster) -> N
 OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction 0.5"
 
 
-@pytest.mark.parametrize("guard", ["", MATCH, "--adams-max-update-rms 0.4"])
-@pytest.mark.parametrize("flags", ["", "--overlap-cpu-optimizer-d2h-h2d"])
+OVERLAP = "--overlap-cpu-optimizer-d2h-h2d"
+
+
+@pytest.mark.parametrize(
+    ("flags", "guard"),
+    thinned(
+        product(("", OVERLAP), ("", MATCH, CAP)),
+        full=(("", MATCH), (OVERLAP, ""), ("", CAP)),
+    ),
+)
 def test_offloaded_updates_are_logged_matched_and_capped_as_others(
     cluster: Cluster, flags: str, guard: str
 ) -> None:
@@ -297,17 +300,14 @@ def test_offloaded_updates_are_logged_matched_and_capped_as_others(
     on = cluster.run(PLAIN_TRAIN, 2, argv=f"{AWARE} {COMMON} {guard} {OFFLOAD} {flags}")
     assert logged(on) == logged(off)
     assert sorted(logged(on)) == [*range(1, NUM_STEPS + 1)]
-    for mine, theirs in zip(on.results, off.results, strict=True):
-        assert mine["losses"] == theirs["losses"]
-        for name, tensor in theirs["model"].items():
-            assert torch.equal(mine["model"][name], tensor), name
+    assert_same(on, off, "losses", "model")
 
 
 def test_offloading_rank_without_params_takes_part(cluster: Cluster) -> None:
     sizes = (4, 8)
     fields = {**FIELDS, "use_precision_aware_optimizer": True}
     off, on = (
-        test_module.run(cluster, 4, sizes=sizes, fields={**fields, **offload})
+        module_runs.run(cluster, 4, sizes=sizes, fields={**fields, **offload})
         for offload in ({}, {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5})
     )
     assert [rank["main"] for rank in on] == [8, 32, 4, 0]
@@ -321,13 +321,15 @@ REFUSED = {
     "--optimizer sgd --adams-max-update-rms 1": (
         "--adams-max-update-rms 1.0 with --optimizer sgd: it belongs to"
     ),
-    f"{SHARDED} --adams-match-rms 0": "must be finite and > 0; leave it out",
-    f"{SHARDED} --adams-max-update-rms nan": "--adams-max-update-rms nan with --optimizer adams:",
-    f"{SHARDED} {MATCH} --adams-max-update-rms 1": "must be one of the two",
-    f"{SHARDED} {MATCH} --tensor-parallel-num-weight-shards 2": (
+    f"{DISTRIBUTED} --adams-match-rms 0": "must be finite and > 0; leave it out",
+    f"{DISTRIBUTED} --adams-max-update-rms nan": (
+        "--adams-max-update-rms nan with --optimizer adams:"
+    ),
+    f"{DISTRIBUTED} {MATCH} --adams-max-update-rms 1": "must be one of the two",
+    f"{DISTRIBUTED} {MATCH} --tensor-parallel-num-weight-shards 2": (
         "--adams-match-rms 0.25 with --tensor-parallel-num-weight-shards 2 and tensor parallel size"
     ),
-    f"{SHARDED} {MATCH} --expert-tensor-parallel-num-weight-shards 2": (
+    f"{DISTRIBUTED} {MATCH} --expert-tensor-parallel-num-weight-shards 2": (
         "with --expert-tensor-parallel-num-weight-shards 2 and tensor parallel size 1: not"
     ),
 }
@@ -387,8 +389,8 @@ def test_updates_under_megatron_fsdp_are_those_of_whole_params_in_a_layout(
 
 DEFAULT_DTYPES = {
     "adam": "--optimizer adam --use-distributed-optimizer --bf16",
-    "logged": f"{SHARDED} --bf16",
-    "capped": f"{SHARDED} --bf16 --adams-max-update-rms 0.3",
+    "logged": f"{DISTRIBUTED} --bf16",
+    "capped": f"{DISTRIBUTED} --bf16 --adams-max-update-rms 0.3",
     "matched": f"{AWARE} {MATCH} --exp-avg-dtype fp16 --main-params-dtype fp16",
     "fp8": f"{AWARE} {MATCH} --exp-avg-dtype fp8",
     "offloaded": f"{AWARE} --adams-max-update-rms 0.3 --optimizer-cpu-offload",
@@ -403,8 +405,5 @@ def test_default_dtype_of_the_program_changes_no_bit(cluster: Cluster, name: str
         cluster.run(TRAIN_UNDER, 2, argv=argv, dtype=dtype).results
         for dtype in ("float32", "bfloat16")
     )
-    for mine, theirs in zip(under_bf16, expected, strict=True):
-        for key in ("losses", "grad_norms"):
-            assert mine[key] == theirs[key] and len(mine[key]) == NUM_STEPS
-        for param, tensor in theirs["model"].items():
-            assert torch.equal(mine["model"][param], tensor), param
+    assert_same(under_bf16, expected, "losses", "grad_norms", "model")
+    assert {len(rank[key]) for rank in expected for key in ("losses", "grad_norms")} == {NUM_STEPS}

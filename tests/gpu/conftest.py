@@ -1,13 +1,9 @@
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-# The cases and the oracle.
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from tests.gpu.records import Records
 

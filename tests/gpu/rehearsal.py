@@ -4,18 +4,12 @@ The CPU is in the GPU's place (megatron_adams/cpu_rehearsal.py), and the emulato
 in the driver's. This shows that the tests run to their end; of a GPU it shows nothing.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-
-from emulator import EmulatedDriver
-
 from megatron_adams import cpu_rehearsal, kernels, optimizer
 from megatron_adams.kernels import cuda
+from tests.kernels.emulator import EmulatedDriver
 
 # What needs no more than that, and not long.
 _REHEARSED = (

@@ -9,7 +9,7 @@ import torch
 from megatron_adams import AdamS
 from megatron_adams.kernels import correction_of
 from megatron_adams.update import bias_correction_factor
-from tests.capturable_runs import (
+from tests.harness.capturable_runs import (
     MODES,
     assert_same,
     build,

@@ -8,8 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from batteries import SMALL_SIZES
-from checks import (
+
+from megatron_adams.kernels import PointerTable, cuda, host
+from megatron_adams.kernels.batch import Batch
+from megatron_adams.kernels.modes import ALL_MODES, Mode
+from megatron_adams.kernels.table import CHUNK
+from tests.kernels.batteries import SMALL_SIZES
+from tests.kernels.checks import (
     MISALIGNED,
     SCALARS,
     check,
@@ -19,12 +24,7 @@ from checks import (
     make_batch,
     scalar_cases,
 )
-from test_backends import REPRESENTATIVES
-
-from megatron_adams.kernels import PointerTable, cuda, host
-from megatron_adams.kernels.batch import Batch
-from megatron_adams.kernels.modes import ALL_MODES, Mode
-from megatron_adams.kernels.table import CHUNK
+from tests.kernels.test_backends import REPRESENTATIVES
 
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 REPRESENTATIVE = pytest.mark.parametrize("mode", REPRESENTATIVES, ids=lambda mode: mode.name)

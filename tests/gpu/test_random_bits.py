@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from checks import DTYPES, SCALARS, copy_batch, differences, make_batch, scalar_cases, with_guards
-from test_backends import REPRESENTATIVES
 
 from megatron_adams.kernels import PointerTable, cuda, foreach, host
 from megatron_adams.kernels.modes import ALL_MODES, GUARDED_MODES, Mode
+from tests.kernels.checks import (
+    DTYPES,
+    SCALARS,
+    copy_batch,
+    differences,
+    make_batch,
+    scalar_cases,
+    with_guards,
+)
+from tests.kernels.test_backends import REPRESENTATIVES
 
 _NARROW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 # Larger where the mode stands for others.

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformer_engine", reason="not run: TransformerEngine is not installed")
 
-from quantized import STEPS, check_steps, take_steps
+from tests.kernels.quantized import STEPS, check_steps, take_steps
 
 ROOT = Path(__file__).parents[2]
 # The first architecture with kernels for a recipe, as (major, minor).

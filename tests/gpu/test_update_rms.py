@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from checks import SCALARS, differences, expected, make_batch, scalar_cases, with_guards
-from test_backends import REPRESENTATIVES
 
 from megatron_adams.kernels import PointerTable, cuda
 from megatron_adams.optimizer import AdamS
+from tests.kernels.checks import (
+    SCALARS,
+    differences,
+    expected,
+    make_batch,
+    scalar_cases,
+    with_guards,
+)
+from tests.kernels.test_backends import REPRESENTATIVES
 
 SIZES = ((300, 70), (17,), (1,), (50_000,))
 

@@ -13,17 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import (
-    DTYPES,
-    MISALIGNED,
-    check,
-    differences,
-    expected,
-    make_batch,
-    scalar_cases,
-    with_guards,
-)
-from emulator import SOURCE, EmulatedDriver, build, load_once
 from torch import Tensor
 
 from megatron_adams.kernels import cuda, host
@@ -33,6 +22,17 @@ from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.table import CHUNK, PointerTable
 from megatron_adams.precision import split_master, to_fp8
 from megatron_adams.update import count_squares
+from tests.kernels.checks import (
+    DTYPES,
+    MISALIGNED,
+    check,
+    differences,
+    expected,
+    make_batch,
+    scalar_cases,
+    with_guards,
+)
+from tests.kernels.emulator import SOURCE, EmulatedDriver, build, load_once
 
 # Every way from tensors to elements, in few elements.
 SMALL_SIZES = (0, 1, 7, 33, 0, 4099, CHUNK - 1, CHUNK + 5, 2 * CHUNK, 18, 0)

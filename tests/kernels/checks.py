@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_adams.kernels import Mode
 from megatron_adams.kernels.batch import Batch, Fp8Scaling, Scalars
+from megatron_adams.kernels.modes import ALL_MODES
 from megatron_adams.kernels.table import CHUNK
 from megatron_adams.precision import (
     decode_scaled,
@@ -33,6 +34,8 @@ DTYPES = {
     "e4m3": torch.float8_e4m3fn,
     "e5m2": torch.float8_e5m2,
 }
+# Every param, exp_avg and main with one gradient, another each time.
+THIRD = tuple(mode for i, mode in enumerate(ALL_MODES) if (i // 3 + i) % 3 == 0)
 # Around a vector, a block's stride and a chunk; nothing at all; a chunk and a tail.
 SIZES = (0, 1, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 1023, 4096, 0, CHUNK - 1, CHUNK, CHUNK + 5, 0)
 # Offsets that align the tensors of one index in different ways.

@@ -1,20 +1,20 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from emulator import EmulatedDriver
 
 from megatron_adams.kernels import host
 from megatron_adams.kernels.cache import ENVIRONMENT_VARIABLE
-from megatron_adams.kernels.modes import ALL_MODES
+from tests.kernels.emulator import EmulatedDriver
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_cache(kernel_cache: Path) -> Iterator[None]:
     """Kernels are compiled here, once for all tests of this folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path_factory.mktemp("kernels")))
+        patch.setenv(ENVIRONMENT_VARIABLE, str(kernel_cache))
         yield
 
 
@@ -28,13 +28,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package")
-def compiled(_own_cache: None) -> None:
-    """The host and the emulated kernel of every mode, compiled side by side."""
+def compiled(request: pytest.FixtureRequest, _own_cache: None) -> None:
+    """The host and the emulated kernel of each mode that a test asks for, side by side."""
     driver = EmulatedDriver()
 
     def load(mode):
         host.load(mode)
         driver.load(mode)
 
+    asking = [item for item in request.session.items if "compiled" in item.fixturenames]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(load, ALL_MODES))
+        list(pool.map(load, dict.fromkeys(item.callspec.params["mode"] for item in asking)))

@@ -1,6 +1,6 @@
 """Plant faults in the kernel's sources and expect the tests' checks to catch each of them.
 
-    python tests/kernels/mutate.py [words of a fault's name]
+    python -m tests.kernels.mutate [words of a fault's name]
 
 prints a table and exits with 1 if a fault survives. Each fault runs in a process of its own, as
 some crash; undefined behaviour is made a crash.
@@ -18,15 +18,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import batteries
 import pytest
 import torch
-from batteries import Subject
-from emulator import FLAGS, SOURCE, build, device_text
 
 from megatron_adams.kernels import compile as compiling
 from megatron_adams.kernels import cuda, host
 from megatron_adams.kernels.modes import Mode
+from tests.kernels import batteries
+from tests.kernels.batteries import Subject
+from tests.kernels.emulator import FLAGS, SOURCE, build, device_text
 
 _PACKAGE = SOURCE.parent
 AVX2 = "source/bf16_avx2.h"

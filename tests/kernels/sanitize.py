@@ -1,7 +1,7 @@
 """Run the kernels under AddressSanitizer and UBSan, on random batches; for test_sanitizers.py.
 
     LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
-        python tests/kernels/sanitize.py [name of a fault in mutate.py]
+        python -m tests.kernels.sanitize [name of a fault in mutate.py]
 
 prints how many checks there were. What a sanitizer finds goes to stderr.
 """
@@ -12,15 +12,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from batteries import Subject
-from checks import check, make_batch, scalar_cases, with_guards
-from emulator import FLAGS, SOURCE, build, device_text
-from mutate import FAULTS, planted
-from test_backends import REPRESENTATIVES
 
 from megatron_adams.kernels import PointerTable, cuda, host
 from megatron_adams.kernels.compile import host_arch, host_flags, load_library, source_text
 from megatron_adams.kernels.table import CHUNK
+from tests.kernels.batteries import Subject
+from tests.kernels.checks import check, make_batch, scalar_cases, with_guards
+from tests.kernels.emulator import FLAGS, SOURCE, build, device_text
+from tests.kernels.mutate import FAULTS, planted
+from tests.kernels.test_backends import REPRESENTATIVES
 
 NUM_BATCHES = 12
 MODES = (

@@ -1,7 +1,7 @@
 """What NVRTC makes of the kernels: registers, memory accesses. Needs no GPU.
 
-    python tests/kernels/sass.py [sm_90 ...]                   # a table of all modes' registers
-    python tests/kernels/sass.py --alternatives [sm_90 ...]    # a table of tuning.py's alternatives
+    python -m tests.kernels.sass [sm_90 ...]                   # a table of all modes' registers
+    python -m tests.kernels.sass --alternatives [sm_90 ...]    # a table of tuning.py's alternatives
 
 cuobjdump is the one of triton's wheel, which comes with the CUDA builds of torch.
 """

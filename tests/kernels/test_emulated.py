@@ -2,12 +2,19 @@
 
 from dataclasses import replace
 
-import batteries
 import numpy as np
 import pytest
 import torch
-from batteries import Subject
-from checks import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_adams.kernels import PointerTable, cuda
+from megatron_adams.kernels.batch import Batch
+from megatron_adams.kernels.modes import ALL_MODES, Mode
+from megatron_adams.kernels.table import CHUNK
+from tests.kernels import batteries
+from tests.kernels.batteries import Subject
+from tests.kernels.checks import (
     MISALIGNED,
     SCALARS,
     check,
@@ -16,14 +23,7 @@ from checks import (
     make_batch,
     scalar_cases,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_backends import REPRESENTATIVES, run_emulated, run_host
-
-from megatron_adams.kernels import PointerTable, cuda
-from megatron_adams.kernels.batch import Batch
-from megatron_adams.kernels.modes import ALL_MODES, Mode
-from megatron_adams.kernels.table import CHUNK
+from tests.kernels.test_backends import REPRESENTATIVES, run_emulated, run_host
 
 SUBJECT = Subject()
 REPRESENTATIVE = pytest.mark.parametrize("mode", REPRESENTATIVES, ids=lambda mode: mode.name)

@@ -5,14 +5,9 @@ The kernel without guards is another one: the rest of this folder tests it.
 
 from dataclasses import replace
 
-import batteries
 import numpy as np
 import pytest
 import torch
-from checks import MISALIGNED, SCALARS, differences, expected, make_batch, scalar_cases, with_guards
-from emulator import EmulatedDriver
-from test_backends import REPRESENTATIVES
-from test_sass import THIRD
 
 from megatron_adams.kernels import Batch, PointerTable, cuda, foreach, host, multi_tensor_adams
 from megatron_adams.kernels.modes import Mode
@@ -24,6 +19,19 @@ from megatron_adams.update import (
     update_factors,
     update_rms,
 )
+from tests.kernels import batteries
+from tests.kernels.checks import (
+    MISALIGNED,
+    SCALARS,
+    THIRD,
+    differences,
+    expected,
+    make_batch,
+    scalar_cases,
+    with_guards,
+)
+from tests.kernels.emulator import EmulatedDriver
+from tests.kernels.test_backends import REPRESENTATIVES
 
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 BACKENDS = {

@@ -4,17 +4,17 @@ import ctypes
 import re
 from dataclasses import replace
 
-import batteries
 import pytest
 import torch
-from batteries import Subject
-from checks import SCALARS, differences, expected, make_batch, scalar_cases
-from emulator import SOURCE
-from test_backends import REPRESENTATIVES
 
 from megatron_adams.kernels import PointerTable, cuda
 from megatron_adams.kernels.batch import kernel_arguments
 from megatron_adams.kernels.table import CHUNK, POINTERS
+from tests.kernels import batteries
+from tests.kernels.batteries import Subject
+from tests.kernels.checks import SCALARS, differences, expected, make_batch, scalar_cases
+from tests.kernels.emulator import SOURCE
+from tests.kernels.test_backends import REPRESENTATIVES
 
 SUBJECT = Subject()
 

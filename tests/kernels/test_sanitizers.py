@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import sanitize
+
+from tests.harness.cluster import REPO
+from tests.kernels import sanitize
 
 # Said at the first use of fibers (shim.h); what it fears are longjmp and exceptions.
 _NOTICE = re.compile(r"==\d+==WARNING: ASan doesn't fully support makecontext/swapcontext .*\n")
@@ -21,7 +23,8 @@ def run(*arguments):
     if not Path(library).is_absolute():
         pytest.skip("gcc has no libasan")
     return subprocess.run(
-        [sys.executable, sanitize.__file__, *arguments],
+        [sys.executable, "-m", sanitize.__name__, *arguments],
+        cwd=REPO,
         env={
             **os.environ,
             "LD_PRELOAD": library,

@@ -1,25 +1,37 @@
 """The machine code that NVRTC makes: wide accesses, nothing in local memory, few registers."""
 
 from collections import Counter
+from functools import cache
+from itertools import product
 
 import pytest
-import sass
 from cuda.bindings import nvrtc
 from cuda.core import ProgramOptions
 
 from megatron_adams.kernels import compile as compiling
 from megatron_adams.kernels.modes import ALL_MODES, Mode
 from megatron_adams.kernels.tuning import tuning_of
+from tests.harness.thinning import thinned
+from tests.kernels import sass
+from tests.kernels.checks import THIRD
 
 if sass.cuobjdump() is None:
     pytest.skip("no triton, whose wheel has cuobjdump", allow_module_level=True)
 
-# With every param, exp_avg and main one gradient, another each time.
-THIRD = tuple(mode for i, mode in enumerate(ALL_MODES) if (i // 3 + i) % 3 == 0)
 NINTH = THIRD[::3]
-COMPILED = dict.fromkeys(sass.ARCHS, ALL_MODES)
+OTHERS = tuple(mode for mode in ALL_MODES if mode not in THIRD)
+COMPILED = [*product(sass.ARCHS, (THIRD, OTHERS))]
 # Reading the machine code of one takes longer than compiling it.
-DISASSEMBLED = {"sm_80": NINTH, "sm_90": THIRD, "sm_100": NINTH}
+DISASSEMBLED = [
+    *(("sm_80", NINTH), ("sm_90", NINTH), ("sm_100", NINTH)),
+    ("sm_90", tuple(mode for mode in THIRD if mode not in NINTH)),
+]
+
+
+def name_of(value: object) -> str:
+    return value if isinstance(value, str) else f"{len(value)} modes"
+
+
 # At least four blocks of 256 threads on a multiprocessor.
 MAX_REGISTERS = 64
 # Bytes. With more registers allowed, NVRTC 13.0 spills in another kernel.
@@ -28,13 +40,18 @@ SPILLED = {("sm_100", "g32-p16-m16-w0", "adams_measure"): 8}
 
 @pytest.fixture(scope="module")
 def cubins(_own_cache):
-    return {arch: sass.compile_all(modes, arch) for arch, modes in COMPILED.items()}
+    """(modes, arch) -> the modes' cubins."""
+    return cache(sass.compile_all)
 
 
-@pytest.mark.parametrize("arch", COMPILED)
+@pytest.mark.parametrize(
+    ("arch", "modes"),
+    thinned(COMPILED, full=[each for each in COMPILED if each[1] is OTHERS]),
+    ids=name_of,
+)
 @pytest.mark.timeout(600)
-def test_nothing_is_spilled_and_registers_are_few(cubins, arch):
-    for mode, image in cubins[arch].items():
+def test_nothing_is_spilled_and_registers_are_few(cubins, arch, modes):
+    for mode, image in cubins(modes, arch).items():
         used = sass.resources(image)
         assert used.keys() == set(mode.entry_points), mode.name
         for entry_point, (registers, stack, local) in used.items():
@@ -85,14 +102,16 @@ def _wide(accesses):
     return Counter({bits: count for bits, count in accesses.items() if bits > 32})
 
 
-@pytest.mark.parametrize("arch", DISASSEMBLED)
+@pytest.mark.parametrize(
+    ("arch", "modes"), thinned(DISASSEMBLED, full=DISASSEMBLED[3:]), ids=name_of
+)
 @pytest.mark.timeout(600)
-def test_a_group_is_moved_in_as_few_accesses_as_there_can_be(cubins, arch):
-    for mode in DISASSEMBLED[arch]:
+def test_a_group_is_moved_in_as_few_accesses_as_there_can_be(cubins, arch, modes):
+    for mode in modes:
         for entry_point in mode.entry_points[:2] if arch == "sm_90" else ("adams_update",):
             if entry_point == "adams_finish":
                 continue
-            image = cubins[arch][mode]
+            image = cubins(THIRD, arch)[mode]
             found = sass.found_accesses(image, entry_point)
             want = sass.expected_accesses(mode, entry_point)
             # The table's pointers are loaded in 64 bits, too; and the compiler may write the loop

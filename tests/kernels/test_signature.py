@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checks import copy_batch, differences, expected, make_batch, scalar_cases
 
 import megatron_adams.kernels as kernels
 from megatron_adams.kernels import CompileError, Mode, PointerTable, host, multi_tensor_adams
 from megatron_adams.kernels.batch import is_dense
+from tests.kernels.checks import copy_batch, differences, expected, make_batch, scalar_cases
 
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 FP8 = Mode("bf16", "e4m3", "fp16", "fp16")

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
-from batteries import SMALL_SIZES
-from checks import (
+
+from megatron_adams.kernels import PointerTable, cuda
+from megatron_adams.kernels.compile import CompileError, compile_cuda, source_text
+from megatron_adams.kernels.tuning import Tuning
+from tests.kernels.batteries import SMALL_SIZES
+from tests.kernels.checks import (
     MISALIGNED,
     check,
     differences,
@@ -12,12 +16,8 @@ from checks import (
     scalar_cases,
     with_guards,
 )
-from emulator import EmulatedDriver, load_emulator
-from test_backends import REPRESENTATIVES
-
-from megatron_adams.kernels import PointerTable, cuda
-from megatron_adams.kernels.compile import CompileError, compile_cuda, source_text
-from megatron_adams.kernels.tuning import Tuning
+from tests.kernels.emulator import EmulatedDriver, load_emulator
+from tests.kernels.test_backends import REPRESENTATIVES
 
 # Hints for the caches and the GPU's own conversions are nothing that a CPU can execute: for those,
 # tests/gpu compares the results.

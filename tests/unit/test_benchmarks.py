@@ -12,16 +12,12 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-KERNEL_TESTS = Path(__file__).resolve().parents[1] / "kernels"
 sys.path.insert(0, str(BENCHMARKS))
-sys.path.append(str(KERNEL_TESTS))
 
 import contestants  # noqa: E402  (the files import each other by name)
-import emulator  # noqa: E402
 import host  # noqa: E402
 import multi_tensor_adam  # noqa: E402
 import report  # noqa: E402
-import sass  # noqa: E402
 import step  # noqa: E402
 import tune as sweep  # noqa: E402
 import workloads  # noqa: E402
@@ -30,15 +26,16 @@ from report import Memory, Results, Row  # noqa: E402
 from megatron_adams.kernels import Mode, compile  # noqa: E402
 from megatron_adams.kernels.cache import ENVIRONMENT_VARIABLE  # noqa: E402
 from megatron_adams.kernels.tuning import Tuning  # noqa: E402
+from tests.kernels import emulator, sass  # noqa: E402
 
 CPU = torch.device("cpu")
 NUMEL = 40_000  # more than two chunks, and no multiple of one
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
+def _own_cache(kernel_cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path_factory.mktemp("kernels")))
+        patch.setenv(ENVIRONMENT_VARIABLE, str(kernel_cache))
         yield
 
 

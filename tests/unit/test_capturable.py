@@ -13,8 +13,8 @@ from megatron_adams import AdamS
 from megatron_adams.checkpoint import state_dict_from_adam
 from megatron_adams.kernels import correction_of
 from megatron_adams.update import bias_correction_factor
-from tests import cuda_graph_stand_in as stand_in
-from tests.capturable_runs import (
+from tests.harness import cuda_graph_stand_in as stand_in
+from tests.harness.capturable_runs import (
     MODES,
     RATES,
     assert_same,

@@ -14,6 +14,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_adams import AdamS
+from tests.harness.thinning import thinned
 from tests.unit.other_defaults import defaults
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +110,7 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", thinned(["bfloat16", "float64"], full=("float64",)))
 def test_all_cases_of_the_optimizer_pass_under_other_defaults(dtype):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-p", "tests.unit.other_defaults", "--default-dtype", dtype]

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from stage import Stage
+
+from tests.gpu.stages.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[3]
 # Most of the time goes into the oracle and the host compiler, which have a CPU each.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from stage import Stage
+from tests.gpu.stages.stage import Stage
 
 PACKAGES = (
     *("torch", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "numpy", "pytest"),

@@ -11,11 +11,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from stage import Stage
 from torch import Tensor
 
 from megatron_adams import AdamS
-from tests import cuda_graph_stand_in
+from tests.gpu.stages.stage import Stage
+from tests.harness import cuda_graph_stand_in
 
 Optimizer = torch.optim.Optimizer
 

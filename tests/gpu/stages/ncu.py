@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stage import Stage
+from tests.gpu.stages.stage import Stage
 
 METRICS = (
     "gpu__time_duration.sum",
@@ -40,10 +40,8 @@ def take_steps(device: str, numel: int) -> None:
     """One step of each mode, in their order."""
     import torch
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
-    from checks import DTYPES
-
     from megatron_adams.kernels import Mode, multi_tensor_adams
+    from tests.kernels.checks import DTYPES
 
     if device == "cuda":
         # The clocks are left alone: what comes first raises them.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stage import Stage
+from tests.gpu.stages.stage import Stage
 
 # initcheck has to see every kernel that writes; the others look at this project's alone.
 _OURS = ["--kernel-name", "kns=adams"]

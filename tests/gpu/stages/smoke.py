@@ -7,15 +7,18 @@ alone and no CUDA graph, which is what sanitizer.py watches.
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from stage import Stage
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
-
-from checks import (
+from megatron_adams import AdamS
+from megatron_adams.kernels import PointerTable, compile, cuda
+from megatron_adams.kernels.batch import Batch
+from megatron_adams.kernels.modes import Mode
+from megatron_adams.kernels.table import CHUNK
+from megatron_adams.kernels.tuning import tuning_of
+from tests.gpu.stages.stage import Stage
+from tests.kernels.checks import (
     MISALIGNED,
     SCALARS,
     copy_batch,
@@ -25,14 +28,7 @@ from checks import (
     scalar_cases,
     with_guards,
 )
-from emulator import EmulatedDriver
-
-from megatron_adams import AdamS
-from megatron_adams.kernels import PointerTable, compile, cuda
-from megatron_adams.kernels.batch import Batch
-from megatron_adams.kernels.modes import Mode
-from megatron_adams.kernels.table import CHUNK
-from megatron_adams.kernels.tuning import tuning_of
+from tests.kernels.emulator import EmulatedDriver
 
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 MODES = (

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from megatron_adams.kernels import host
 
-_Work: Any = torch._C._distributed_c10d.Work  # type: ignore[attr-defined]
+_Work: Any = torch._C._distributed_c10d.Work
 
 # Operations whose result the host reads, or whose shape it has to wait for; and data that comes
 # from the host.
@@ -84,9 +84,9 @@ def _graph(graph: CUDAGraph, *_: Any, **__: Any) -> Iterator[None]:
         _capturing.pop()
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     def __init__(self, graph: CUDAGraph) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._graph = graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _copy_into(old: Any, new: Any) -> None:
@@ -169,8 +169,12 @@ class _Library:
 @contextmanager
 def installed() -> Iterator[None]:
     """Put the stand-in in the place of torch.cuda's CUDA graphs."""
-    load, is_initialized = host.load, torch.cuda.is_initialized
-    update_table, update_gradients = host.update_table, host.update_gradients
+    load = host.load
+    is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+    # Names that host.py has imported: those that it calls.
+    update_table, update_gradients = (
+        vars(host)[name] for name in ("update_table", "update_gradients")
+    )
 
     def refusing(name: str, original: Any) -> Any:
         def method(*args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ no tensor operation itself: threads of OpenMP do not survive a fork.
 
 import argparse
 import functools
+import gc
 import importlib
 import json
 import os
@@ -17,10 +18,24 @@ import socket
 import sys
 import time
 import traceback
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from torch.distributed import TCPStore
+import numpy as np
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+IMPORTED_BY_EVERY_RANK = (
+    "megatron.training.training",
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.datasets.helpers",
+    "megatron.core.tokenizers.text",
+    "megatron.core.tokenizers.text.models.gpt_tokenizer",
+    "torch._dynamo",
+)
+"""Before the fork, once."""
 
 GRACE_S = 10.0
 """How long the other ranks may go on after the first one has failed."""
@@ -43,10 +58,11 @@ def import_megatron(*, register: bool, transformer_engine: bool) -> None:
 
         # Compiled in the wheel, which has no Makefile: Megatron would exit. The plugin minds it.
         utils.compile_helpers = lambda: None
-    # What every rank would otherwise import for itself after the fork.
-    for module in ("megatron.training.training", "megatron.core.tokenizers.text", "torch._dynamo"):
+    for module in IMPORTED_BY_EVERY_RANK:
         importlib.import_module(module)
     remember_help_of_flags()
+    remember_shuffles()
+    remember_entry_points()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     # The process that a save collects its results in: forked, not spawned, which would import
@@ -73,6 +89,51 @@ def remember_help_of_flags() -> None:
     add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
+def remember_shuffles() -> None:
+    """Have the sets of --mock-data shuffled here: three times two million samples."""
+    from megatron.core.datasets import gpt_dataset
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+
+    build = gpt_dataset._build_shuffle_index
+    known: dict[tuple[Any, ...], tuple[np.ndarray, Any]] = {}
+
+    def remembered(num_samples: int, size: int, random: np.random.RandomState) -> np.ndarray:
+        name, keys, *position = random.get_state()
+        key = (num_samples, size, name, keys.tobytes(), *position)
+        if key not in known:
+            index = build(num_samples, size, random)
+            index.flags.writeable = False
+            known[key] = index, random.get_state()
+        index, after = known[key]
+        random.set_state(after)
+        return index
+
+    gpt_dataset._build_shuffle_index = remembered
+    # As of the runs with cases.TINY_GPT; others are shuffled by their ranks.
+    config = gpt_dataset.GPTDatasetConfig(
+        random_seed=1234,
+        sequence_length=32,
+        split="1,1,1",
+        tokenizer=SimpleNamespace(vocab_size=128, eod=127, pad=127, unique_identifiers={}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        mid_level_dataset_surplus=0.005,
+    )
+    BlendedMegatronDatasetBuilder(
+        gpt_dataset.MockGPTDataset, [8, 8, 8], lambda: True, config
+    ).build()
+
+
+def remember_entry_points() -> None:
+    """PyTorch looks for other backends in the metadata of every package, in every rank."""
+    remembered: Any = functools.cache(metadata.entry_points)
+    remembered(group="torch.distributed.backends")
+    metadata.entry_points = remembered
+
+
 def free_port() -> int:
     """Below the range that outgoing connections take theirs from: it stays free until used."""
     while True:
@@ -91,6 +152,8 @@ def run_rank(request: dict[str, Any], rank: int, port: int, folder: Path) -> Non
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    # wandb, which Megatron imports, writes through callbacks of its own into the one from before.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     num_ranks = request["num_ranks"]
     os.environ.update(
         RANK=str(rank),
@@ -175,6 +238,9 @@ def main() -> None:
         register="--without-plugin" not in sys.argv,
         transformer_engine="--with-transformer-engine" in sys.argv,
     )
+    # Else a collection in a rank would write to, and so copy, every page with an object.
+    gc.collect()
+    gc.freeze()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(run_case(json.loads(line))), file=answers, flush=True)

@@ -1,0 +1,57 @@
+"""What holds for every folder: which tests run by default, and how two processes share them."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+LONG_FILES_FIRST = {"distributed": 0, "kernels": 1}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="also run the tests marked `full`, which the others cover in part (tests/README.md)",
+    )
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of pytest-xdist's processes."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if is_worker(config):
+        # There are as many processes as cores. Read when torch is imported, here and in processes
+        # that tests start.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of compiled kernels for all processes of this run: each is compiled once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if is_worker(request.config) else base) / "kernels"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Start with the long files; leave out what is marked `full`, unless it is asked for.
+
+    It is asked for by --full, or by its own name.
+    """
+    # Processes take the next file each: with the short ones last, they end at about one time.
+    items.sort(key=lambda item: LONG_FILES_FIRST.get(item.path.parent.name, len(LONG_FILES_FIRST)))
+    if config.getoption("--full"):
+        return
+    named = {argument for argument in config.args if "::" in argument}
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("full") and not named & {item.nodeid, item.nodeid.split("[")[0]}
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
