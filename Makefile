@@ -6,6 +6,7 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -V >/dev/n
 VENV ?= .venv
 SETUP := $(if $(VENV),$(VENV)/.complete,)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+BIN := $(if $(VENV),$(VENV)/bin/)
 # TransformerEngine's Python code, which only some tests see: tests/distributed/with_te.
 WITH_TE := $(if $(VENV),$(VENV)/transformer-engine/.complete,)
 CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/*.h
@@ -14,7 +15,7 @@ CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/
 # A file's tests stay together, as they share runs.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test test-all lint sweep bench docs clean
+.PHONY: help setup train test test-all lint sweep bench image docs clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -55,7 +56,12 @@ lint: $(SETUP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(if $(VENV),$(VENV)/bin/)clang-format --dry-run -Werror $(wildcard $(CPP))
+	$(BIN)clang-format --dry-run -Werror $(wildcard $(CPP))
+	$(BIN)hadolint docker/*.Dockerfile
+	$(RUN) -m yamllint --strict .github .pre-commit-config.yaml .yamllint.yaml examples/jobs
+
+image:  ## build the container image for CPUs; ARGS=gpu builds the one for GPUs
+	docker/build.sh $(or $(ARGS),cpu)
 
 docs: $(SETUP)  ## build the documentation's site into build/docs; a broken link is an error
 	$(RUN) -m zensical build --strict --clean

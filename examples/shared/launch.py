@@ -164,8 +164,9 @@ def _wandb_run_id(out: Path) -> str:
     return path.read_text()
 
 
-def _parser(recipe: Recipe) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(recipe: Recipe) -> argparse.ArgumentParser:
+    """Return the command line's parser: everything before `--`."""
+    arguments = argparse.ArgumentParser(
         usage="%(prog)s --model NAME (--data FOLDER | --cpu-rehearsal) --out FOLDER [options] "
         "[-- Megatron's flags]",
         description=f"Train a model of {recipe.path.parent.name}/{recipe.path.name} with AdamS, or "
@@ -175,48 +176,48 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "PET_RDZV_ENDPOINT, PET_RDZV_ID, or PET_MASTER_ADDR and PET_MASTER_PORT. "
         "PET_NPROC_PER_NODE is the number of ranks on a node; default: one for each GPU.",
     )
-    parser.add_argument("--model", required=True, choices=list(recipe.models), help="its size")
-    parser.add_argument(
+    arguments.add_argument("--model", required=True, choices=list(recipe.models), help="its size")
+    arguments.add_argument(
         "--optimizer", default="adams", choices=OPTIMIZERS, help="default: %(default)s"
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--precision",
         default="bf16",
         choices=PRECISIONS,
         help="default: %(default)s; fp8 needs TransformerEngine and has not been run on a GPU",
     )
-    parser.add_argument("--data", type=Path, help="a folder that prepare_data.py has made")
-    parser.add_argument(
+    arguments.add_argument("--data", type=Path, help="a folder that prepare_data.py has made")
+    arguments.add_argument(
         "--out",
         type=Path,
         help="where checkpoints, TensorBoard's files and logs go; a folder with a checkpoint is "
         "resumed; default: runs/RECIPE-MODEL-OPTIMIZER-PRECISION",
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--cpu-rehearsal",
         action="store_true",
         help="run the same parallel layout on CPU processes, with a model and batches so small "
         "that it takes a minute; without --data on made-up sequences",
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--wandb-project",
         default=os.environ.get("WANDB_PROJECT"),
         help="log to this W&B project, too; default: $WANDB_PROJECT. WANDB_MODE=offline works",
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--without",
         action="append",
         default=[],
         metavar="FLAG",
         help="leave a flag of the recipe out (overlap-param-gather, for one); may be repeated",
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--no-plan", action="store_true", help="do not compute the memory plan before the start"
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--print", action="store_true", help="print the torchrun command line and exit"
     )
-    return parser
+    return arguments
 
 
 def make_job(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> Job:
@@ -386,6 +387,6 @@ def main(recipe_path: Path, argv: Sequence[str] | None = None) -> int:
         if "--" in argv:
             end = argv.index("--")
             own, extra = argv[:end], argv[end + 1 :]
-        start(recipe, _parser(recipe).parse_args(own), parse_flags(extra))
+        start(recipe, parser(recipe).parse_args(own), parse_flags(extra))
 
     return exit_code_of(program)

@@ -1,0 +1,220 @@
+"""Every recipe rehearses in its own layout, resumes to the same bits, and ends well on SIGTERM."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.cluster import REPO, Cluster
+from tests.distributed.recipe_cases import RANKS_PER_NODE
+
+EXAMPLES = REPO / "examples"
+sys.path.append(str(EXAMPLES))
+
+from shared import launch  # noqa: E402  (the examples are on the path now)
+from shared.command import command_line_flags  # noqa: E402
+from shared.recipe import Recipe, parse_flags  # noqa: E402
+
+CASES = "tests.distributed.recipe_cases"
+GPT2, LLAMA2 = (EXAMPLES / name / "recipe.toml" for name in ("pretrain_gpt2", "pretrain_llama2"))
+MOCK_VOCAB_SIZE = 512
+
+# recipe, model, optimizer, tensor x pipeline x data parallel
+REHEARSALS = [
+    (GPT2, "124m", "adams", (1, 1, 2)),
+    (GPT2, "124m", "adamw", (1, 1, 2)),
+    (GPT2, "350m", "adams", (1, 1, 2)),
+    (GPT2, "774m", "adams", (1, 1, 2)),
+    (GPT2, "1.5b", "adams", (1, 1, 2)),
+    (LLAMA2, "1b", "adams", (1, 1, 2)),
+    (LLAMA2, "7b", "adams", (2, 1, 2)),
+    (LLAMA2, "7b", "adamw", (2, 1, 2)),
+    (LLAMA2, "70b", "adams", (8, 4, 1)),
+]
+
+
+def make_job(recipe_path: Path, arguments: str, extra: str = "") -> launch.Job:
+    recipe = Recipe.load(recipe_path)
+    args = launch.parser(recipe).parse_args(arguments.split())
+    return launch.make_job(recipe, args, parse_flags(extra.split()))
+
+
+@pytest.fixture(autouse=True)
+def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("PET_", "WANDB_")):
+            monkeypatch.delenv(name)
+
+
+def rehearse(
+    cluster: Cluster, recipe: Path, arguments: str, extra: str = "", **kwargs: Any
+) -> tuple[launch.Job, Any]:
+    job = make_job(recipe, f"{arguments} --cpu-rehearsal", extra)
+    words = command_line_flags(job.flags)
+    outcome = cluster.run(f"{CASES}:rehearse", job.num_ranks, words=words, timeout_s=280, **kwargs)
+    return job, outcome
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "optimizer", "layout"),
+    REHEARSALS,
+    ids=[f"{model}-{optimizer}" for _, model, optimizer, _ in REHEARSALS],
+)
+def test_recipe_rehearses_in_its_layout(
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    recipe: Path,
+    model: str,
+    optimizer: str,
+    layout: tuple[int, int, int],
+) -> None:
+    arguments = f"--model {model} --optimizer {optimizer} --out {tmp_path}"
+    # Three steps, one evaluation, and a checkpoint at the end.
+    if math.prod(layout) > RANKS_PER_NODE:
+        monkeypatch.setenv("PET_NNODES", str(math.prod(layout) // RANKS_PER_NODE))
+        monkeypatch.setenv("PET_NPROC_PER_NODE", str(RANKS_PER_NODE))
+    job, outcome = rehearse(
+        cluster, recipe, arguments, "--train-iters 3 --eval-interval 2 --save-interval 100"
+    )
+    assert job.num_ranks == math.prod(layout)
+    for result in outcome.results:
+        assert result["sizes"] == layout
+        assert result["optimizer"] == ("AdamS" if optimizer == "adams" else "AdamW")
+        assert result["dtype"] == "torch.bfloat16"
+        assert result["adam"] == (0.9, 0.95, 1e-8 if recipe == GPT2 else 1e-5, 0.1)
+    losses = outcome.results[-1]["losses"]
+    assert len(losses) == 3
+    # An untrained model: about as good as guessing.
+    assert losses[0] == pytest.approx(math.log(MOCK_VOCAB_SIZE), rel=0.05)
+    assert "validation loss" in outcome.log
+
+
+def checkpoint(cluster: Cluster, folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, at its global shape."""
+    path = folder / "checkpoints" / f"iter_{step:07d}"
+    return dict(cluster.run("tests.distributed.cases:load_plain", checkpoint=str(path)).results[0])
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert any("exp_avg" in key for key in one)
+    differing = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not differing
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and the last checkpoint of a rehearsal of 13B: TP 2 x PP 2 x DP 2, six steps."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    _, outcome = rehearse(cluster, LLAMA2, f"--model 13b --out {folder}", SIX_STEPS)
+    return outcome.results[-1]["losses"], checkpoint(cluster, folder, 6)
+
+
+SIX_STEPS = "--train-iters 6 --save-interval 3 --eval-interval 4"
+
+
+def test_killed_rehearsal_resumes_to_the_bits_of_an_uninterrupted_one(
+    cluster: Cluster,
+    tmp_path: Path,
+    uninterrupted: tuple[list[float], dict[str, torch.Tensor]],
+) -> None:
+    arguments = f"--model 13b --out {tmp_path}"
+    job, killed = rehearse(cluster, LLAMA2, arguments, SIX_STEPS, kill_at=5, check=False)
+    assert killed.codes == [-signal.SIGKILL] * 8
+    latest = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert latest.read_text() == "3"
+    _, resumed = rehearse(cluster, LLAMA2, arguments, SIX_STEPS)
+    assert latest.read_text() == "6"
+    losses, tensors = uninterrupted
+    assert resumed.results[-1]["losses"] == losses[3:]
+    assert_same_bits(checkpoint(cluster, tmp_path, 6), tensors)
+    assert (job.num_ranks, {result["sizes"] for result in resumed.results}) == (8, {(2, 2, 2)})
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_to_train_py_saves_a_checkpoint_that_resumes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The real thing: train.py, torchrun, eight processes, TP 2 x PP 2 x DP 2, and a signal."""
+    out = tmp_path / "interrupted"
+    flags = "--train-iters 1000 --save-interval 1000 --eval-interval 1000"
+    command = [sys.executable, str(LLAMA2.parent / "train.py")]
+    command += ["--model", "13b", "--cpu-rehearsal", "--no-plan", "--out", str(out)]
+    with (tmp_path / "log.txt").open("w+") as log:
+        process = subprocess.Popen(
+            [*command, "--", *flags.split()], stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while " iteration        2/" not in (tmp_path / "log.txt").read_text():
+                assert process.poll() is None and time.monotonic() < deadline, _end(tmp_path)
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=200)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+                process.wait(timeout=60)
+    assert "exiting program after receiving SIGTERM" in (tmp_path / "log.txt").read_text()
+    latest = out / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert latest.exists(), _end(tmp_path)
+    step = int(latest.read_text())
+    assert 2 <= step < 1000
+    assert list((out / "tensorboard").glob("events.*"))
+    assert list((out / "logs").rglob("stdout.log"))
+
+    # Two more steps from there, and the same steps at a stretch.
+    arguments, stop = "--model 13b --out {}", f"{flags} --exit-interval {step + 2}"
+    rehearse(cluster, LLAMA2, arguments.format(out), stop)
+    rehearse(cluster, LLAMA2, arguments.format(tmp_path / "stretch"), stop)
+    resumed, stretch = (checkpoint(cluster, f, step + 2) for f in (out, tmp_path / "stretch"))
+    assert_same_bits(resumed, stretch)
+
+
+def _end(folder: Path) -> str:
+    return (folder / "log.txt").read_text()[-4000:]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("recipe", "model", "num_ranks"),
+    [(GPT2, "1.5b", 16), (LLAMA2, "13b", 256), (LLAMA2, "70b", 1024)],
+    ids=["1.5b", "13b", "70b"],
+)
+def test_megatron_takes_the_flags_of_a_full_size_job(
+    te_cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    recipe: Path,
+    model: str,
+    num_ranks: int,
+    precision: str,
+) -> None:
+    # Where TransformerEngine is: its Python code in this test, no kernel runs.
+    monkeypatch.setattr(launch, "find_spec", lambda name: name)
+    monkeypatch.setenv("PET_NNODES", str(num_ranks // 8))
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "8")
+    job = make_job(
+        recipe, f"--model {model} --precision {precision} --out {tmp_path}", "--mock-data"
+    )
+    extra = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "32000"]
+    words = [*command_line_flags(job.flags), *extra]
+    (args,) = te_cluster.run(f"{CASES}:validate", words=words, num_parallel=num_ranks).results
+    size = {"1.5b": 1, "13b": 4, "70b": 32}[model]
+    assert args["data_parallel_size"] == num_ranks // size
+    assert args["optimizer"] == "adams"
+    assert args["bf16"] and args["exit_signal_handler"]
+    assert args["sequence_parallel"] == (size > 1)
+    expected = ("hybrid", "tensorwise", True) if precision == "fp8" else (None, "delayed", False)
+    assert (args["fp8"], args["fp8_recipe"], args["fp8_param_gather"]) == expected
+    assert args["min_lr"] == pytest.approx(args["lr"] / 10)
