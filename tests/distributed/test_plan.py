@@ -122,9 +122,10 @@ def test_ranks_of_a_stage_differ_by_the_padding_of_buckets(
 ) -> None:
     kinds = planned["dp3_buckets_untied_adams"]["kinds"]
     assert len({kind["numel"] for kind in kinds}) > 1
-    assert sum(kind["numel"] for kind in kinds) == planned["dp3_buckets_untied_adams"]["model"][
-        "num_params"
-    ]
+    assert (
+        sum(kind["numel"] for kind in kinds)
+        == planned["dp3_buckets_untied_adams"]["model"]["num_params"]
+    )
 
 
 def test_number_of_params_counts_each_once(planned: dict[str, dict[str, Any]]) -> None:
