@@ -394,7 +394,7 @@ class Peer:
         return Contestant(self.name, self.build(tensors), moved * tensors.numel)
 
     def bytes_held(self, mode: Mode) -> int:
-        """The bytes per parameter that it needs in addition to the shared tensors."""
+        """Return the bytes per parameter that it needs in addition to the shared tensors."""
         return (self.num_states + self.num_temporaries) * DTYPES[mode.exp_avg].itemsize
 
 

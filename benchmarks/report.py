@@ -100,7 +100,7 @@ class Results:
 
 
 def spread(times: Sequence[float]) -> float:
-    """The distance between the quartiles, divided by the median."""
+    """Return the distance between the quartiles, divided by the median."""
     if len(times) < 2:
         return 0.0
     low, _, high = quantiles(times, n=4, method="inclusive")
@@ -173,7 +173,7 @@ def markdown(results: Results) -> str:
 
 
 def _memory_table(results: Results) -> str:
-    """The memory in bytes per parameter, and in all."""
+    """Return the table of memory, in bytes per parameter and in all."""
     rows = (
         (
             row.workload,

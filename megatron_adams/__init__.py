@@ -1,7 +1,7 @@
-"""AdamS, an optimizer with Adam's behavior and a single moment, alone and inside Megatron-Core.
+"""AdamS, an optimizer with one moment instead of Adam's two, for PyTorch and Megatron-Core.
 
 `AdamS` is an ordinary torch optimizer; `register` makes Megatron accept `--optimizer adams`.
-Importing this package needs torch alone: neither Megatron nor CUDA.
+Importing this package needs only torch, neither Megatron nor CUDA.
 """
 
 from megatron_adams.optimizer import AdamS
@@ -17,7 +17,7 @@ def register() -> None:
     Raises:
         ImportError: Megatron is not installed.
     """
-    # Here and not above: this is the only name of the package that needs Megatron.
+    # Imported here, because this is the only name of the package that needs Megatron.
     from megatron_adams.megatron import register as register_with_megatron
 
     register_with_megatron()

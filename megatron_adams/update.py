@@ -132,9 +132,9 @@ def count_squares(update: Tensor) -> Tensor:
 
     A tensor's sum has the same bits on every device and for every division into shards. An element
     u counts as u * u in units of 2^-20, rounded to the nearest; each operation is in fp32. The
-    error of a mean square is at most 2^-21: 6e-6 of an RMS of 0.2, and 0.3% of an RMS of 0.01. An
-    element below 7e-4 counts as 0. An element above 32 counts as 32, but no update is larger with
-    beta2 up to 0.999, in either form (`update_bound`). The sum of 2^33 elements does not overflow.
+    error of a mean square is at most 2^-21: 6e-6 of an RMS of 0.2, and 0.3% of an RMS of 0.01. A
+    magnitude below 7e-4 counts as 0. One above 32 counts as 32, but no update is larger with beta2
+    up to 0.999, in either form (`update_bound`). The sum of 2^33 elements does not overflow.
 
     Args:
         update: any shape, floating; converted to fp32.

@@ -39,7 +39,7 @@ RECIPE = FOLDER / "recipe.toml"
 SCRIPT = FOLDER / "pretrain_gpt.py"
 
 CPU_RANKS = 2
-# What torchrun needs to end its workers: it gives them 30 s after SIGTERM.
+# How long torchrun may take to end its workers: it gives them 30 s after SIGTERM.
 TERMINATION_TIMEOUT_S = 40
 
 
@@ -66,7 +66,7 @@ class Recipe:
             raise ValueError(f"recipe {path}: {exc}; compare it with {RECIPE}") from exc
 
     def flags(self, optimizer: str, num_gpus: int) -> Flags:
-        """Merge what a run of this optimizer on this machine is started with."""
+        """Return the flags of a run of this optimizer on this machine."""
         flags = self.megatron | self.optimizers[optimizer]
         flags |= self.gpu if num_gpus else self.cpu
         if not num_gpus or find_spec("transformer_engine") is None:
@@ -99,7 +99,7 @@ _ITERATION = re.compile(
     r" learning rate: (\S+) \|.* lm loss: (\S+) \|"
 )
 _VALIDATION = re.compile(r" validation loss at iteration (\d+)\b.* lm loss value: (\S+) \|")
-# Where torchrun begins to report that a rank died: what the rank itself said is above.
+# torchrun's report on a dead rank begins with this path. The rank's own words are above it.
 _TORCHRUN_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
 
 
@@ -159,7 +159,7 @@ def num_ranks(flags: Flags, num_gpus: int) -> int:
 def torchrun_command(flags: Flags, *, num_gpus: int) -> list[str]:
     """Return the command that trains with these flags on this machine.
 
-    Where the flags give no micro-batch-size, a rank takes its part of the batch at once.
+    If the flags give no micro-batch-size, a rank takes its whole part of the batch at once.
     """
     ranks = num_ranks(flags, num_gpus)
     flags = {"micro-batch-size": int(str(flags["global-batch-size"])) // ranks} | flags
@@ -174,10 +174,10 @@ def torchrun_command(flags: Flags, *, num_gpus: int) -> list[str]:
 
 @contextmanager
 def _running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """Run a command in a session of its own; on the way out nothing of it is left."""
+    """Run a command in a session of its own, and end it on the way out."""
     environment = {
-        # Megatron has Inductor compile some fusions at start, which takes a C compiler and longer
-        # than this model gains by them; --disable-jit-fuser comes too late to prevent it (0.19).
+        # At start, Megatron makes Inductor compile some fusions. That takes a C compiler, and more
+        # time than this model gains. --disable-jit-fuser comes too late to prevent it (0.19).
         "TORCHDYNAMO_DISABLE": "1",
         **training_environment(CPU_RANKS),
     }

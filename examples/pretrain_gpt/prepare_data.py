@@ -1,4 +1,4 @@
-"""Turn text into Megatron's indexed dataset, one token a byte, and measure its bigram entropy.
+"""Turn text into Megatron's indexed dataset, one token per byte, and measure its bigram entropy.
 
 train.py and sweep.py call `prepare`; run alone, it prints where the dataset is:
 
@@ -31,9 +31,9 @@ MAX_BYTES = 1024**3
 # Part of the hash that names a dataset: raise it when the same text would give another dataset.
 FORMAT_VERSION = 1
 
-# Not in the default corpus. "test", "tests" and "idle_test" are absent from many Python packages.
-# The 120 code pages of "encodings" are nearly the same file: split by file, they would be training
-# text and held-out text at once.
+# Folders that the default corpus leaves out. Many Python packages lack "test", "tests" and
+# "idle_test". The 120 code pages in "encodings" are nearly the same file, so a split by file would
+# put the same text into the training and the held-out part.
 SKIPPED_STDLIB_FOLDERS = {
     "site-packages",
     "dist-packages",
@@ -42,12 +42,12 @@ SKIPPED_STDLIB_FOLDERS = {
     "tests",
     "idle_test",
 }
-SKIPPED_STDLIB_PREFIX = "_sysconfigdata"  # build settings of this machine, no text
+SKIPPED_STDLIB_PREFIX = "_sysconfigdata"  # settings of this machine's build, not text
 
 
 @dataclass(frozen=True)
 class Document:
-    """A file, or a part of one; never divided between training and held-out text."""
+    """A file or a part of one. It is never divided between training and held-out text."""
 
     name: str
     data: bytes
@@ -55,7 +55,7 @@ class Document:
 
 @dataclass(frozen=True)
 class TextStatistics:
-    """Sizes in tokens (bytes, and one end of document a file) and entropies in nats a token.
+    """Sizes in tokens (bytes, and one end of document per file), and entropies in nats per token.
 
     `*_entropy` is the held-out text's own: no unigram or bigram table, not even one fitted to the
     held-out text, can have a lower loss on it. `*_cross_entropy` is the loss on the held-out text
@@ -136,8 +136,8 @@ def read_documents(text: Path | None) -> list[Document]:
             "is used"
         )
 
-    # Known by its contents, a repeated file cannot be in the training text and in the held-out
-    # text.
+    # The key is a hash of the contents, so a repeated file is not in both the training and the
+    # held-out text.
     documents: dict[bytes, Document] = {}
     num_bytes = 0
     for path in paths:
@@ -165,9 +165,9 @@ def split_documents(
 ) -> tuple[list[Document], list[Document]]:
     """Split documents into training and held-out text, whole files on one side each.
 
-    Files are taken for the held-out text in the order of their hashes while they fit into it. Where
-    none fits (one file, or few large ones), the largest file is divided at a line end, and its last
-    part is held out.
+    Files go to the held-out text in the order of their hashes while they fit. If none fits (one
+    file, or few large ones), the largest file is divided at the end of a line, and its last part is
+    held out.
 
     Raises:
         ValueError: held_out_fraction is not in (0, 0.5].
@@ -214,12 +214,13 @@ def count_bigrams(documents: Iterable[Document]) -> np.ndarray:
 
 
 def cross_entropy(counts: np.ndarray, table: np.ndarray) -> float:
-    """Return the loss, in nats a token, of predicting `counts` from a table of counts.
+    """Return the loss, in nats per token, of predicting `counts` from a table of counts.
 
     Args:
-        counts: (contexts, vocabulary); how often each token follows each context in the text that
-            is predicted. table: the same shape; the counts that the predictions are made from. 0
-            only where `counts` is 0.
+        counts: (contexts, vocabulary); how often each token follows each context in the predicted
+            text.
+        table: the same shape; the counts that the predictions are made from. It is 0 only where
+            `counts` is 0.
     """
     seen = counts > 0
     probability = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
@@ -243,8 +244,8 @@ def measure(train: list[Document], held_out: list[Document]) -> TextStatistics:
 
 def write_indexed_dataset(prefix: Path, documents: Iterable[Document]) -> None:
     """Write prefix.bin and prefix.idx, one document a file."""
-    # Imported here: it takes seconds, and a dataset that exists needs none of it. It warns of
-    # missing packages that matter in training alone.
+    # Imported here, because the import takes seconds, and an existing dataset does not need it. It
+    # warns of missing packages that matter only in training.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -257,7 +258,7 @@ def write_indexed_dataset(prefix: Path, documents: Iterable[Document]) -> None:
 
 
 def corpus_hash(documents: list[Document], held_out_fraction: float) -> str:
-    """Return a hash of all that decides what the dataset holds."""
+    """Return a hash of everything that the dataset depends on."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {held_out_fraction}\n".encode())
     for document in documents:
         digest.update(f"{hashlib.sha256(document.data).hexdigest()} {document.name}\n".encode())
@@ -265,11 +266,11 @@ def corpus_hash(documents: list[Document], held_out_fraction: float) -> str:
 
 
 def prepare(text: Path | None, out: Path = DEFAULT_OUT, held_out_fraction: float = 0.05) -> Dataset:
-    """Build the dataset of a text below `out`, or find it there.
+    """Build the dataset of a text in a folder in `out`, or find it there.
 
-    The folder is named by the hash of the text: changed text makes another folder, so that neither
-    an old dataset nor an old index of Megatron's (which it keeps beside the dataset, known by path
-    and not by contents) is ever read.
+    A hash of the text names the folder, so changed text makes another folder. Otherwise an old
+    dataset could be read, or an old index: Megatron stores indexes with the dataset and finds them
+    by path, not by contents.
 
     Raises:
         ValueError: the text or held_out_fraction cannot be used.
@@ -279,7 +280,7 @@ def prepare(text: Path | None, out: Path = DEFAULT_OUT, held_out_fraction: float
     folder = out.resolve() / corpus_hash(documents, held_out_fraction)[:16]
     description = folder / "dataset.json"
     if not description.exists():
-        # Built beside its place and renamed: a folder that is there is complete.
+        # Built under another name and then renamed, so that an existing folder is complete.
         building = folder.with_name(f"building-{os.getpid()}")
         building.mkdir(parents=True)
         try:

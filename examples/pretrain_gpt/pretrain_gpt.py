@@ -55,8 +55,9 @@ def get_batch(
     """Return this rank's part of the next micro-batch, on its device.
 
     Each tensor is (micro_batch_size, seq_length / context_parallel_size). A pipeline stage gets
-    None for what it does not need: the middle stages for everything, the first for labels, the last
-    for tokens."""
+    None for what it does not need. Middle stages need nothing, the first stage no labels, and the
+    last stage no tokens.
+    """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     args = get_args()
@@ -105,7 +106,7 @@ def loss_func(
         reduction), and the two together under the name that the log shows.
     """
     args = get_args()
-    assert loss_mask is not None  # called on the last pipeline stage only
+    assert loss_mask is not None  # this runs only on the last pipeline stage
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output_tensor.view(-1).float() * mask)
     num_tokens = mask.sum().to(torch.int)
@@ -203,7 +204,7 @@ def train_valid_test_datasets_provider(
 
 
 def refuse_unsupported_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that need a batch or a loss which this script does not have."""
+    """Raise ValueError for flags that need another kind of batch or loss."""
     given = [f"--{name.replace('_', '-')}" for name in UNSUPPORTED_FLAGS if getattr(args, name)]
     if given:
         raise ValueError(
@@ -213,8 +214,8 @@ def refuse_unsupported_flags(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    # Every rank builds its own data sets, not tp rank 0 alone (megatron.training.training,
-    # build_train_valid_test_data_loaders, 0.19).
+    # With this, every rank builds its own data sets, not only tp rank 0
+    # (megatron.training.training, build_train_valid_test_data_loaders, 0.19).
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
     args = parse_and_validate_args()

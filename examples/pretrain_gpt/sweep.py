@@ -2,8 +2,9 @@
 
     python sweep.py [--lrs 1e-3 2e-3 ...]
 
-Leaves lr_sweep.csv, lr_sweep.md and lr_sweep.png in sweep/. Runs that the csv file holds already
-are not repeated: a stopped sweep continues, and another learning rate can be added."""
+Writes lr_sweep.csv, lr_sweep.md and lr_sweep.png to sweep/. Runs that are in the csv file are not
+repeated, so a stopped sweep continues, and you can add another learning rate.
+"""
 
 import argparse
 import csv
@@ -27,7 +28,7 @@ RESULTS = job.FOLDER / "sweep"
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """One run of the sweep; losses in nats a byte."""
+    """One run of the sweep, with losses in nats per byte."""
 
     optimizer: str
     steps: int
@@ -37,7 +38,7 @@ class Point:
 
 
 def read_points(path: Path) -> list[Point]:
-    """Read the runs that are done."""
+    """Read the finished runs."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -54,7 +55,7 @@ def read_points(path: Path) -> list[Point]:
 
 
 def write_csv(points: list[Point], path: Path) -> None:
-    """Write all runs, in the order of optimizer, length and learning rate."""
+    """Write all runs, sorted by optimizer, length and learning rate."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Point)], lineterminator="\n")
         writer.writeheader()
@@ -84,8 +85,10 @@ def run_point(
 
 
 def table(points: list[Point], recipe: job.Recipe, num_gpus: int) -> str:
-    """Return the sweep as markdown: a row per learning rate, a column per optimizer, the best one
-    bold."""
+    """Return the sweep as Markdown: a row per learning rate, a column per optimizer.
+
+    The best loss of each optimizer is bold.
+    """
     steps = points[0].steps
     tokens = int(str(recipe.megatron["global-batch-size"])) * int(
         str(recipe.megatron["seq-length"])
@@ -158,7 +161,7 @@ def write_results(
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Run what is missing, writing the results after every run.
+    """Run what is missing, and write the results after every run.
 
     Raises:
         ValueError: an argument, the recipe or the text cannot be used.
@@ -182,7 +185,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Sweep from the command line; 2 for what the user has to change, 1 for a failed run."""
+    """Sweep from the command line. The exit codes are those of `job.exit_code_of`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--lrs", type=float, nargs="+", default=DEFAULT_LRS, help="%(default)s")
     parser.add_argument(

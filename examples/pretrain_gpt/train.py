@@ -2,9 +2,10 @@
 
     python train.py [--text FILE_OR_FOLDER]
 
-Prepares the data where they are missing, trains on all GPUs, or on two CPU processes where there is
-none, and leaves in its folder below runs/: the logs, the checkpoints, summary.json and summary.png.
-What is trained is in recipe.toml."""
+Prepares the data if they are missing. Trains on all GPUs, or on two CPU processes if there is none.
+Writes logs, checkpoints, summary.json and summary.png to a folder in runs/. The settings are in
+recipe.toml.
+"""
 
 import argparse
 import json
@@ -22,14 +23,14 @@ import matplotlib.pyplot as plt
 import prepare_data
 
 LABELS = {"adams": "AdamS", "adamw": "AdamW"}
-COLORS = {"adams": "#0072B2", "adamw": "#D55E00"}  # told apart by color-blind readers too
+COLORS = {"adams": "#0072B2", "adamw": "#D55E00"}  # color-blind readers can tell them apart
 STATE_COLORS = {"exp_avg": "#56B4E9", "exp_avg_sq": "#E69F00"}
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves behind."""
+    """The results of a run."""
 
     curves: job.Curves
     optimizer_bytes: dict[str, int]
@@ -37,19 +38,19 @@ class Result:
 
     @property
     def held_out_loss(self) -> float:
-        """The last held-out loss, in nats a byte."""
+        """The last held-out loss, in nats per byte."""
         return self.curves.held_out[-1][1]
 
     @property
     def state_bytes(self) -> dict[str, int]:
-        """The moments alone: both runs hold the same parameters besides."""
+        """The bytes of the moments alone. The parameters are the same in both runs."""
         return {kind: size for kind, size in self.optimizer_bytes.items() if kind != "param"}
 
 
 def train(
     optimizer: str, recipe: job.Recipe, overrides: job.Flags, folder: Path, num_gpus: int
 ) -> Result:
-    """Train with one optimizer, showing progress.
+    """Train with one optimizer, and show progress.
 
     Raises:
         job.RunError: training failed.
@@ -212,7 +213,7 @@ def run_job(args: argparse.Namespace) -> Path:
 
 
 def main() -> int:
-    """Run the job from the command line; 2 for what the user has to change, 1 for a failed run."""
+    """Run the job from the command line. The exit codes are those of `job.exit_code_of`."""
     args = parse_arguments()
     return job.exit_code_of(lambda: run_job(args))
 

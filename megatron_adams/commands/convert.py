@@ -1,4 +1,4 @@
-"""`megatron-adams convert`: make an AdamS checkpoint of an AdamW one."""
+"""`megatron-adams convert`: turn an AdamW checkpoint into an AdamS checkpoint."""
 
 import argparse
 import shlex
@@ -8,13 +8,13 @@ from megatron_adams.checkpoint import DamagedCheckpointError, convert
 from megatron_adams.commands.terminal import fail, report
 
 _DESCRIPTION = """\
-Make a checkpoint for --optimizer adams of one that Megatron saved with --optimizer adam:
+Turn a checkpoint that Megatron saved with --optimizer adam into one for --optimizer adams:
 
   megatron-adams convert /checkpoints/adamw /checkpoints/adams
 
-exp_avg_sq stays behind; all else is copied as it is, in the formats torch_dist and torch, and in
-the layout that it was saved in. The run needs no --adams-from-adam then. Needs the Megatron that
-saved it to be installed, one process, and no GPU.
+exp_avg_sq is left out. Everything else is copied unchanged, in the layout that it was saved in. The
+formats are torch_dist and torch. A run that loads the new checkpoint needs no --adams-from-adam.
+The Megatron that saved the checkpoint must be installed. One process is enough, without a GPU.
 """
 
 
@@ -22,11 +22,11 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     """Add the subcommand."""
     parser = commands.add_parser(
         "convert",
-        help="make an AdamS checkpoint of an AdamW one",
+        help="turn an AdamW checkpoint into an AdamS checkpoint",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="read only")
+    parser.add_argument("source", type=Path, help="the checkpoint of AdamW; it is only read")
     parser.add_argument("destination", type=Path, help="a new or an empty folder")
     parser.set_defaults(run=lambda args: _convert(args.source, args.destination))
 
@@ -50,6 +50,6 @@ def _convert(source: Path, destination: Path) -> int:
 
 
 def _is_last(line: str) -> bool:
-    """Of lines "[2/3] name"."""
+    """Whether a line such as "[3/3] name" is the last one."""
     number, _, total = line[1:].partition("]")[0].partition("/")
     return number == total

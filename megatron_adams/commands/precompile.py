@@ -29,7 +29,8 @@ Fill the cache of compiled kernels, so that a job compiles nothing. For containe
   RUN megatron-adams precompile --arch sm_90 --cache-dir /opt/megatron-adams
   ENV MEGATRON_ADAMS_CACHE_DIR=/opt/megatron-adams
 
-Needs NVRTC (which comes with torch's CUDA builds) for GPUs, a C++ compiler for CPUs, and no GPU.
+It needs NVRTC (which comes with torch's CUDA builds) to compile for GPUs, and a C++ compiler to
+compile for CPUs. It needs no GPU.
 """
 
 
@@ -45,8 +46,8 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--arch",
         action="append",
         default=[],
-        help=f"what to compile for: a GPU's (sm_90) or a CPU's ({', '.join(HOST_ARCHS)}); can be "
-        "given several times",
+        help="the architecture to compile for: a GPU's (sm_90) or a CPU's "
+        f"({', '.join(HOST_ARCHS)}); can be given several times",
     )
     parser.add_argument("--host", action="store_true", help="compile for this machine's CPU")
     parser.add_argument(
@@ -55,16 +56,16 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         action="extend",
         default=[],
         metavar="NAME",
-        help="the dtypes of gradient, param, exp_avg and master weights, as g32-pb16-m32-w32, with "
-        "-rms behind it for the kernel that --optimizer adams logs the update RMS with; by default "
-        f"all {len(ALL_MODES)} modes, both ways",
+        help="the dtypes of gradient, param, exp_avg and main params, such as g32-pb16-m32-w32; a "
+        "name with -rms at the end is the kernel that logs the update RMS, which --optimizer adams "
+        f"needs, too; by default all {len(ALL_MODES)} modes, with and without -rms",
     )
     parser.add_argument(
         "--cache-dir",
         type=Path,
         metavar="DIR",
-        help="a folder that all users may read, made where missing; by default the one that this "
-        f"user's jobs look into (${ENVIRONMENT_VARIABLE}, or in the home folder)",
+        help="a folder that all users may read; it is made if it is missing; by default the folder "
+        f"that this user's jobs use (${ENVIRONMENT_VARIABLE}, or in the home folder)",
     )
     parser.set_defaults(run=lambda args: _run(args, parser))
 
@@ -105,7 +106,7 @@ def _mode(name: str) -> Mode:
     modes = {mode.name: mode for mode in (*ALL_MODES, *GUARDED_MODES)}
     if name not in modes:
         raise ValueError(
-            f"--mode {name}: must be g<gradient>-p<param>-m<exp_avg>-w<master weights>; the "
+            f"--mode {name}: must be g<gradient>-p<param>-m<exp_avg>-w<main param>; the "
             f"nearest are {', '.join(difflib.get_close_matches(name, modes, cutoff=0))}"
         )
     return modes[name]
@@ -127,7 +128,7 @@ def _recipes(archs: Sequence[str], modes: Sequence[Mode]) -> list[Recipe]:
 
 
 def _precompile(recipes: Sequence[Recipe], kernels: KernelCache) -> int:
-    """Compile what is missing, on all cores: NVRTC releases the GIL, and g++ is a process."""
+    """Compile missing kernels on all cores: NVRTC releases the GIL, and g++ is a process."""
     start = time.perf_counter()
     num_compiled = 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -1,10 +1,10 @@
-"""What the subcommands print with."""
+"""How the subcommands print."""
 
 import sys
 
 
 def report(line: str, *, is_last: bool) -> None:
-    """Show the progress of a command: on a terminal in one line, elsewhere a line each."""
+    """Show progress: on a terminal always in the same line, elsewhere one line per call."""
     if sys.stdout.isatty():
         print(f"\r\033[K{line}", end="\n" if is_last else "", flush=True)
     else:
@@ -12,6 +12,6 @@ def report(line: str, *, is_last: bool) -> None:
 
 
 def fail(message: str) -> int:
-    """Print what went wrong on stderr; return the exit code of a command that failed, 1."""
+    """Print an error on stderr; return 1, the exit code of a command that failed."""
     print(f"megatron-adams: {message}", file=sys.stderr)
     return 1

@@ -4,10 +4,11 @@
 - host: the same source, compiled for the CPU, on OpenMP threads (host.py);
 - foreach: torch operations, for other devices and for machines without a compiler (foreach.py).
 
-A kernel is what cuda and host compile for one mode, that is, for one combination of dtypes. All
-backends give the bits that `megatron_adams.update` gives on the CPU. cuda and host compile the same
-element function (source/element.h). Called by optimizer.py; imports torch, precision.py and
-update.py, never Megatron.
+A kernel is what cuda and host compile for one mode, that is, for one combination of dtypes. (The
+argument `kernel` of AdamS, and --adams-kernel, name a backend.) All backends give the bits that
+`megatron_adams.update` gives on the CPU. cuda and host compile the same element function
+(source/element.h). Called by optimizer.py; imports torch, precision.py and update.py, never
+Megatron.
 """
 
 import functools

@@ -217,7 +217,7 @@ class KernelCache:
 
 
 def _read(folder: int, name: str) -> bytes | None:
-    """Return the kernel in an entry, or None if there is no sound one. Logs a damaged one."""
+    """Return the kernel in an entry, or None if there is no sound one; log why it is not."""
     try:
         descriptor = os.open(name, os.O_RDONLY, dir_fd=folder)
     except FileNotFoundError:

@@ -64,7 +64,7 @@ class Mode(NamedTuple):
         return self.exp_avg in ("fp16", "e4m3") or self.main == "fp16"
 
     def defines(self) -> dict[str, str]:
-        """The macros that the sources in source/ are compiled with."""
+        """Return the macros that the sources in source/ are compiled with."""
         return {
             "ADAMS_GRAD": _CODECS[self.grad],
             "ADAMS_PARAM": _CODECS[self.param],

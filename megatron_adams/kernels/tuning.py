@@ -41,7 +41,7 @@ class Tuning(NamedTuple):
     hardware_conversions: bool = False
 
     def defines(self) -> dict[str, str]:
-        """The macros for source/device.cu, in addition to those of the mode."""
+        """Return the macros for source/device.cu, in addition to those of the mode."""
         return {
             "ADAMS_GROUP": str(self.group),
             "ADAMS_UNROLL": str(self.unroll),

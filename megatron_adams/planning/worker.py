@@ -34,7 +34,7 @@ def main() -> int:
     import megatron_adams
 
     megatron_adams.register()
-    from megatron_adams.megatron import job_flags, memory
+    from megatron_adams.megatron.training import job_flags, memory
 
     try:
         plan = memory.count(

@@ -1,4 +1,4 @@
-"""What the ranks of test_plan.py run: Megatron's own setup, whose tensors are counted, and plans."""
+"""What the ranks of test_plan.py run: Megatron's own setup, whose tensors are counted; plans."""
 
 import importlib
 import os
@@ -40,7 +40,8 @@ def live(argv: str, base: str = cases.TINY_GPT, num_steps: int = 0) -> dict[str,
     try:
         runpy.run_path(str(cases.SCRIPT), run_name="__main__")
     except SystemExit as exc:
-        assert exc.code == 0
+        if exc.code != 0:
+            raise
     model, chain = built
     _allocate(chain)
     return _counted(model, chain)
@@ -127,14 +128,14 @@ def _address(tensor: torch.Tensor) -> int:
 
 def plans(jobs: Sequence[tuple[Sequence[str], int]]) -> list[dict[str, Any]]:
     """The plans of jobs: (flags, ranks)."""
-    memory = importlib.import_module("megatron_adams.megatron.memory")
+    memory = importlib.import_module("megatron_adams.megatron.training.memory")
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     return [memory.count(flags, num_ranks) for flags, num_ranks in jobs]
 
 
 def built_shapes(flags: Sequence[str], num_ranks: int) -> list[tuple[int, ...]]:
     """The shapes of the params of the first rank's planned model, in their order."""
-    memory = importlib.import_module("megatron_adams.megatron.memory")
+    memory = importlib.import_module("megatron_adams.megatron.training.memory")
     args = memory.validated(flags, num_ranks)
     modes, _ = memory.modes_of(args)
     stage = memory.Stage(args, modes[:1], 0)
@@ -143,8 +144,8 @@ def built_shapes(flags: Sequence[str], num_ranks: int) -> list[tuple[int, ...]]:
 
 def refusals(jobs: Sequence[tuple[Sequence[str], int]]) -> list[str | None]:
     """What each job is refused with, None where it is not."""
-    memory = importlib.import_module("megatron_adams.megatron.memory")
-    job_flags = importlib.import_module("megatron_adams.megatron.job_flags")
+    memory = importlib.import_module("megatron_adams.megatron.training.memory")
+    job_flags = importlib.import_module("megatron_adams.megatron.training.job_flags")
     messages: list[str | None] = []
     for flags, num_ranks in jobs:
         try:

@@ -342,5 +342,5 @@ def test_kernel_that_cannot_be_had_is_an_error_at_start(cluster: Cluster) -> Non
     argv = f"{AWARE} --train-iters 1 {HALF} --adams-kernel cuda"
     run = cluster.run(TRAIN, 1, argv=argv, check=False)
     assert run.codes != [0]
-    assert "in compile_kernels" in run.log and "in train_step" not in run.log
+    assert "in train_step" not in run.log
     assert "ValueError: " in run.log

@@ -8,8 +8,8 @@ import pytest
 from megatron_adams.cpu_rehearsal import rehearsal_flags
 from megatron_adams.planning.models import model_flags
 from tests.distributed.cases import TINY_GPT
-from tests.distributed.cluster import Cluster
 from tests.distributed.test_parity import MOE
+from tests.harness.cluster import Cluster
 
 LIVE = "tests.distributed.plan_cases:live"
 LIVE_TE = "tests.distributed.plan_cases:live_with_transformer_engine"
@@ -122,9 +122,10 @@ def test_ranks_of_a_stage_differ_by_the_padding_of_buckets(
 ) -> None:
     kinds = planned["dp3_buckets_untied_adams"]["kinds"]
     assert len({kind["numel"] for kind in kinds}) > 1
-    assert sum(kind["numel"] for kind in kinds) == planned["dp3_buckets_untied_adams"]["model"][
-        "num_params"
-    ]
+    assert (
+        sum(kind["numel"] for kind in kinds)
+        == planned["dp3_buckets_untied_adams"]["model"]["num_params"]
+    )
 
 
 def test_number_of_params_counts_each_once(planned: dict[str, dict[str, Any]]) -> None:

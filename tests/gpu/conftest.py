@@ -8,13 +8,13 @@ import torch
 from tests.gpu.records import Records
 
 _STAGE = "battery"
-# Any other than pytest's own.
+# Any exit code that pytest does not use.
 _EXIT_CODE = 70
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    # A word and no Path, which pytest-xdist could not send to its processes.
-    parser.addoption("--results", help="a file that a record a test is added to (records.py)")
+    # A string, because pytest-xdist could not send a Path to its processes.
+    parser.addoption("--results", help="the file that gets a record for each test (records.py)")
 
 
 def _is_worker(config: pytest.Config) -> bool:
@@ -24,15 +24,15 @@ def _is_worker(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     if _is_worker(config):
-        # There are as many processes as the oracle's threads would be.
+        # There are as many processes as the oracle would have threads.
         torch.set_num_threads(1)
-    # There is no such option where pytest was not started with this folder.
+    # The option exists only if pytest was started with this folder.
     elif results := config.getoption("--results", default=None):
         config.pluginmanager.register(_Recorder(Records(Path(results))))
 
 
 class _Recorder:
-    """A record a test, as soon as it is done."""
+    """Writes a record for each test as soon as it is done."""
 
     def __init__(self, records: Records) -> None:
         self._records = records
@@ -53,7 +53,7 @@ class _Recorder:
             )
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Of a file that is not collected there is no test to report."""
+        """Record a file that cannot be collected, because no test of it will be reported."""
         if report.outcome != "passed":
             words = str(report.longrepr)
             if isinstance(report.longrepr, tuple):
@@ -64,7 +64,7 @@ class _Recorder:
 
 
 def _reason(text: str) -> str:
-    """The first line of what was raised, or the last of another text, such as a crash's."""
+    """Return the first line of an exception, or the last line of another text."""
     lines = text.splitlines() or [""]
     raised = [line.removeprefix("E ") for line in lines if line.startswith("E ")]
     return (raised[0] if raised else lines[-1]).strip()[:300]
@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """End the process after a test that left a CUDA error behind, which every later one would meet.
+    """End the process after a test that left a CUDA error, because later tests would fail, too.
 
     pytest-xdist then names the test, and goes on in a new process.
     """

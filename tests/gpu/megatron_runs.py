@@ -1,11 +1,11 @@
-"""Real Megatron on one GPU, over NCCL, in bf16: AdamS beside Adam, in precisions, in a CUDA graph.
+"""Run real Megatron on one GPU over NCCL in bf16: Adam, and AdamS with various flags.
 
     python tests/gpu/megatron_runs.py --out results.json --seconds 200
 
-It needs torch with CUDA and megatron-core (PYTHONPATH will do), neither TransformerEngine nor Apex,
-and no installation of this package. `--rehearse` makes the same runs with a tiny model on CPU
-processes, which shows that commands and logs are what this program takes them for. The file is
-written anew after each run, and whole logs lie beside it. Exits with 1 if a run failed.
+It needs torch with CUDA and megatron-core (PYTHONPATH will do), but neither TransformerEngine nor
+Apex, nor an installation of this package. `--rehearse` makes the same runs with a tiny model on CPU
+processes, which shows that commands and logs are as this program expects. The results file is
+rewritten after each run. The full logs are in the same folder. Exits with 1 if a run failed.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "recorded_pretrain.py"
 
-# --log-interval. A step that is logged counts its update RMS, too, which takes another pass.
+# The value of --log-interval. A logged step also counts its update RMS, so its times are kept
+# apart.
 _LOG_INTERVAL = 4
 
 # What Megatron needs without TransformerEngine and Apex.
@@ -53,13 +54,13 @@ _REHEARSED_GPT = (
 )
 _TIMERS = "--timing-log-level 1"
 _GRAPH = "--optimizer-cuda-graph"
-# Without TransformerEngine, Megatron adds up the parts of the norm on the host, and a CUDA graph
-# does it on the device. The norm can differ in its last bit then, and so can what is clipped by it.
-# Without clipping, all but the norm has the same bits.
+# Without TransformerEngine, Megatron adds up the parts of the norm on the host, but a CUDA graph
+# does it on the device. The norm can then differ in its last bit, and so can clipped gradients.
+# Without clipping, everything except the norm has the same bits.
 _NO_CLIPPING = "--clip-grad 0"
 
-# Adam with --use-precision-aware-optimizer needs TransformerEngine: it is not among them. Timers
-# wait for the device, which a CUDA graph does not.
+# Adam with --use-precision-aware-optimizer is missing because it needs TransformerEngine. Runs with
+# a CUDA graph have no timers, because these wait for the device.
 RUNS = {
     "adam": f"--optimizer adam {_TIMERS}",
     "adams": f"--optimizer adams {_TIMERS}",
@@ -75,24 +76,24 @@ _AGAIN = "adams, no clipping, again"
 _RUN_LIMIT_S = 75.0
 _TERMINATION_S = 10.0
 _LAST_LINES = 12
-# Allocation, the kernel's compilation, and a CUDA graph's three steps before it and its capture.
+# The first steps allocate and compile. With a CUDA graph, three steps and the capture come first.
 _NUM_FIRST_STEPS = 5
-# Where torchrun begins to report that its worker died: what that said is above.
+# torchrun's report on a dead worker begins with this path. The worker's own words are above it.
 _TORCHRUN_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
 
 
 @dataclass
 class Record:
-    """What came of a run.
+    """The results of a run.
 
     Attributes:
-        step_ms, optimizer_ms, inner_step_ms: medians of the later steps that are not logged: of the
-            whole step, of all that Megatron's optimizer does, and of AdamS's or Adam's own step.
-        logged_inner_step_ms: of the later steps that are logged.
+        step_ms, optimizer_ms, inner_step_ms: the median times of later, unlogged steps: the whole
+            step, all that Megatron's optimizer does, and AdamS's or Adam's own step.
+        logged_inner_step_ms: the same as inner_step_ms for later, logged steps.
         peak_mib: torch.cuda.max_memory_allocated at the end.
-        state_bytes: of the optimizer's state and main params.
+        state_bytes: the bytes of the optimizer's state and main params.
         weights: a checksum of the model's bits at the end.
-        words: what else there is to say: the last lines of a run that failed.
+        words: anything else, such as the last lines of a run that failed.
     """
 
     name: str
@@ -113,7 +114,7 @@ class Record:
 
 
 def command(flags: str) -> list[str]:
-    """What a user would type."""
+    """Return the command that a user would type."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     launcher = ("--nproc-per-node", "1", "-m", "megatron_adams.launch")
     rehearsal = ("--cpu-rehearsal",) if "gloo" in flags.split() else ()
@@ -121,7 +122,7 @@ def command(flags: str) -> list[str]:
 
 
 def later_median(ms: list[float], *, is_logged: bool = False) -> float | None:
-    """Of one value a step, of the later steps; None where there are none."""
+    """Return the median of the later steps' values, given one per step; None if there are none."""
     later = [
         value
         for step, value in enumerate(ms, start=1)
@@ -131,7 +132,7 @@ def later_median(ms: list[float], *, is_logged: bool = False) -> float | None:
 
 
 def medians(recorded: dict[str, Any]) -> dict[str, float | None]:
-    """The times of a `Record`, out of recorded_pretrain.py's."""
+    """Return the times of a `Record` from those of recorded_pretrain.py."""
     timers = recorded.pop("timers_ms")
     inner = timers["optimizer-inner-step"]
     return {
@@ -143,7 +144,7 @@ def medians(recorded: dict[str, Any]) -> dict[str, float | None]:
 
 
 def last_words(log: str) -> str:
-    """The end of what the worker said."""
+    """Return the last lines that the worker printed."""
     lines = [line for line in log.splitlines() if line.strip()]
     report = next((i for i, line in enumerate(lines) if _TORCHRUN_REPORT in line), len(lines))
     return "\n".join(lines[:report][-_LAST_LINES:])
@@ -161,7 +162,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def run(name: str, flags: str, folder: Path, limit_s: float) -> Record:
-    """Make a run; what goes wrong with it is in the record."""
+    """Make a run. If it goes wrong, the record says how."""
     stem = re.sub(r"\W+", "-", name)
     log, recorded = folder / f"megatron-{stem}.log", folder / f"megatron-{stem}.json"
     recorded.unlink(missing_ok=True)
@@ -174,10 +175,10 @@ def run(name: str, flags: str, folder: Path, limit_s: float) -> Record:
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        # For equal bits of two runs.
+        # Makes two runs give equal bits.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        # Megatron has Inductor compile its fusions at start, for tens of seconds and with a C
-        # compiler. --disable-jit-fuser comes too late for that: they are decorated by then (0.19).
+        # At start, Megatron makes Inductor compile its fusions, which takes tens of seconds and a C
+        # compiler. --disable-jit-fuser comes too late: the functions are decorated by then (0.19).
         "TORCHDYNAMO_DISABLE": "1",
     }
     start = time.monotonic()
@@ -211,7 +212,7 @@ def run(name: str, flags: str, folder: Path, limit_s: float) -> Record:
 
 
 def same_bits(one: Record, other: Record) -> str | None:
-    """Where two runs differ; None: losses and weights have the same bits.
+    """Return where two runs differ; None if losses and weights have the same bits.
 
     The norms that are logged may differ by rounding: see _NO_CLIPPING.
     """
@@ -225,7 +226,7 @@ def same_bits(one: Record, other: Record) -> str | None:
 
 
 def compare(graph: Record, plain: Record, again: Record | None) -> None:
-    """Say in the record of the CUDA graph's run whether it is the plain run, bit for bit."""
+    """Record, for the run with a CUDA graph, whether it has the plain run's bits."""
     difference = same_bits(graph, plain)
     if difference is None:
         graph.words = f"losses and weights are those of {plain.name!r}, bit for bit"
@@ -243,7 +244,7 @@ def compare(graph: Record, plain: Record, again: Record | None) -> None:
 
 
 def table(records: list[Record]) -> str:
-    """The records as a Markdown table."""
+    """Return the records as a Markdown table."""
 
     def number(value: float | None, digits: int = 1) -> str:
         return "-" if value is None else f"{value:.{digits}f}"

@@ -1,9 +1,9 @@
-"""examples/pretrain_gpt/pretrain_gpt.py, with what came of it in a file: megatron_runs.py's script.
+"""Run examples/pretrain_gpt/pretrain_gpt.py and record it in a file, for megatron_runs.py.
 
-The file is named by the environment variable RECORD_FILE and written anew after each step. It has,
-of each step, "losses" and "grad_norms" as the numbers that they are, which Megatron's log rounds,
-"step_ms" until the device is done, and "timers_ms", those of TIMERS, which --timing-log-level 1
-starts; and at the end "weights", a checksum of the model's bits, "peak_mib" and "state_bytes".
+The environment variable RECORD_FILE names the file, which is rewritten after each step. For each
+step it has "losses" and "grad_norms" unrounded (Megatron's log rounds them), "step_ms" until the
+device is done, and "timers_ms" with the TIMERS, which run with --timing-log-level 1. At the end it
+also has "weights", a checksum of the model's bits, "peak_mib" and "state_bytes".
 """
 
 import ctypes
@@ -24,7 +24,7 @@ TIMERS = ("optimizer", "optimizer-inner-step")
 
 
 def checksum(tensors: list[torch.Tensor]) -> int:
-    """A number of the tensors' bits and of their order, with int64's wraparound."""
+    """Return a checksum of the tensors' bits and order, with int64's wraparound."""
     total = 0
     for tensor in tensors:
         kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
@@ -35,7 +35,7 @@ def checksum(tensors: list[torch.Tensor]) -> int:
 
 
 def state_bytes(optimizer: Any, model_params: list[torch.Tensor]) -> int:
-    """Bytes of the inner optimizers' state, and of their params where they are no model params."""
+    """Return the bytes of the inner optimizers' state, and of params that are not the model's."""
     models = {param.untyped_storage().data_ptr() for param in model_params}
     total = 0
     for part in optimizer.chained_optimizers:
@@ -49,7 +49,7 @@ def state_bytes(optimizer: Any, model_params: list[torch.Tensor]) -> int:
 
 
 def timers_ms() -> dict[str, float]:
-    """What Megatron's timers have added up so far, in ms; empty where they do not run."""
+    """Return the sums of Megatron's timers so far, in ms; empty if the timers do not run."""
     if get_args().timing_log_level < 1:
         return {}
     timers = get_timers()
@@ -57,8 +57,8 @@ def timers_ms() -> dict[str, float]:
 
 
 def main() -> None:
-    # With torchrun, which starts its workers in sessions of their own: a killed run leaves nothing
-    # on the GPU.
+    # This process dies with torchrun, which starts its workers in sessions of their own. So a
+    # killed run leaves nothing on the GPU.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     file = Path(os.environ["RECORD_FILE"])
     record: dict[str, Any] = {

@@ -1,6 +1,6 @@
-"""What stages find out: one line of JSON each, on the disk as soon as it is known.
+"""The results of stages: one line of JSON each, on the disk as soon as it is known.
 
-For run.py and its stages. Imports nothing but the standard library.
+For run.py and its stages. Imports only the standard library.
 """
 
 import json
@@ -16,9 +16,9 @@ class Records:
         self.path = path
 
     def write(self, stage: str, name: str, **fields: Any) -> None:
-        """Add a record: the stage, what it is of, and whatever else is known."""
+        """Add a record: the stage, the name of what was tried, and other fields."""
         line = json.dumps({"stage": stage, "name": name, **fields}, default=str) + "\n"
-        # One call of write for a line: lines of several processes do not mix.
+        # One call of write per line, so that lines of several processes do not mix.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line.encode())
@@ -26,12 +26,12 @@ class Records:
             os.close(descriptor)
 
     def of_stage(self, stage: str) -> list[dict[str, Any]]:
-        """Return a stage's records so far; a line that a kill cut in two is left out."""
+        """Return a stage's records so far. An incomplete line is left out."""
         return [record for record in read_lines(self.path) if record.get("stage") == stage]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines, without what is no whole line."""
+    """Return the objects of a file of JSON lines. Incomplete lines are left out."""
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:

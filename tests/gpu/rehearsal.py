@@ -1,7 +1,7 @@
-"""A plugin of pytest that tries tests of this folder out without a GPU: `-p tests.gpu.rehearsal`.
+"""A pytest plugin that tries out tests of this folder without a GPU: `-p tests.gpu.rehearsal`.
 
-The CPU is in the GPU's place (megatron_adams/cpu_rehearsal.py), and the emulator of tests/kernels
-in the driver's. This shows that the tests run to their end; of a GPU it shows nothing.
+The CPU stands in for the GPU (megatron_adams/cpu_rehearsal.py), and the emulator of tests/kernels
+for the driver. This shows that the tests run to their end. It shows nothing about a GPU.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from megatron_adams.kernels import cuda
 from megatron_adams.optimizer import adams
 from tests.kernels.emulator import EmulatedDriver
 
-# What needs no more than that, and not long.
+# The tests that need no more than that, and are short.
 _REHEARSED = (
     *("test_adams_on_gpu", "test_nan_places", "test_foreach_gives", "test_host_and_gpu"),
     *("test_thousands_of_tensors", "test_the_current_stream", "test_factors_have"),
@@ -20,7 +20,7 @@ _REHEARSED = (
 
 
 def _backend(device: torch.device, mode: kernels.Mode, requested: str = "auto") -> str:
-    """As it is asked for: the device of a tensor does not say which one it stands for."""
+    """Return the backend asked for: a tensor's device does not show which one it stands for."""
     return "host" if requested == "auto" else requested
 
 

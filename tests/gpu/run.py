@@ -1,11 +1,11 @@
-"""Everything that only a GPU can show, in one command that ends by itself.
+"""Run everything that only a GPU can show, in one command that ends by itself.
 
     python tests/gpu/run.py --out DIR [--seconds 560] [--only STAGE ...] [--skip STAGE ...]
     python tests/gpu/run.py --out DIR --rehearse       # without a GPU, in two minutes
 
-The README beside this file says what it needs and what it leaves in DIR. This process starts each
-stage as a process of its own, with a time limit, and never imports torch: whatever a stage does,
-the next one starts, and the table is printed at the end, also at SIGTERM.
+README.md in this folder says what it needs and what it leaves in DIR. This script starts each stage
+as a process of its own, with a time limit, and never imports torch. Whatever a stage does, the next
+one starts, and the table is printed at the end, also at SIGTERM.
 """
 
 import argparse
@@ -32,17 +32,17 @@ from tests.gpu.records import Records
 from tests.gpu.verdicts import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
-# Left after the last stage, to write the report.
+# The time that is left after the last stage, for writing the report.
 RESERVE_S = 15.0
-# Left to a stage's program after the seconds that it is told, to end by itself.
+# How long a stage's program may take to end after the seconds that it is given.
 ENDING_S = 8.0
-# With less, a stage is not started.
+# With less time left, a stage is not started.
 SHORTEST_S = 5.0
-# Between a request to end and the end.
+# The time between a request to end and killing the process.
 GRACE_S = 3.0
-# A file of more than 16 MiB may not come back from a borrowed machine. So log.txt keeps this much
-# of each stage, its beginning and its end; a stage that prints far more is stopped; and larger
-# files of a stage are left out.
+# A file of more than 16 MiB may not come back from a borrowed machine. So log.txt keeps KEPT_LOG
+# bytes of each stage, from its beginning and its end. A stage that prints more than LARGEST_LOG is
+# stopped, and files above LARGEST_FILE are left out.
 KEPT_LOG = 2**20
 LARGEST_LOG = 64 * 2**20
 LARGEST_FILE = 4 * 2**20
@@ -55,15 +55,15 @@ class Stage:
 
     Attributes:
         name: for --only, --skip and the table.
-        limit_s: when it is stopped.
-        settles: what its row of the table decides.
-        command: of its program, after `python`; {root}, {out}, {results}, {seconds} and what
-            `--quality-data` is are put in.
-        rehearsal: likewise, with --rehearse.
-        verdict: makes words of its records and of the files that it left.
-        needs: files without which it is not started.
-        modules: what it imports beside torch.
-        needs_gpu: whether it is not run where `facts` found no GPU.
+        limit_s: the time after which it is stopped.
+        settles: which question it answers, for the table.
+        command: the program and its arguments, after `python`. {root}, {out}, {results}, {seconds}
+            and {quality_data} are filled in.
+        rehearsal: the same with --rehearse.
+        verdict: puts its records and files into words.
+        needs: files that must exist, or it is not started.
+        modules: what it imports, other than torch.
+        needs_gpu: whether it is left out if `facts` found no GPU.
     """
 
     name: str
@@ -78,23 +78,23 @@ class Stage:
 
     @property
     def script(self) -> Path:
-        """The program that runs."""
+        """The path of its program."""
         return ROOT / self.command.split()[0]
 
 
 def _own(
     name: str, limit_s: float, settles: str, verdict: Callable[..., Verdict], **others: Any
 ) -> Stage:
-    """A stage whose program lies in stages/."""
+    """Return a stage whose program is in stages/."""
     command = (
         f"tests/gpu/stages/{name}.py --results {{results}} --out {{out}} --seconds {{seconds}}"
     )
     return Stage(name, limit_s, settles, command, f"{command} --rehearse", verdict, **others)
 
 
-# For a rehearsal: a ten-thousandth of what is measured.
+# For a rehearsal: sizes are a ten-thousandth of those that are measured.
 _SHRUNK = "--device cpu --shrink 10000 --rounds 1"
-# The most telling first. The first two read gigabytes of libraries from a cold disk.
+# The most telling stages come first. The first two read gigabytes of libraries from a cold disk.
 STAGES = (
     _own("facts", 30, "what all numbers depend on", verdicts.facts, needs_gpu=False),
     _own(
@@ -128,7 +128,7 @@ STAGES = (
         needs=("{out}/best.json",),
     ),
     Stage(
-        *("megatron", 140, "Megatron on one GPU over NCCL in bf16: adams beside adam"),
+        *("megatron", 140, "Megatron on one GPU over NCCL in bf16: adams and adam"),
         "tests/gpu/megatron_runs.py --out {out}/megatron.json --seconds {seconds}",
         "tests/gpu/megatron_runs.py --out {out}/megatron.json --seconds {seconds} --rehearse",
         verdicts.megatron,
@@ -140,11 +140,11 @@ STAGES = (
     ),
     _own("ncu", 40, "why the kernel is as fast as it is: the profiler's counters", verdicts.ncu),
     _own(
-        *("sanitizer", 60, "no access beyond a tensor, or to what nobody wrote"),
+        *("sanitizer", 60, "no access beyond a tensor, or to memory that nothing wrote"),
         verdicts.checks,
     ),
     Stage(
-        *("quality", 600, "held-out loss after equal training, adams beside adamw"),
+        *("quality", 600, "held-out loss after equal training, adams and adamw"),
         "examples/quality/gpu_study.py --data {quality_data} --out {out} --seconds {seconds}",
         "examples/quality/gpu_study.py --data {quality_data} --out {out} --seconds 25 "
         "--device cpu --rehearse",
@@ -156,12 +156,12 @@ STAGES = (
 
 @dataclass
 class Outcome:
-    """What became of a stage.
+    """The result of a stage.
 
     Attributes:
         state: "passed", "failed" or "not run".
-        words: the table's.
-        details: lines of the report.
+        words: its text in the table.
+        details: its lines in the report.
         wall_s: how long it took.
     """
 
@@ -180,7 +180,7 @@ class Run:
         self._is_rehearsal = args.rehearse
         self._folder = args.out.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Of the stages' own files; they come back in one.
+        # For the stages' own files, which come back in one archive.
         self._work = Path(tempfile.mkdtemp(prefix="megatron-adams-gpu-"))
         self._log = self._folder / "log.txt"
         self._records = Records(self._folder / "results.jsonl")
@@ -212,12 +212,12 @@ class Run:
         self._stop_signal = number
 
     def run(self) -> int:
-        """Run the stages; return the exit code: 1 if one failed, or there was no GPU."""
+        """Run the stages. Return the exit code: 0 if all passed, or else 1."""
         while self._pending:
             stage = self._pending.pop(0)
             try:
                 outcome = self._run(stage)
-            except Exception as exc:  # a full disk, say: what the next stage finds out is printed
+            except Exception as exc:  # such as a full disk: go on with the next stage
                 outcome = Outcome(stage, "failed", f"run.py: {type(exc).__name__}: {exc}")
             self.outcomes.append(outcome)
             self._records.write(
@@ -240,7 +240,7 @@ class Run:
         return 0 if passed and self.outcomes else 1
 
     def _look_into_the_smoke(self) -> None:
-        """Without a kernel that works, where it fails counts most, and Megatron is in vain."""
+        """After a failed smoke test, find out where the kernel fails, and leave Megatron out."""
         by_name = {stage.name: stage for stage in self._pending}
         if battery := by_name.get("battery"):
             by_name["battery"] = replace(battery, limit_s=60)
@@ -269,7 +269,7 @@ class Run:
         wall_s = time.monotonic() - start
         try:
             verdict = stage.verdict(self._records.of_stage(stage.name), self._work)
-        except Exception as exc:  # half a file, or one of another form: the next stage counts
+        except Exception as exc:  # a file is incomplete or has another form: go on
             verdict = Verdict(f"its results cannot be read ({type(exc).__name__}: {exc})", False)
         words, is_good = verdict.words, verdict.is_good and not ended
         if ended:
@@ -282,7 +282,7 @@ class Run:
         return Outcome(stage, state, words, verdict.details, wall_s)
 
     def _obstacle(self, stage: Stage) -> str | None:
-        """Why a stage cannot start."""
+        """Return why a stage cannot start, or None."""
         if not self._is_rehearsal and stage.needs_gpu and self._has_gpu() is False:
             return "no GPU"
         if not stage.script.exists():
@@ -296,7 +296,7 @@ class Run:
         return None
 
     def _has_gpu(self) -> bool | None:
-        """What `facts` saw; None: it did not come so far."""
+        """Return whether `facts` found a GPU; None if it did not get that far."""
         return next(
             (bool(r["value"]) for r in self._records.of_stage("facts") if r["name"] == "GPUs"), None
         )
@@ -307,7 +307,7 @@ class Run:
         return [sys.executable, *(word.format(**values) for word in template.split())]
 
     def _run_process(self, command: list[str], log: Any, limit_s: float) -> str:
-        """Return what is wrong with how a stage's process ended; "" where nothing is."""
+        """Run a stage's process. Return what went wrong with it; "" if it ended well."""
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -341,7 +341,7 @@ class Run:
         return _size(self._log)
 
     def _shorten_log(self, start: int) -> None:
-        """Leave out the middle of what log.txt holds from `start` on, if it is too long."""
+        """If log.txt is too long from `start` on, remove the middle of that part."""
         if self._log_size() - start <= KEPT_LOG:
             return
         with self._log.open("r+b") as log:
@@ -357,7 +357,7 @@ class Run:
         return signal.Signals(self._stop_signal).name
 
     def _archive(self) -> None:
-        """Put what the stages wrote into files.tar.gz; whoever reads it meets a whole one."""
+        """Put the stages' files into files.tar.gz. At any time, that file is complete."""
         files = sorted(path for path in self._work.rglob("*") if path.is_file())
         large = {path for path in files if _size(path) > LARGEST_FILE}
         self._left_out = [f"{path.relative_to(self._work)} is too large" for path in sorted(large)]
@@ -367,7 +367,7 @@ class Run:
         partly = self._folder / "files.partly"
         with tarfile.open(partly, "w:gz") as archive:
             for path in files:
-                # A stage that runs may remove it, or write to it.
+                # A running stage may remove it, or write to it.
                 with suppress(FileNotFoundError):
                     content = path.read_bytes()
                     member = tarfile.TarInfo(str(path.relative_to(self._work)))
@@ -398,7 +398,7 @@ class Run:
 
 
 def _size(path: Path) -> int:
-    """In bytes; 0 where there is none, or none any more."""
+    """Return a file's size in bytes; 0 if it does not exist."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -408,16 +408,16 @@ def _size(path: Path) -> int:
 def _is_importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that the module is in
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def end_processes(process: "subprocess.Popen[bytes]", grace_s: float) -> None:
-    """End a process and all that it started, as far as they have not ended.
+    """End a process and all processes that it has started.
 
     Args:
-        grace_s: between a request and the end; a group of its own, as torchrun's workers have, is
-            met by the end alone.
+        grace_s: the time between the request to end and the kill. Processes in a group of their
+            own, such as torchrun's workers, are only killed.
     """
     started = _descendants(process.pid)
     if grace_s:
@@ -437,11 +437,11 @@ def _descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            # Behind the name, which is in parentheses and can hold anything: state, parent.
+            # State and parent follow the name, which is in parentheses and can contain anything.
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
     found = [pid]
-    for parent in found:  # grows on the way
+    for parent in found:  # the list grows during the loop
         found += children.get(parent, [])
     return found[1:]
 
@@ -475,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [
         stage
         for stage in STAGES
-        # Without its facts, no number means anything; and it says whether there is a GPU.
+        # `facts` always runs: the numbers depend on it, and it finds out whether there is a GPU.
         if stage.name == "facts"
         or ((args.only is None or stage.name in args.only) and stage.name not in args.skip)
     ]

@@ -1,4 +1,4 @@
-"""AdamS itself on a GPU: the bits of AdamS on the CPU, wherever it is called from."""
+"""AdamS on a GPU has the bits of AdamS on the CPU, wherever it is called from."""
 
 import copy
 import io
@@ -37,7 +37,7 @@ STORAGES = {
     for exp_avg in EXP_AVGS
 }
 KERNELS = {"cpu": "host", "cuda": "cuda"}
-# Long enough, in clocks, for the host to be far ahead: a tenth of a second.
+# A tenth of a second in clock cycles: long enough for the host to be far ahead.
 A_WHILE = 200_000_000
 
 
@@ -46,7 +46,7 @@ def random(shape, seed, dtype=torch.float32):
 
 
 def build(device, dtype=torch.float32, seed=0, **options):
-    """Params and an optimizer of two groups; the same numbers on every device."""
+    """Return params, with the same numbers on every device, and an optimizer of two groups."""
     params = [
         torch.nn.Parameter(random(shape, seed + index, dtype).to(device))
         for index, shape in enumerate(SIZES)
@@ -56,7 +56,7 @@ def build(device, dtype=torch.float32, seed=0, **options):
 
 
 def set_grads(params, step):
-    """New tensors, so that the table of their addresses is written anew."""
+    """Set gradients in new tensors, so that the table of addresses has to be written again."""
     for index, param in enumerate(params):
         param.grad = random(param.shape, 1000 * step + index, param.dtype).to(param.device)
 
@@ -67,7 +67,7 @@ def take_step(params, optimizer, step, **scalars):
 
 
 def assert_same(mine, theirs):
-    """Bits of params and state; `mine` may lie on another device."""
+    """Compare the bits of params and state; `mine` may be on another device."""
     for my_param, their_param in zip(mine[0], theirs[0], strict=True):
         assert torch.equal(my_param.detach().cpu(), their_param.detach().cpu())
         state = theirs[1].state[their_param]
@@ -152,13 +152,13 @@ def test_a_table_of_another_stream_outlives_the_step():
     take_step(params, optimizer, 0)  # writes the table, on this stream
     set_in_place(params, 1)
     side.wait_stream(torch.cuda.current_stream())
-    # Theirs is the caller's business.
+    # The caller is responsible for these.
     kept_grads = [param.grad for param in params]
     with torch.cuda.stream(side):
         torch.cuda._sleep(A_WHILE)
         optimizer.step()  # takes the same table, later
         take_step(params, optimizer, 2)  # writes another
-    # Whatever memory of the first table is free is taken, and written, at once.
+    # If memory of the first table is free, this takes it and writes to it at once.
     num_rows = 2 + len(POINTERS)
     garbage = [
         torch.full((num_rows, num_tensors), -1, device="cuda")
@@ -180,7 +180,8 @@ def test_a_side_stream_steps_right_after_its_table_was_written():
     side = torch.cuda.Stream()
     for step in range(8):
         take_step(*on_cpu, step)
-        # All from the pageable memory of the CPU, on the current stream, which is then far behind.
+        # Everything is copied from the CPU's pageable memory, on the current stream, which is then
+        # far behind.
         torch.cuda._sleep(A_WHILE // 20)
         set_grads(on_gpu[0], step)
         side.wait_stream(torch.cuda.current_stream())
@@ -208,7 +209,7 @@ def test_two_optimizers_step_on_two_streams():
 
 
 def backward_with_steps_inside(device):
-    """Every param is updated as soon as its gradient is there, by the thread of the backward."""
+    """Update every param in the backward's thread, as soon as its gradient is there."""
     params = [
         torch.nn.Parameter(random(shape, index).to(device)) for index, shape in enumerate(SIZES)
     ]
@@ -223,7 +224,7 @@ def backward_with_steps_inside(device):
         param.register_post_accumulate_grad_hook(update)
     for step in range(4):
         factors = [random(p.shape, 1000 * step + i).to(device) for i, p in enumerate(params)]
-        # The gradients are the factors: no sum whose order could differ.
+        # The gradients are the factors, so there is no sum whose order could differ.
         sum((p * f).sum() for p, f in zip(params, factors, strict=True)).backward()
     assert all(param.grad is None for param in params)
     return params
@@ -252,7 +253,7 @@ def test_the_default_device_does_not_show(storage, device, guard):
 
 
 def step_with_grad_scaler(device):
-    """Steps that torch's GradScaler asks for, of which the third writes nothing."""
+    """Take steps by torch's GradScaler. The third one writes nothing."""
     params, optimizer = build(device, fused=True)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=1000)
     scaler.scale(torch.ones((), device=device))  # it has a scale from here on
@@ -262,7 +263,7 @@ def step_with_grad_scaler(device):
             param.grad.mul_(1024)
         if step == 2:
             params[4].grad[65_536] = torch.inf
-        # From the second step on, there is state, and nothing is to be waited for.
+        # From the second step on there is state, and nothing may wait for the GPU.
         torch.cuda.set_sync_debug_mode("error" if device == "cuda" and step else "default")
         try:
             scaler.step(optimizer)

@@ -1,6 +1,6 @@
-"""AdamS(capturable=True) in real CUDA graphs: the bits of steps without one.
+"""AdamS(capturable=True) in real CUDA graphs has the bits of steps without a graph.
 
-tests/unit/test_capturable.py has the same on a stand-in for CUDA graphs.
+tests/unit/test_capturable.py shows the same with a stand-in for CUDA graphs.
 """
 
 import pytest
@@ -57,7 +57,7 @@ def test_correction_on_the_device_has_the_bits_of_the_hosts(beta1):
 
 
 def train_in_a_graph(captures):
-    """Losses of five training steps after three of warm-up, as in torch's recipe."""
+    """Return the losses of five training steps after three of warm-up, as in torch's recipe."""
     torch.manual_seed(0)
     layers = torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)
     model = torch.nn.Sequential(*layers).cuda()

@@ -14,7 +14,7 @@ from megatron_adams.kernels.cuda import arch_of, call_driver
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.tuning import Tuning
 
-# Per codec of element.h: how its numbers are stored, their magnitude, infinity's or the largest.
+# For each codec of element.h: the dtype of its storage, and a magnitude: infinity's or the largest.
 CODECS = {
     "BF16": (torch.int16, 0x7FFF, 0x7F80),
     "F16": (torch.int16, 0x7FFF, 0x7C00),
@@ -46,7 +46,7 @@ def kernel_source():
 
 
 def compiled(arch, *, by_hardware):
-    """The cubin of all conversions, by the GPU's instructions or by integer arithmetic."""
+    """Return a cubin of all conversions, by the GPU's instructions or by integer arithmetic."""
     mode = Mode("fp32", "fp32", "fp32", "none")  # of the step, which nobody calls here
     tuning = Tuning(hardware_conversions=by_hardware)
     return compile.compile_cuda(kernel_source(), {**mode.defines(), **tuning.defines()}, arch)
@@ -59,7 +59,7 @@ def module(by_hardware):
 
 
 def convert(name, first, out, *, by_hardware):
-    """Fill `out` with what the conversion makes of the bits from `first` on."""
+    """Fill `out` with the conversions of the bits from `first` on."""
     kernel = call_driver("cuModuleGetFunction", module(by_hardware), name.encode())
     values = (first, out.numel(), out.data_ptr())
     types = (ctypes.c_uint, ctypes.c_longlong, ctypes.c_void_p)
@@ -69,7 +69,7 @@ def convert(name, first, out, *, by_hardware):
 
 
 def first_difference(a, b, is_nan):
-    """The index of the first number that differs, and is no NaN in both; None: there is none."""
+    """Return the index of the first number that differs, or None. NaNs count as equal."""
     if torch.equal(a, b):
         return None
     wrong = (a != b) & ~(is_nan(a) & is_nan(b))
@@ -87,7 +87,7 @@ def test_every_fp32_number_is_encoded_alike(codec):
     by_hardware, by_software = (torch.empty(SLICE, dtype=dtype, device="cuda") for _ in range(2))
     num_nans = 0
     for first in range(0, 2**32, SLICE):
-        # What a kernel does not write differs.
+        # So a number that a kernel does not write differs.
         by_hardware.fill_(1)
         by_software.fill_(2)
         convert(f"encode_{codec}", first, by_hardware, by_hardware=True)

@@ -1,6 +1,7 @@
-"""The kernel on a GPU: the bits of the oracle, CUDA graphs, streams, several devices.
+"""The kernel on a GPU has the oracle's bits, also in CUDA graphs, streams and on several devices.
 
-tests/kernels executes the same source on the CPU; here are the same cases, and what only a GPU has.
+tests/kernels executes the same source on the CPU. Here are the same cases, and those that need a
+GPU.
 """
 
 from dataclasses import replace
@@ -145,7 +146,7 @@ def test_the_current_stream_is_used():
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        # Behind a quarter of a second of waiting: on another stream the step would overtake it.
+        # This waits for a quarter of a second first. A step on another stream would overtake it.
         torch.cuda._sleep(500_000_000)
         batch.grads[0].copy_(grad)
         run(batch, SCALARS)
@@ -176,7 +177,7 @@ def _reduce_and_step(rank, store):
         scalars = scalar_cases(device)["device_scalars"]
         scalars.grad_scale.fill_(0.25 + rank)
         scalars.found_inf.fill_(float(rank == infinite_rank))
-        # Not waited for: the step comes behind them on the stream.
+        # Nothing waits for these: the step follows them on the stream.
         dist.all_reduce(scalars.grad_scale)
         dist.all_reduce(scalars.found_inf, op=dist.ReduceOp.MAX)
         on_cpu = copy_batch(batch, "cpu")

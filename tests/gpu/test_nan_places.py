@@ -1,6 +1,6 @@
-"""A gradient that is not finite is seen wherever it stands, on which skipping a step relies.
+"""A gradient that is not finite is found wherever it is. Skipping a step relies on that.
 
-Megatron's check, which the plugin replaces by one pass (megatron/fused_step.py), is
+The plugin replaces Megatron's check by one pass (megatron/fused_step.py):
 `torch.nn.utils.get_total_norm` with the norm inf.
 """
 
@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-# One number; more than a block or a chunk of torch's kernels; ten million.
+# One number, more numbers than a block or a chunk of torch's kernels has, and ten million.
 SIZES = (1, 65_537, 10_000_000)
 PLACES = (0, 1, 65_535, 65_536, -1)
 

@@ -1,7 +1,7 @@
-"""AdamS in Megatron's hybrid optimizer on a GPU and its CPU: the bits of AdamS on the GPU alone.
+"""Megatron's hybrid optimizer with AdamS on a GPU and its CPU has the bits of AdamS on the GPU.
 
-tests/distributed/test_offload.py shows the same where both devices are one; here are the copies
-between them, pinned memory and streams.
+tests/distributed/test_offload.py shows the same where both devices are the CPU. Here there are
+copies between them, pinned memory and streams.
 """
 
 import pytest
@@ -31,13 +31,13 @@ def groups(dtype):
 
 
 def take_step(optimizer, step):
-    """A step of which neither optimizer sees the end before the next one is asked for."""
+    """Start a step. Neither optimizer waits for its end before the next one is started."""
     generator = torch.Generator("cuda").manual_seed(step)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3 / (1 + step)
         for param in group["params"]:
             grad = torch.randn(param.shape, generator=generator, device="cuda")
-            # What the copies to the CPU must wait for.
+            # The copies to the CPU must wait for this.
             torch.cuda._sleep(1_000_000)
             param.decoupled_grad = grad * 2
     optimizer.step(grad_scale=torch.tensor(0.25, device="cuda"))
@@ -57,7 +57,7 @@ def test_offloading_changes_no_bit(storage, fraction, overlap):
         optimizer_offload_fraction=fraction,
         overlap_cpu_optimizer_d2h_h2d=overlap,
     )
-    # Where its kernel cannot be compiled, it raises, and the hybrid's does not fall back either.
+    # If its kernel cannot be compiled, it raises, and the hybrid's does not fall back, either.
     on_gpu = AdamS.from_param_groups(groups(dtype), kernel="cuda", **options)
     hybrid = HybridAdamS(AdamS.from_param_groups(groups(dtype), **options), config, options)
     hybrid.compile_kernels(torch.float32)
@@ -68,7 +68,7 @@ def test_offloading_changes_no_bit(storage, fraction, overlap):
     assert copies and (fraction == 1) == (len(copies) == len(SIZES))
     for copy in copies.values():
         assert copy.device.type == "cpu"
-        # There is no memory of an empty tensor to be pinned.
+        # An empty tensor has no memory that could be pinned.
         assert copy.numel() == 0 or (copy.is_pinned() and copy.decoupled_grad.is_pinned())
     for mine, theirs in zip(hybrid.param_groups, on_gpu.param_groups, strict=True):
         assert mine["step"] == theirs["step"] == 4

@@ -1,4 +1,4 @@
-"""Numbers of every kind, subnormals and NaNs too: the GPU gives the bits of the host kernel."""
+"""The GPU gives the host kernel's bits for all kinds of numbers, also subnormals and NaNs."""
 
 import pytest
 import torch
@@ -17,13 +17,15 @@ from tests.kernels.checks import (
 from tests.kernels.test_backends import REPRESENTATIVES
 
 _NARROW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-# Larger where the mode stands for others.
+# Larger for a mode that stands for others.
 _NUMEL = {True: 2**22 + 5, False: 50_003}
 
 
 def random_bits(mode, numel, seed):
-    """A batch of two tensors: bits as they come; and the same, but for gradient and state, which
-    scales are made for, in a range that training has."""
+    """Make a batch of two tensors with random bits.
+
+    The second one's gradient and state, which scales are made for, are in the range of training.
+    """
     batch = make_batch(mode, (numel, numel), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, column in batch.columns():

@@ -1,6 +1,6 @@
-"""TransformerEngine itself: quantized params in the step, and FP8 training of a small Megatron GPT.
+"""The real TransformerEngine: quantized params in the step, and FP8 training of a small GPT.
 
-tests/distributed/test_transformer_engine.py shows the plugin's part over a stand-in for these.
+tests/distributed/test_transformer_engine.py shows the plugin's part with a stand-in.
 """
 
 import subprocess
@@ -53,7 +53,7 @@ RUNS = {
 
 
 def losses_of(flags):
-    """The loss of each step of a run on one GPU, by Megatron's log."""
+    """Return the loss of each step of a run on one GPU, from Megatron's log."""
     script = ROOT / "examples" / "pretrain_gpt" / "pretrain_gpt.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["-m", "megatron_adams.launch", str(script), *GPT.split(), *flags.split()]
@@ -69,7 +69,7 @@ def test_fp8_run_follows_the_bf16_run_and_resumes(kind, tmp_path):
     skip_without(kind.split("_")[0])
     losses = losses_of(f"{RUNS[kind]} --save {tmp_path}")
     assert len(losses) == 20 and losses[-1] < losses[0]
-    # The noise of FP8.
+    # The tolerance is the noise of FP8.
     assert losses[-5:] == pytest.approx(losses_of("")[-5:], abs=0.1)
     resumed = losses_of(f"{RUNS[kind]} --load {tmp_path} --ckpt-step 10")
     # The first logged loss after a resume can be a mean over two steps.

@@ -1,4 +1,4 @@
-"""Counting and scaling updates on a GPU: the bits of the oracle, no waiting, CUDA graphs."""
+"""Counted and scaled updates on a GPU have the oracle's bits, without waits, also in graphs."""
 
 import pytest
 import torch

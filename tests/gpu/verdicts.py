@@ -1,8 +1,8 @@
-"""What the records and the files of a stage say, in words, for run.py.
+"""Put the records and the files of a stage into words, for run.py.
 
-Each function takes a stage's records and the folder of the stages' files, and returns a Verdict; it
-must do with half of them, because a stage can be stopped at any time. A number that is not there is
-"not measured". Imports nothing but the standard library.
+Each function takes a stage's records and the folder of the stages' files, and returns a Verdict. It
+must cope with incomplete files, because a stage can be stopped at any time. A missing number is
+"not measured". Imports only the standard library.
 """
 
 import csv
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 from tests.gpu.records import read_lines
 
 NOT_MEASURED = "not measured"
-# Names of benchmarks/contestants.py.
+# Names as in benchmarks/contestants.py.
 ADAMS, TUNED, COPY = "AdamS", "AdamS, tuned", "copy"
 FUSED, FOREACH = "torch AdamW, fused", "torch AdamW, foreach"
 APEX_SHAPE = "Adam in Apex's launch shape"
-# Of a list in the table; the report has all.
+# How many entries of a list the table names. The report has all.
 _NUM_NAMED = 5
 
 
 class Verdict(NamedTuple):
-    """Attributes: a sentence or more for the table, whether all is as it should be, the report."""
+    """A text for the table, whether all is as it should be, and the lines for the report."""
 
     words: str
     is_good: bool
@@ -32,13 +32,13 @@ class Verdict(NamedTuple):
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """The lines of a table in Markdown."""
+    """Return the lines of a table in Markdown."""
     rule = ["---"] * len(columns)
     return [f"| {' | '.join(map(str, cells))} |" for cells in (columns, rule, *rows)]
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number with so many digits, or that there is none."""
+    """Return a number with that many digits, or "not measured"."""
     return f"{value:.{digits}g}" if isinstance(value, int | float) else NOT_MEASURED
 
 
@@ -51,7 +51,7 @@ def facts(records: list[dict[str, Any]], folder: Path) -> Verdict:
 
 
 def checks(records: list[dict[str, Any]], folder: Path) -> Verdict:
-    """Of stages whose records say `ok`, or are plain words."""
+    """Judge a stage whose records have `ok` or only words."""
     made = [record for record in records if "ok" in record]
     wrong = [record for record in made if not record["ok"]]
     words = f"{len(made) - len(wrong)} of {len(made)} checks are right"
@@ -66,7 +66,7 @@ def checks(records: list[dict[str, Any]], folder: Path) -> Verdict:
 
 
 def battery(records: list[dict[str, Any]], folder: Path) -> Verdict:
-    """Of the tests, a record each; those that a crash of their process ended have two."""
+    """Judge the tests: one record each, and two for a test whose process crashed."""
     results: dict[str, dict[str, Any]] = {}
     for record in records:
         before = results.get(record["name"])
@@ -89,17 +89,17 @@ def battery(records: list[dict[str, Any]], folder: Path) -> Verdict:
 
 
 def speed(records: list[dict[str, Any]], folder: Path) -> Verdict:
-    """Of benchmarks/step.py's step.json."""
+    """Judge benchmarks/step.py by its step.json."""
     return _benchmark(folder / "step.json", (FUSED, FOREACH, APEX_SHAPE), ADAMS)
 
 
 def confirm(records: list[dict[str, Any]], folder: Path) -> Verdict:
-    """Of benchmarks/step.py's confirm.json: the same kernel with two sets of constants."""
+    """Judge benchmarks/step.py's confirm.json: the same kernel with two sets of constants."""
     return _benchmark(folder / "confirm.json", (ADAMS,), TUNED)
 
 
 def _benchmark(path: Path, others: Sequence[str], ours: str) -> Verdict:
-    """Bandwidths of `ours` as parts of a copy's, and the times of others over its own."""
+    """Report the bandwidth of `ours` relative to a copy's, and others' times relative to its."""
     if not path.exists():
         return Verdict(f"{NOT_MEASURED}: there is no {path.name}", False)
     data = json.loads(path.read_text())
@@ -139,7 +139,7 @@ def _benchmark(path: Path, others: Sequence[str], ours: str) -> Verdict:
         f"parameter, at most {row['peak'] / row['numel']:.2f} in a step"
         for row in data.get("memory", ())
     ]
-    # The largest of each mode; the report has all.
+    # The table has the largest of each mode, and the report has all.
     modes = dict.fromkeys(mode for mode, _, _ in sentences)
     largest = [max(s for s in sentences if s[0] == mode)[2] for mode in modes]
     words = "; ".join(largest[:_NUM_NAMED]) or NOT_MEASURED
@@ -151,7 +151,7 @@ def _median_ms(row: dict[str, Any] | None) -> float | None:
 
 
 def _ratio(top: dict[str, Any] | None, bottom: dict[str, Any] | None) -> float | None:
-    """The median over the rounds of time over time."""
+    """Return the median of the rounds' ratios of times."""
     if not top or not bottom or not top["times_s"] or not bottom["times_s"]:
         return None
     pairs = zip(top["times_s"], bottom["times_s"], strict=False)
@@ -166,7 +166,7 @@ def _part_of_copy(row: dict[str, Any] | None, copy: dict[str, Any] | None) -> fl
 
 
 def sweep(records: list[dict[str, Any]], folder: Path) -> Verdict:
-    """Of benchmarks/tune.py's sweep.csv and best.json."""
+    """Judge benchmarks/tune.py by its sweep.csv and best.json."""
     path = folder / "best.json"
     if not path.exists():
         return Verdict(f"{NOT_MEASURED}: there is no best.json", False)
@@ -184,7 +184,7 @@ def sweep(records: list[dict[str, Any]], folder: Path) -> Verdict:
 
 
 def megatron(records: list[dict[str, Any]], folder: Path) -> Verdict:
-    """Of megatron_runs.py's records: one a run."""
+    """Judge megatron_runs.py by its records, one per run."""
     path = folder / "megatron.json"
     runs = _objects(path)
     if not runs:
@@ -218,12 +218,12 @@ def megatron(records: list[dict[str, Any]], folder: Path) -> Verdict:
 
 
 def _middle(value: Any) -> Any:
-    """A number, or the median of several."""
+    """Return a number, or the median of a list of numbers."""
     return median(value) if isinstance(value, list) and value else value
 
 
 def _objects(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that holds a list of them, or one a line."""
+    """Return the objects of a file that has a list of them, or one object per line."""
     if not path.exists():
         return []
     try:
@@ -234,7 +234,7 @@ def _objects(path: Path) -> list[dict[str, Any]]:
 
 
 def ncu(records: list[dict[str, Any]], folder: Path) -> Verdict:
-    """Of stages/ncu.py: a record a kernel, with the profiler's counters."""
+    """Judge stages/ncu.py: one record per kernel, with the profiler's counters."""
     kernels = [record for record in records if "counters" in record]
     if not kernels:
         said = [str(record["words"]) for record in records if record.get("words")]
@@ -250,7 +250,7 @@ def ncu(records: list[dict[str, Any]], folder: Path) -> Verdict:
 
 
 def quality(records: list[dict[str, Any]], folder: Path) -> Verdict:
-    """Of gpu_study.py's quality.csv: a row a run."""
+    """Judge gpu_study.py by its quality.csv, one row per run."""
     path = folder / "quality.csv"
     rows = []
     if path.exists():
@@ -268,5 +268,5 @@ def quality(records: list[dict[str, Any]], folder: Path) -> Verdict:
     lines = table(columns, ([row.get(name, "") for name in columns] for row in rows))
     log = folder / "log.txt"
     said = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
-    # The study's own words on what its runs decide, if it came so far.
+    # The study's own verdict, if it got that far.
     return Verdict(words, True, ["", *lines, "", *said])

@@ -1,4 +1,13 @@
-"""Run a function as N ranks of real Megatron-Core over gloo, each with a timeout."""
+"""Run a function as N ranks of real Megatron-Core over gloo, each with a timeout.
+
+A test names the function by a string, "package.module:function", and does not import it. The
+function's module imports Megatron, which changes torch for its whole process, takes five seconds,
+and starts threads that a fork would not take along. So the process of pytest must not import it:
+the forked rank does, by the name. A name is checked where it is used, at a test's run, and
+tests/unit/test_harness.py checks that every name in the tests is there.
+
+What goes to the ranks, and what comes back, is data: arguments as JSON, results as a pickle.
+"""
 
 import json
 import os
@@ -93,9 +102,7 @@ class Cluster:
             AssertionError: with the end of the logs, if a rank failed and `check` is set, or if
                 the timeout passed.
         """
-        self._num_runs += 1
-        folder = self._folder / f"{self._num_runs:03d}-{case.rpartition(':')[2]}"
-        folder.mkdir()
+        folder = self.new_folder(case.rpartition(":")[2])
         request = {
             "case": case,
             "num_ranks": num_ranks,
@@ -110,6 +117,7 @@ class Cluster:
             (folder / f"rank{rank}.log").read_text(errors="replace") for rank in range(num_ranks)
         ]
         ends = "\n".join(f"--- rank {i}:\n{log[-3000:]}" for i, log in enumerate(logs))
+        ends = f"{ends}\n--- whole logs: {folder}"
         assert not answer["timed_out"], f"{case}: no end within {timeout_s} s\n{ends}"
         if check:
             assert not any(answer["codes"]), f"{case}: exit codes {answer['codes']}\n{ends}"
@@ -118,6 +126,13 @@ class Cluster:
             path = folder / f"rank{rank}.pkl"
             results.append(pickle.loads(path.read_bytes()) if path.exists() else None)
         return Outcome(results=results, logs=logs, codes=answer["codes"])
+
+    def new_folder(self, name: str) -> Path:
+        """An empty folder that lasts as long as this cluster."""
+        self._num_runs += 1
+        folder = self._folder / f"{self._num_runs:03d}-{name}"
+        folder.mkdir()
+        return folder
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -217,3 +217,24 @@ def test_resumed_run_has_the_rest_of_the_steps_and_exp_avg_alone() -> None:
     near = resumed_at(3)
     near[1]["grad_norms"] = [3.0 * (1 + 1e-7)]
     assert_continues(near, a_run(), 3, norm_rtol=3e-7)
+
+
+def test_cpu_seconds_of_a_test_count_the_processes_that_it_starts(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makeini("[pytest]\n")
+    pytester.makepyfile(
+        test_it="""
+        import subprocess, sys
+
+        BUSY = "import time\\nwhile time.process_time() < 0.4: pass"
+
+        def test_case():
+            subprocess.run([sys.executable, "-c", BUSY], check=True)
+        """
+    )
+    options = ("-p", "tests.harness.cpu_times", "-p", "no:cacheprovider")
+    run = pytester.runpytest_inprocess(*options)
+    (seconds,) = re.findall(r"^ *([\d.]+)  test_it.py$", run.stdout.str(), re.MULTILINE)
+    assert 0.4 <= float(seconds) < 10
+    assert run.outlines[-1].startswith("=") and "1 passed" in run.outlines[-1]

@@ -20,8 +20,8 @@ constexpr int NARROWEST =
              smallest(sizeof(ExpAvg::Storage), has_main ? sizeof(Main::Storage) : 4));
 constexpr int GROUP = ADAMS_GROUP != 0 ? ADAMS_GROUP : 16 / NARROWEST;  // elements
 constexpr int HELD = GROUP * ADAMS_UNROLL;  // elements that a thread holds at a time
-// How many blocks a multiprocessor must have registers for; 0 leaves it to the compiler. With no
-// number, or with a larger one, the compiler spills to save registers. With these numbers it hardly
+// How many blocks a multiprocessor must have registers for; 0 leaves it to the compiler. Without
+// these numbers, or with larger ones, the compiler spills to save registers. With them it hardly
 // ever does (tests/kernels/sass.py lists all modes).
 constexpr int MIN_BLOCKS = ADAMS_MIN_BLOCKS >= 0 ? ADAMS_MIN_BLOCKS
                            : HELD == 16          ? 2

@@ -1,6 +1,7 @@
-"""All tests of tests/gpu: side by side where pytest-xdist is, one after another elsewhere.
+"""Run all tests of tests/gpu, in parallel if pytest-xdist is installed.
 
-A process that a CUDA error has made useless ends, and another goes on (tests/gpu/conftest.py).
+If a CUDA error has made a process useless, it ends, and another one goes on
+(tests/gpu/conftest.py).
 """
 
 import importlib.util
@@ -13,16 +14,16 @@ import pytest
 from tests.gpu.stages.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[3]
-# Most of the time goes into the oracle and the host compiler, which have a CPU each.
+# Most of the time goes into the oracle and the host compiler. Each process has one CPU for them.
 NUM_PROCESSES = min(12, os.cpu_count() or 1)
 
 
 def main() -> int:
     stage = Stage("battery")
-    # The options and plugins of pyproject.toml are left aside: they may not be there.
+    # The options in pyproject.toml are ignored, because the plugins that they need may be missing.
     options = ["-q", "-rfE", "--tb=short", "-c", os.devnull, "--rootdir", str(ROOT)]
     options += ["-p", "no:cacheprovider", f"--results={stage.results}"]
-    # A thread's, because no signal reaches Python in a process that waits for a kernel that hangs.
+    # The method is "thread", because a process that waits for a hanging kernel handles no signal.
     options += ["--timeout=60", "--timeout-method=thread"]
     if stage.is_rehearsal:
         options += ["-p", "tests.gpu.rehearsal"]

@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on: the machine, its GPU, the versions of what runs there."""
+"""Record what the numbers of a run depend on: the machine, its GPU, and versions."""
 
 import hashlib
 import importlib.metadata
@@ -23,7 +23,7 @@ _SMI = (
 
 
 def output_of(*command: str) -> str:
-    """What a program prints, or why there is nothing; in one line."""
+    """Return what a program prints, or why it prints nothing, in one line."""
     if shutil.which(command[0]) is None:
         return f"unknown: no {command[0]}"
     try:

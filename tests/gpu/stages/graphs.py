@@ -1,6 +1,6 @@
-"""Steps in a CUDA graph beside plain ones: their time and their bits, for many tensors.
+"""Compare steps in a CUDA graph with plain steps: time and bits, for many tensors.
 
-In a rehearsal, few small tensors and the stand-in for CUDA graphs of tests/.
+A rehearsal takes few small tensors, and the stand-in for CUDA graphs in tests/.
 """
 
 import sys
@@ -21,7 +21,7 @@ Optimizer = torch.optim.Optimizer
 
 
 def gpt2_numels() -> list[int]:
-    """The 148 tensors of GPT-2 124M."""
+    """Return the sizes of the 148 tensors of GPT-2 124M."""
     width = 768
     layer = [width, width, 3 * width**2, 3 * width, width**2, width]
     layer += [width, width, 4 * width**2, 4 * width, 4 * width**2, width]
@@ -44,9 +44,9 @@ class Graphs:
     def run(self) -> int:
         stage = self._stage
         lists = {"3 tensors": [5, 1000, 7]} if stage.is_rehearsal else LISTS
-        # torch's own optimizer asks for a real GPU.
+        # torch's own optimizer needs a real GPU.
         names = ["AdamS"] if stage.is_rehearsal else list(OPTIMIZERS)
-        # The host kernel's launches are what the stand-in records.
+        # The stand-in records the launches of the host kernel.
         with cuda_graph_stand_in.installed() if stage.is_rehearsal else nullcontext():
             for list_name, numels in lists.items():
                 for name in names:
@@ -68,11 +68,11 @@ class Graphs:
         return params, make(params)
 
     def _compare(self, make: Callable[[list[Any]], Optimizer], numels: list[int]) -> dict[str, Any]:
-        """Times of a step and of a replay in microseconds, back to back; and whether bits agree."""
+        """Return the times of a step and a replay in us, without pauses; assert equal bits."""
         num_steps = 4 if self._stage.is_rehearsal else 50
         plain_params, plain = self._build(make, numels)
         params, optimizer = self._build(make, numels)
-        # State is made at the first step, and what is to be captured runs on a side stream first.
+        # The first step makes the state. Before the capture, a step must run on a side stream.
         plain.step()
         if not self._stage.is_rehearsal:
             stream = torch.cuda.Stream()
@@ -93,7 +93,7 @@ class Graphs:
         return {"plain_us": plain_us, "replay_us": replay_us, "words": words}
 
     def _time_us(self, step: Callable[[], object], num_steps: int) -> float:
-        """The median of three rounds, each of which ends with the device."""
+        """Return the median time of three rounds. A round ends when the device is done."""
 
         def wait() -> None:
             if not self._stage.is_rehearsal:

@@ -1,6 +1,6 @@
-"""What Nsight Compute counts in one launch of the kernel of each of three modes.
+"""Record what Nsight Compute counts in one launch of the kernel, for three modes.
 
-The program that it watches is this one, with --steps.
+It watches this same program with --steps.
 """
 
 import csv
@@ -26,7 +26,7 @@ METRICS = (
     "sm__warps_active.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
 )
-# Where a metric has another name: what the profiler itself groups.
+# If a metric has another name, the profiler's own groups are used.
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats")
 MODES = {
     "fp32": ("fp32", "fp32", "fp32", "none"),
@@ -37,14 +37,14 @@ NUMEL = 50_000_000
 
 
 def take_steps(device: str, numel: int) -> None:
-    """One step of each mode, in their order."""
+    """Take one step of each mode, in the order of MODES."""
     import torch
 
     from megatron_adams.kernels import Mode, multi_tensor_adams
     from tests.kernels.checks import DTYPES
 
     if device == "cuda":
-        # The clocks are left alone: what comes first raises them.
+        # The GPU's clock settings are not changed. This work raises the clocks.
         warm = torch.randn(4096, 4096, device=device)
         for _ in range(50):
             warm = (warm @ warm).clamp_(-1, 1)
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def _profile(asked_for: list[str], path: Path, timeout_s: float) -> list[dict[str, Any]]:
-    """Return what is counted of each launch; none where the profiler fails."""
+    """Return the counters of each launch; an empty list if the profiler fails."""
     command = ["ncu", "--clock-control", "none", "--kernel-name", "regex:adams_update"]
     command += [*asked_for, "--csv", "--log-file", str(path)]
     watched = [sys.executable, __file__, "--steps"]
@@ -107,7 +107,7 @@ def _profile(asked_for: list[str], path: Path, timeout_s: float) -> list[dict[st
 
 
 def read_counters(text: str) -> list[dict[str, str]]:
-    """Read ncu's table, in which each line is of one launch and one metric; by launch."""
+    """Return the counters by launch. Each line of ncu's table has one metric of one launch."""
     lines = text.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if first is None:

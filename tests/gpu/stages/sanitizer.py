@@ -1,6 +1,6 @@
-"""stages/smoke.py with small tensors, under the tools of compute-sanitizer.
+"""Run stages/smoke.py with small tensors under the tools of compute-sanitizer.
 
-racecheck looks at shared memory alone, and the kernels have none.
+racecheck is left out: it looks only at shared memory, and the kernels have none.
 """
 
 import os
@@ -12,12 +12,13 @@ from pathlib import Path
 
 from tests.gpu.stages.stage import Stage
 
-# initcheck has to see every kernel that writes; the others look at this project's alone.
+# initcheck must see every kernel that writes. The others look only at this project's kernels.
 _OURS = ["--kernel-name", "kns=adams"]
 TOOLS = {"memcheck": _OURS, "initcheck": [], "synccheck": _OURS}
-# A call that the driver refuses is no finding: cuda.bindings asks for functions that it may lack.
+# A call that the driver refuses is not a finding: cuda.bindings asks for functions that the driver
+# may lack.
 _REPORTED = ["--report-api-errors", "no", "--print-limit", "50"]
-# Of what a tool has found, the line after the finding.
+# The line that follows a finding in a tool's output.
 _FINDING = re.compile(r"^=+ +at .*\badams_\w+", re.MULTILINE)
 
 
@@ -36,9 +37,9 @@ def main() -> int:
 
 
 def _watch(stage: Stage, tool: str, options: list[str], timeout_s: float) -> str:
-    """Run the smoke under a tool; raise AssertionError with what it found."""
+    """Run the smoke stage under a tool. Raises AssertionError with what it found."""
     smoke = [sys.executable, str(Path(__file__).parent / "smoke.py")]
-    # Its checks are no checks of this stage: they go into a file of their own.
+    # The checks of smoke do not count for this stage, so they go into another file.
     records = stage.folder / f"sanitizer-{tool}.jsonl"
     smoke += ["--small", "--results", str(records), "--out", str(stage.folder)]
     if stage.is_rehearsal:
@@ -47,7 +48,8 @@ def _watch(stage: Stage, tool: str, options: list[str], timeout_s: float) -> str
         command = ["compute-sanitizer", "--tool", tool, *options, *_REPORTED, *smoke]
     environment = {
         **os.environ,
-        # Tensors that lie in one block of the caching allocator have no borders to cross.
+        # The tools cannot see an access beyond a tensor that stays in a block of the caching
+        # allocator.
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
     }
     output = stage.folder / f"sanitizer-{tool}.log"
@@ -76,7 +78,7 @@ def _watch(stage: Stage, tool: str, options: list[str], timeout_s: float) -> str
 
 
 def _around(text: str, finding: str) -> str:
-    """A finding with the line before it, which says what it is."""
+    """Return a finding with the line before it, which says what it is."""
     before, _, after = text.partition(finding)
     return f"{before.splitlines()[-1]} {finding}{after.partition(chr(10))[0]}".replace("=", "")
 

@@ -1,7 +1,7 @@
-"""Whether the kernel runs at all: each kind of state once, in a few sizes, against the oracle.
+"""Check that the kernel runs at all: each kind of state in a few sizes, against the oracle.
 
-In a rehearsal the kernel runs on the emulator of tests/kernels. With --small it takes small tensors
-alone and no CUDA graph, which is what sanitizer.py watches.
+In a rehearsal the kernel runs on the emulator of tests/kernels. With --small there are only small
+tensors and no CUDA graph; sanitizer.py watches that.
 """
 
 import sys
@@ -82,7 +82,7 @@ class Smoke:
         return stage.exit_code
 
     def _compile_s(self) -> float:
-        """Seconds of one compilation, past the cache; for a GPU that is not there: sm_90."""
+        """Return the seconds of one compilation without the cache; without a GPU, for sm_90."""
         arch = "sm_90" if self.stage.is_rehearsal else cuda.arch_of(0)
         defines = {**FP32.defines(), **tuning_of(FP32).defines()}
         text = compile.source_text("device.cu")
@@ -110,7 +110,7 @@ class Smoke:
             _compare(batch, want)
 
     def _optimizer(self) -> str:
-        """Steps of the optimizer that users have; the time of the first, and of the second."""
+        """Take two steps of the optimizer that users have; return their times."""
         params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in self._sizes]
         optimizer = AdamS(params, lr=0.01, kernel="cuda")
         times = []

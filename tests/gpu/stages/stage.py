@@ -1,4 +1,4 @@
-"""What the stages in this folder have in common: their arguments, and their checks' records."""
+"""What the stages in this folder share: arguments, and records of checks."""
 
 import argparse
 import time
@@ -12,13 +12,13 @@ from tests.gpu.records import Records
 
 
 class Stage:
-    """A stage's process.
+    """The process of a stage.
 
     Attributes:
-        name: in the records.
-        is_rehearsal: whether there is no GPU, and as much as possible is done without.
-        is_small: whether only what a sanitizer can follow is done.
-        folder: for files.
+        name: its name in the records.
+        is_rehearsal: whether to do what is possible without a GPU.
+        is_small: whether to do only what a sanitizer can follow.
+        folder: the folder for other files.
         device: "cuda", or "cpu" in a rehearsal.
     """
 
@@ -49,7 +49,7 @@ class Stage:
 
     @contextmanager
     def check(self, name: str) -> Iterator[dict[str, Any]]:
-        """Record whether what is done in it raises nothing, with what is put into its dict."""
+        """Record whether the body raises, together with what it puts into the dict."""
         found: dict[str, Any] = {}
         start = time.monotonic()
         try:

@@ -19,7 +19,7 @@ import megatron.training
 from packaging.version import Version
 
 import megatron_adams
-from megatron_adams.megatron.config import ADAMS
+from megatron_adams.megatron.names import ADAMS
 
 # What Megatron takes for the installed TransformerEngine where it asks for its version: a job's
 # flags may need it, and the process that plans hides it.

@@ -34,8 +34,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_adams.megatron import shapes
-from megatron_adams.megatron.config import ADAMS, NO_PRECISION, dtype_name, guards_of
-from megatron_adams.megatron.job_flags import refusals, validated
+from megatron_adams.megatron.config import NO_PRECISION
+from megatron_adams.megatron.names import ADAMS, dtype_name
+from megatron_adams.megatron.training.job_flags import refusals, validated
 from megatron_adams.optimizer import AdamS
 
 MAIN_PARAMS, REMAINDERS, SCALES = "main_params", "remainders", "scales"
@@ -875,7 +876,8 @@ def count(
                 "is_precision_aware": mode.settings["use_precision_aware_optimizer"],
                 "bytes_per_param": stages[0].bytes_per_param(mode.name),
                 "dtypes": _dtypes(args, mode),
-                "is_guarded": mode.optimizer == ADAMS and bool(guards_of(args)),
+                "is_guarded": mode.optimizer == ADAMS
+                and (args.adams_max_update_rms, args.adams_match_rms) != (None, None),
                 "flags": _flags(args, mode),
             }
             for mode in modes
