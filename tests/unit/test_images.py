@@ -329,7 +329,7 @@ def container(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Contain
     return make_container(tmp_path_factory.mktemp("nvidia"), wheels)
 
 
-def build_wheel(root: Path, out: Path, *options: str, **environment: str) -> Path:
+def build_wheel(root: Path, out: Path, *options: str, umask: int = -1, **environment: str) -> Path:
     subprocess.run(
         [root / "docker" / "build-wheel.sh", out, "recipes", *options],
         cwd="/",
@@ -338,13 +338,14 @@ def build_wheel(root: Path, out: Path, *options: str, **environment: str) -> Pat
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             **environment,
         },
+        umask=umask,
         check=True,
     )
     return out
 
 
 def test_wheel_follows_from_the_sources_alone(dist: Path, wheels: Path, tmp_path: Path) -> None:
-    """Not from the time, the umask of who has checked them out, or the newest setuptools."""
+    """Not from the time, the builder's umask, or the newest setuptools."""
     copied = tmp_path / "checkout"
     copied.mkdir()
     for name in ("docker", "megatron_adams"):
@@ -354,11 +355,11 @@ def test_wheel_follows_from_the_sources_alone(dist: Path, wheels: Path, tmp_path
         shutil.copyfile(ROOT / name, copied / name)
     for file in (copied / "docker").glob("*.sh"):
         file.chmod(0o700)
-    (copied / "megatron_adams" / "cli.py").chmod(0o600)
     os.utime(copied / "megatron_adams" / "cli.py", (1e9, 1e9))
     again = build_wheel(
         copied,
         tmp_path / "dist",
+        umask=0o077,
         PIP_CONFIG_FILE="/dev/null",
         PIP_NO_INDEX="1",
         PIP_FIND_LINKS=str(wheels),
