@@ -127,7 +127,8 @@ def _print_tables(plan: Plan, gpu: Gpu | None) -> None:
     from megatron_adams.planning.report import print_report
 
     # Where it is no terminal there is no width to keep to, and the tables are not to be cut.
-    print_report(plan, gpu, Console(width=None if sys.stdout.isatty() else 160))
+    width = None if sys.stdout.isatty() else 100
+    print_report(plan, gpu, Console(width=width, highlight=False))
 
 
 def _progress() -> Callable[[str], None]:

@@ -1,4 +1,4 @@
-"""What the ranks of test_plan.py run: Megatron's own setup, whose tensors are counted; plans."""
+"""What the ranks of test_plan.py run: Megatron's setup, whose tensors are counted, and plans."""
 
 import importlib
 import os
@@ -71,7 +71,13 @@ def live_with_transformer_engine(argv: str, base: str) -> dict[str, Any]:
     assert "TELayerNormColumnParallelLinear" in modules, modules
     optimizer_config, overrides = training.get_megatron_optimizer_config(args)
     chain = get_megatron_optimizer(optimizer_config, model, overrides)
-    _allocate(chain)
+    for part in chain.chained_optimizers:
+        inner = part.optimizer
+        for group in inner.param_groups:
+            for param in group["params"]:
+                # As FusedAdam.step.
+                is_remainder = inner.store_param_remainders and param.dtype == torch.bfloat16
+                inner.initialize_state(param, is_remainder)
     return {
         **_counted(model, chain),
         "inner": [type(part.optimizer).__module__ for part in chain.chained_optimizers],

@@ -22,9 +22,10 @@ TOP = {
     "megatron": {"__init__", "checkpoint", "kernels", "nvml", "optimizer", "update"},
     "nvml": set(),
     "doctor": {"__init__", "cpu_rehearsal", "kernels", "nvml"},
-    "commands": {"checkpoint", "doctor", "kernels"},
+    "commands": {"checkpoint", "doctor", "kernels", "planning"},
     "cli": {"commands"},
     "cpu_rehearsal": set(),
+    "planning": set(),
     "launch": {"__init__", "cpu_rehearsal", "optimizer", "update"},
 }
 LAZY = {
@@ -33,6 +34,8 @@ LAZY = {
     # In a process of its own: doctor/probe.py.
     "doctor": {"megatron"},
     "launch": {"megatron"},
+    # In a process of its own.
+    "planning": {"__init__", "cpu_rehearsal", "megatron"},
 }
 # What only megatron_adams/megatron/ may import: the package has to work without them.
 MEGATRON_ONLY = {"megatron", "transformer_engine", "apex"}
