@@ -100,13 +100,12 @@ def modes_of(args: Mapping[str, Any]) -> tuple[Mode, ...]:
 
 
 def _fsdp_mode(args: Mapping[str, Any], own: str, exp_avg: str) -> Mode:
-    """Megatron-FSDP's main params and gradients, whose dtype "auto" is that of the params."""
-    main = args.get("megatron_fsdp_main_params_dtype") or "fp32"
-    grad = args.get("megatron_fsdp_main_grads_dtype") or "fp32"
-    main = own if main == "auto" else main
+    """Megatron-FSDP's main params and gradients; None: "auto", the dtype of the params."""
+    main = args["megatron_fsdp_main_params_dtype"] or own
+    grad = args["megatron_fsdp_main_grads_dtype"] or own
     if not args.get("use_precision_aware_optimizer"):
         grad = main
-    return Mode(own if grad == "auto" else grad, main, exp_avg, "none")
+    return Mode(grad, main, exp_avg, "none")
 
 
 def _codec(name: str | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_adams.doctor.report import Check, ok, problem, warning
 
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 180.0
 _PARENT = str(Path(__file__).parents[2])
 _OWN_PREFIX = "--adams-"
 
