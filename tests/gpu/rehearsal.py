@@ -1,6 +1,6 @@
 """A plugin of pytest that tries tests of this folder out without a GPU: `-p tests.gpu.rehearsal`.
 
-The CPU is in the GPU's place (megatron_adams/cpu_rehearsal.py), and the emulator of tests/kernels
+The CPU is in the GPU's place (megatron_adams/cpu_rehearsal), and the emulator of tests/kernels
 in the driver's. This shows that the tests run to their end; of a GPU it shows nothing.
 """
 
