@@ -1,6 +1,6 @@
 """How optimizer state is stored in fewer bits: pure functions, the oracle of the kernels.
 
-Called by optimizer.py, kernels/foreach.py and by tests. Imports torch alone.
+Called by optimizer/, kernels/foreach.py and by tests. Imports torch alone.
 
 - remainder: an fp32 master weight is its bf16 param and the 16 bits that the param lacks.
 - scaled: fp16 or fp8 (e4m3) state is stored with one fp32 scale per tensor; TransformerEngine's

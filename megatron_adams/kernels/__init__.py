@@ -5,7 +5,8 @@
 - foreach: torch operations, for other devices and machines without a compiler (foreach.py).
 
 All give the bits of `megatron_adams.update` on the CPU; cuda and host compile the same element
-function (source/element.h). Called by optimizer.py; imports torch and update.py, never Megatron.
+function (source/element.h). Called by optimizer/. Imports torch, precision.py and update.py, never
+Megatron.
 """
 
 import functools

@@ -95,7 +95,7 @@ class Batch:
         yield "main_params", self.main_params
 
     def scale_columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
-        """The lists of one-element tensors, by name, in the order of table.POINTERS."""
+        """The lists of one-element tensors, by name."""
         fp8 = self.fp8_scaling
         for field in Fp8Scaling._fields:
             column = None if fp8 is None else [getattr(scaling, field) for scaling in fp8]
@@ -104,9 +104,15 @@ class Batch:
         yield "main_scales", self.main_scales
 
     def guard_columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
-        """The lists of what guards read and write, by name, likewise."""
+        """The lists of what guards read and write, by name."""
         yield "update_sums", self.update_sums
         yield "update_factors", self.update_factors
+
+    def all_columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
+        """All lists by name, in the order of table.POINTERS."""
+        yield from self.columns()
+        yield from self.scale_columns()
+        yield from self.guard_columns()
 
     def check(self) -> None:
         """Refuse lists that do not fit together.
@@ -116,7 +122,7 @@ class Batch:
                 is scaled without scales, or scales without such state.
         """
         num_tensors = len(self.params)
-        for name, column in (*self.columns(), *self.scale_columns(), *self.guard_columns()):
+        for name, column in self.all_columns():
             if column is None:
                 continue
             if len(column) != num_tensors:
@@ -176,7 +182,7 @@ class Batch:
             ValueError: strides that differ among tensors of one index, or leave holes; a tensor
                 whose memory has not its value.
         """
-        for name, column in _table_columns(self):
+        for name, column in self.all_columns():
             if any(map(Tensor.is_neg, column or ())):
                 raise ValueError(
                     f"{name}: one is the negative of what its memory has (is_neg()): must be what "
@@ -268,16 +274,9 @@ def correction_of(
     return bias_correction_factor(beta1, step) if bias_correction else 1.0
 
 
-def _table_columns(batch: Batch) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
-    """In the order of table.POINTERS."""
-    yield from batch.columns()
-    yield from batch.scale_columns()
-    yield from batch.guard_columns()
-
-
 def update_table(batch: Batch, table: PointerTable, *, is_capturing: bool = False) -> None:
     """Make `table` describe the tensors of `batch`."""
-    columns = [column for _, column in _table_columns(batch)]
+    columns = [column for _, column in batch.all_columns()]
     table.update(columns, mode=batch.mode, device=batch.device, is_capturing=is_capturing)
 
 

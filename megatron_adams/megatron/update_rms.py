@@ -1,6 +1,6 @@
 """The update RMS of Megatron's params: of whole ones, over dp and tp, and of the whole model.
 
-`connect` tells the inner AdamS how the sums of its shards become those of whole params;
+`connect_update_sums` tells the inner AdamS how the sums of its shards become those of whole params;
 `UpdateStats.of` adds up the model. Imports megatron.core alone; training/log.py writes the log.
 """
 
@@ -20,7 +20,7 @@ from megatron_adams.megatron.inner import InnerAdamS
 from megatron_adams.update import update_rms
 
 
-def connect(part: Any) -> None:
+def connect_update_sums(part: Any) -> None:
     """Have the inner optimizer of a part know the updates of whole params.
 
     Args:
@@ -57,7 +57,7 @@ def _splits(part: Any, whole: Sequence[Any]) -> list[tuple[Any, Sequence[int]]]:
 
 
 def _meshes(part: AdamSFsdpOptimizer) -> list[tuple[Any, Sequence[int]]]:
-    """Likewise of Megatron-FSDP's params: the groups over which their DTensors are sharded."""
+    """The groups over which DTensors of Megatron-FSDP are sharded, and which params these are."""
     rows: dict[Any, list[int]] = {}
     for index, param in enumerate(_params_of(part)):
         for dim, placement in enumerate(param.placements):
