@@ -1,6 +1,6 @@
 """A whole checkpoint of Adam's on disk, written as one of AdamS.
 
-Called by the command `megatron-adams convert`. Imports torch and the modules beside it.
+Called by the command `megatron-adams convert`. Imports torch and the modules of this folder.
 """
 
 import io
@@ -74,7 +74,7 @@ def convert(
             something at `destination`.
         DamagedCheckpointError: the source is not whole, or its main params are not its weights'.
         OSError: it cannot be read, or the new one cannot be written.
-        ImportError: Megatron is not installed, of whose objects the source has some.
+        ImportError: the source contains objects of Megatron, and Megatron is not installed.
     """
     folder = _checkpoint_of(source)
     if (found := damage(folder)) is not None:
@@ -156,7 +156,7 @@ def _convert_torch_dist(source: Path, target: Path, report: Callable[[str], None
     with open(target / ".metadata", "wb") as file:
         pickle.dump(metadata, file)
         _sync(file)
-    # What the checkpoint has beside these, and last what says that it is whole.
+    # The other files of the checkpoint; the one that says that it is whole comes last.
     for path in sorted(source.iterdir(), key=lambda path: path.name == METADATA_WRITTEN_LAST):
         if not path.is_file() or (target / path.name).exists() or path.name in by_file:
             continue
@@ -167,7 +167,7 @@ def _convert_torch_dist(source: Path, target: Path, report: Callable[[str], None
 
 
 def _check_main_params(folder: Path, storage_data: Any) -> None:
-    """Raise where main params were saved that are not those of the weights beside them."""
+    """Raise if the main params in a checkpoint are not those of its weights."""
     places = {(index.fqn, index.offset): stored for index, stored in storage_data.items()}
     for (name, offset), stored in places.items():
         weights = places.get((name.removeprefix(_MAIN_PARAM), offset))

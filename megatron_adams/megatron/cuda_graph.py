@@ -50,13 +50,13 @@ class GradKeeper:
                     setattr(param, name, kept)
 
 
-# A step is under way whose norm has to stay on the device, and whose Megatron would read it.
+# Set while a step runs whose norm has to stay on the device, and Megatron would read it.
 _norm_stays: ContextVar[bool] = ContextVar("megatron_adams_norm_stays", default=False)
 
 
 @contextmanager
 def norm_on_device(is_graph: bool) -> Iterator[None]:
-    """Have `grad_norm` and `clip` used in the place of Megatron's, where those wait for the norm.
+    """Use `grad_norm` and `clip` instead of Megatron's functions if those wait for the norm.
 
     With TransformerEngine Megatron's own keep it on the device.
     """

@@ -22,7 +22,7 @@ from megatron_adams.optimizer import HYPERPARAMETERS, AdamS, local_part
 
 logger = logging.getLogger(__name__)
 
-# Of a param group: what a run that goes on from Adam has of its own, and where Adam has its step.
+# The entries of a param group that are the run's own when it goes on from Adam, and Adam's step.
 _NOT_FROM_ADAM = (*HYPERPARAMETERS, "step", *RATES)
 
 
@@ -40,7 +40,7 @@ class AdamSFsdpOptimizer(DistributedOptimizer):
     _adam_step_key: str | None = None
 
     def prepare_inner(self) -> None:
-        """Have the inner optimizer step the main params, which Megatron-FSDP keeps.
+        """Make the inner optimizer step the main params, which Megatron-FSDP keeps.
 
         As upstream does with FusedAdam for the precision-aware optimizer, once it is built.
         """

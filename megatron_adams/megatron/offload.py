@@ -187,9 +187,9 @@ class HybridAdamS(HybridDeviceOptimizer):
             optimizer.whole_numels[inner] = numel
 
     def _count_on_both_devices(self, grad_scale: float | Tensor) -> None:
-        """Have all sub-optimizers know the updates of whole params, before any of them goes on.
+        """Tell all sub-optimizers the updates of whole params before any of them goes on.
 
-        Of a param that is sharded, one rank's part can be on its GPU and another's on its CPU.
+        If a param is sharded, one rank's part can be on its GPU and another's on its CPU.
         """
         scale_on_cpu = float(grad_scale)
         for optimizer in self.sub_optimizers:
@@ -300,7 +300,7 @@ class HybridAdamS(HybridDeviceOptimizer):
         return self._groups_owner.register_load_state_dict_pre_hook(hook, prepend)
 
     def _register_load_state_dict_hooks(self) -> None:
-        """None: upstream's build the sub-optimizers anew, from the params as they are rounded."""
+        """Register none: Megatron's would rebuild the sub-optimizers from the rounded params."""
 
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
         """Nothing: `set_scaled_state` has stored it there. Megatron calls it after a load."""

@@ -21,7 +21,7 @@ from megatron_adams.update import update_rms
 
 
 def connect_update_sums(part: Any) -> None:
-    """Have the inner optimizer of a part know the updates of whole params.
+    """Tell the inner optimizer of a part how to add up the updates of whole params.
 
     Args:
         part: one of Megatron's optimizers, with an AdamS inside.
@@ -119,7 +119,7 @@ class UpdateStats:
 
     @classmethod
     def of(cls, optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> Self:
-        """Of the last step of a chain, or with Megatron-FSDP; to be called on all ranks.
+        """Add up the last step of a chain, or of Megatron-FSDP's optimizer; call it on all ranks.
 
         The ranks of a chain, and the params that count, are those of Megatron's grad norm.
         """
