@@ -56,6 +56,7 @@ lint: $(SETUP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(BIN)hadolint docker/*.Dockerfile
+	$(BIN)shellcheck --external-sources $$(git ls-files '*.sh' '*.sbatch' .ci/run)
 	$(RUN) -m yamllint --strict .github .pre-commit-config.yaml .yamllint.yaml examples/jobs
 
 image:  ## build the container image for CPUs; ARGS=gpu builds the one for GPUs
