@@ -1,4 +1,4 @@
-"""What the job files tell Slurm, with stand-ins for its commands: for what no Slurm here can show."""
+"""What the job files tell Slurm, by stand-ins for its commands: what no Slurm here can show."""
 
 import os
 import re
@@ -10,12 +10,16 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 JOBS = REPO / "examples" / "jobs" / "slurm"
 
-# srun writes down how it was called; a status for each step is in STATUSES.
+# srun writes down how it was called, and exits with the status of a file.
 STAND_INS = {
     "srun": """\
 name=$(printf '%s\\n' "$@" | grep -A 1 'node.sh$' | tail -n 1)
-{ echo "$name"; printf '%s\\n' "$@"; env | grep '^PET_\\|^SLURM_WAIT'; } >"$CALLS/$name"
+{ echo "$name"; printf '%s\\n' "$@"; env | grep '^PET_\\|^SLURM_WAIT\\|^TORCH_'; } >"$CALLS/$name"
+[[ ! -e $CALLS/limit-near-$name ]] || kill -USR1 $PPID  # as Slurm does
 exit "$(cat "$CALLS/status-$name" 2>/dev/null || echo 0)"
+""",
+    "scancel": """\
+echo "scancel $@" >>"$CALLS/requests"
 """,
     "scontrol": """\
 echo "$@" >>"$CALLS/requests"
@@ -86,6 +90,7 @@ def test_rendezvous_comes_from_slurms_variables(tmp_path: Path) -> None:
         "PET_MAX_RESTARTS=0",
         "PET_SHUTDOWN_TIMEOUT=600",
         "SLURM_WAIT=120",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     ):
         assert setting in train
     assert "python\ntrain.py\n--model\n1b\n" in "\n".join(train)
@@ -147,6 +152,17 @@ def test_end_of_a_start(tmp_path: Path, job: str, status: int, requeued: bool, s
     assert said in start.output
     assert start.was_requeued == requeued
     assert start.status == (0 if requeued else status)
+
+
+@pytest.mark.parametrize("step", ["doctor", "train"])
+def test_sigusr1_stops_the_steps_and_requeues(tmp_path: Path, step: str) -> None:
+    (tmp_path / f"limit-near-{step}").touch()
+    fail(tmp_path, "train", 1)  # torchrun after SIGTERM
+    start = Start(tmp_path, "pretrain.sbatch", "train.py")
+    assert "scancel --signal=TERM 70007" in (tmp_path / "requests").read_text().splitlines()
+    assert start.was_requeued and "crash" not in start.output
+    # A signal that came before there was a training must not let it start.
+    assert (tmp_path / "train").exists() == (step == "train")
 
 
 def test_node_that_is_not_fit_is_no_crash_and_is_not_retried(tmp_path: Path) -> None:
