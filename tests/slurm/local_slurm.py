@@ -62,7 +62,7 @@ _NODE = (
     "Gres=gpu:2 State=UNKNOWN\n"
 )
 _PARTITIONS = """\
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 State=UP
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=300 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=guarded Nodes=ALL PriorityTier=1 State=UP
 """

@@ -15,7 +15,11 @@ STAND_INS = {
     "srun": """\
 name=$(printf '%s\\n' "$@" | grep -A 1 'node.sh$' | tail -n 1)
 { echo "$name"; printf '%s\\n' "$@"; env | grep '^PET_\\|^SLURM_WAIT\\|^TORCH_'; } >"$CALLS/$name"
-[[ ! -e $CALLS/limit-near-$name ]] || kill -USR1 $PPID  # as Slurm does
+if [[ -e $CALLS/limit-near-$name ]]; then
+  kill -USR1 $PPID  # as Slurm does
+  sleep 0.3
+  echo "$name is over" >>"$CALLS/requests"
+fi
 exit "$(cat "$CALLS/status-$name" 2>/dev/null || echo 0)"
 """,
     "scancel": """\
@@ -159,7 +163,9 @@ def test_sigusr1_stops_the_steps_and_requeues(tmp_path: Path, step: str) -> None
     (tmp_path / f"limit-near-{step}").touch()
     fail(tmp_path, "train", 1)  # torchrun after SIGTERM
     start = Start(tmp_path, "pretrain.sbatch", "train.py")
-    assert "scancel --signal=TERM 70007" in (tmp_path / "requests").read_text().splitlines()
+    requests = (tmp_path / "requests").read_text().splitlines()
+    assert "scancel --signal=TERM 70007" in requests
+    assert requests.index(f"{step} is over") < requests.index("requeue 70007")
     assert start.was_requeued and "crash" not in start.output
     # A signal that came before there was a training must not let it start.
     assert (tmp_path / "train").exists() == (step == "train")
