@@ -30,7 +30,7 @@ TOP = {
 }
 LAZY = {
     "__init__": {"megatron"},
-    "commands": {"doctor"},
+    "commands": {"doctor", "planning"},
     # In a process of its own: doctor/probe.py.
     "doctor": {"megatron"},
     # In a process of its own: planning/worker.py.
