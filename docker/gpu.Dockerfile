@@ -13,7 +13,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY docker/build-wheel.sh docker/requirements.py docker/
 COPY megatron_adams/ megatron_adams/
-RUN docker/build-wheel.sh /dist "gpu recipes"
+RUN docker/build-wheel.sh /dist "recipes"
 
 # What the image is installed with. requirements.txt stays the same while only the sources change.
 FROM scratch AS steps
@@ -45,7 +45,7 @@ WORKDIR /opt/megatron-adams
 # A number, by which Kubernetes can tell that it is not root.
 USER 10001
 
-# Beside the job that runs here: its memory and its processes are no fault.
+# A job runs here: its memory and its processes are no fault.
 HEALTHCHECK --interval=5m --timeout=1m --retries=1 \
     CMD ["megatron-adams", "doctor", "--quick", "--while-running"]
 CMD ["megatron-adams", "doctor"]

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import megatron_adams
 
@@ -129,12 +131,9 @@ def test_the_containers_torch_is_one_that_the_package_admits() -> None:
     text = (DOCKER / "gpu.Dockerfile").read_text("utf-8")
     (stated,) = re.findall(r"^# PyTorch (\S+), CUDA", text, re.MULTILINE)
     assert NVIDIAS_TORCH.startswith(stated)
-    requirement = next(
-        line for line in metadata.requires("megatron-adams") or [] if line.startswith("torch")
-    )
-    from packaging.requirements import Requirement
-
-    assert Requirement(requirement).specifier.contains(NVIDIAS_TORCH, prereleases=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    (torch,) = (each for each in map(Requirement, project["dependencies"]) if each.name == "torch")
+    assert torch.specifier.contains(NVIDIAS_TORCH, prereleases=True)
 
 
 # --- build.sh -------------------------------------------------------------------------------------
@@ -304,9 +303,9 @@ def make_container(folder: Path, wheels: Path, *, without: str = "") -> Containe
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What pip finds: wheels of TO_INSTALL, newer torches, and a package that wants one of them."""
+    """What pip finds: TO_INSTALL, newer releases, a package that wants another torch."""
     folder = tmp_path_factory.mktemp("wheels")
-    for name in TO_INSTALL:
+    for name in (*TO_INSTALL, "setuptools"):
         repack(folder, name)
     pinned = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
     assert pinned is not None
@@ -315,14 +314,14 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_wheel(folder, "aniso8601", "99.0")
     write_wheel(folder, "only_here", "1.0")
     write_wheel(folder, "only_here", "2.0")
-    write_wheel(folder, "packaging", "99.0")
+    write_wheel(folder, "setuptools", "999.0")
     return folder
 
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What build-wheel.sh makes."""
-    return build_wheel(ROOT, tmp_path_factory.mktemp("dist"))
+    return build_wheel(ROOT, tmp_path_factory.mktemp("dist"), "--no-build-isolation")
 
 
 @pytest.fixture(scope="module")
@@ -330,18 +329,22 @@ def container(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Contain
     return make_container(tmp_path_factory.mktemp("nvidia"), wheels)
 
 
-def build_wheel(root: Path, out: Path) -> Path:
+def build_wheel(root: Path, out: Path, *options: str, **environment: str) -> Path:
     subprocess.run(
-        [root / "docker" / "build-wheel.sh", out, "gpu recipes", "--no-build-isolation"],
+        [root / "docker" / "build-wheel.sh", out, "recipes", *options],
         cwd="/",
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **environment,
+        },
         check=True,
     )
     return out
 
 
-def test_wheel_follows_from_the_sources_alone(dist: Path, tmp_path: Path) -> None:
-    """Not from the time, nor from the umask of who has checked them out."""
+def test_wheel_follows_from_the_sources_alone(dist: Path, wheels: Path, tmp_path: Path) -> None:
+    """Not from the time, the umask of who has checked them out, or the newest setuptools."""
     copied = tmp_path / "checkout"
     copied.mkdir()
     for name in ("docker", "megatron_adams"):
@@ -353,24 +356,29 @@ def test_wheel_follows_from_the_sources_alone(dist: Path, tmp_path: Path) -> Non
         file.chmod(0o700)
     (copied / "megatron_adams" / "cli.py").chmod(0o600)
     os.utime(copied / "megatron_adams" / "cli.py", (1e9, 1e9))
-    (one,), (other,) = dist.glob("*.whl"), build_wheel(copied, tmp_path / "dist").glob("*.whl")
+    again = build_wheel(
+        copied,
+        tmp_path / "dist",
+        PIP_CONFIG_FILE="/dev/null",
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(wheels),
+    )
+    (one,), (other,) = dist.glob("*.whl"), again.glob("*.whl")
     assert one.name == other.name
     assert hashlib.sha256(one.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest()
 
 
-def test_requirements_are_those_of_the_project_and_its_extras(dist: Path) -> None:
-    listed = (dist / "requirements.txt").read_text("utf-8").splitlines()
-    of_wheel = [
-        re.sub(r"\s*;?\s*extra == .*", "", line).replace('"', "'")
-        for line in metadata.requires("megatron-adams") or []
-        if "extra ==" not in line or re.search(r"extra == .(gpu|recipes).", line)
-    ]
-
-    def plain(line: str) -> tuple[str, ...]:
-        name, *rest = re.split(r"(?=[<>=~;])", line.replace(" ", ""), maxsplit=1)
-        return (name, *sorted(",".join(rest).split(",")))
-
-    assert sorted(map(plain, listed)) == sorted(map(plain, of_wheel))
+def test_requirements_are_those_of_the_wheel_and_its_extra(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    (info,) = (path for path in zipfile.Path(wheel).iterdir() if path.name.endswith(".dist-info"))
+    required = map(Requirement, metadata.PathDistribution(info).requires or [])
+    listed = set(map(Requirement, (dist / "requirements.txt").read_text("utf-8").splitlines()))
+    assert len(listed) > 5
+    assert {(each.name, each.specifier) for each in listed} == {
+        (each.name, each.specifier)
+        for each in required
+        if each.marker is None or each.marker.evaluate({"extra": "recipes"})
+    }
 
 
 def test_unknown_extra_is_refused() -> None:
@@ -451,6 +459,29 @@ def test_an_exchanged_package_is_found_afterwards(container: Container, tmp_path
     assert f"torch {NVIDIAS_TORCH} is installed: it was to be 2.14.1" in found.stderr
 
 
+def test_an_installation_that_exchanges_torch_fails(container: Container, tmp_path: Path) -> None:
+    """With a pip that does it, whatever the constraints say."""
+    exchanged = container.site_packages / "torch-2.14.1.dist-info"
+    (tmp_path / "python").write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *"-m pip"*) mkdir {exchanged} && '
+        f'printf "Name: torch\\nVersion: 2.14.1\\n" >{exchanged}/METADATA ;;\n'
+        f'*) exec {container.folder}/bin/python "$@" ;;\nesac\n',
+        "utf-8",
+    )
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "requirements.txt").touch()
+    failed = container.try_to_run(
+        "install-requirements.sh",
+        tmp_path / "requirements.txt",
+        ROOT / "constraints.txt",
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )
+    shutil.rmtree(exchanged)
+    assert failed.returncode != 0
+    assert f"torch 2.14.1 is installed: it was to be {NVIDIAS_TORCH}" in failed.stderr
+
+
 def test_plugin_and_kernels_are_installed_for_all_users(container: Container, dist: Path) -> None:
     container.run("install-plugin.sh", dist)
     assert container.installed()["megatron-adams"] == megatron_adams.__version__
@@ -474,7 +505,7 @@ def test_cpu_image_gets_torchs_cpu_build_and_keeps_it(
     )[0]
     index = tmp_path / "index" / "torch"
     index.mkdir(parents=True)
-    write_wheel(index, "torch", f"{version}+cpu", "filelock")
+    write_wheel(index, "torch", f"{version}+cpu", "not-in-this-index")
     (index / "index.html").write_text(
         "".join(f'<a href="{path.name}">{path.name}</a>' for path in index.glob("*.whl")), "utf-8"
     )
@@ -489,6 +520,9 @@ def test_cpu_image_gets_torchs_cpu_build_and_keeps_it(
     assert bare.installed() == {"torch": f"{version}+cpu"}
     kept = constraints(bare, ROOT / "constraints.txt").stdout.splitlines()
     assert f"torch=={version}+cpu" in kept
+    # The wheel alone: what it needs, pip would find.
+    bare.run("install-plugin.sh", dist)
+    assert bare.installed().keys() == {"torch", "megatron-adams"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root creates users")
