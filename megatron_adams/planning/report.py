@@ -84,6 +84,7 @@ def _table(title: str) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         pad_edge=False,
+        show_edge=False,
     )
 
 
