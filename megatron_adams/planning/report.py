@@ -28,22 +28,14 @@ def gib(num_bytes: float) -> str:
 def short(plan: Plan) -> str:
     """A few lines: the job, and its fullest rank with AdamW and with AdamS."""
     lines = [_job(plan)]
-    for name in ("adamw", "adams", "adams_precision_aware_bf16", "as_given"):
-        found = [mode for mode in plan.modes if mode.name == name]
-        for mode in found:
-            kind = plan.fullest(mode.name)
-            mark = "  <- this job" if mode.name == plan.data["given"] else ""
-            lines.append(
-                f"  {mode.title:<29} {gib(kind.optimizer_bytes(mode.name)):>8} GiB of state, "
-                f"{gib(kind.static_bytes(mode.name)):>8} GiB with weights and gradients{mark}"
-            )
     given = plan.data["given"]
-    if given not in ("adamw", "adams", "adams_precision_aware_bf16", "as_given"):
-        mode = plan.mode(given)
-        kind = plan.fullest(given)
+    shown = [mode for mode in plan.modes if mode in _shown_modes(plan) or mode.name == given]
+    for mode in shown:
+        kind = plan.fullest(mode.name)
         lines.append(
-            f"  {mode.title:<29} {gib(kind.optimizer_bytes(given)):>8} GiB of state, "
-            f"{gib(kind.static_bytes(given)):>8} GiB with weights and gradients  <- this job"
+            f"  {mode.title:<29} {gib(kind.optimizer_bytes(mode.name)):>7} GiB of state, "
+            f"{gib(kind.static_bytes(mode.name)):>7} GiB with weights and gradients"
+            f"{'  <- this job' if mode.name == given else ''}"
         )
     lines.append(f"  Activations come on top: {gib(plan.activations)} GiB by Megatron's estimate.")
     return "\n".join([*lines, *(f"  {note}" for note in plan.data["notes"])])
@@ -51,12 +43,11 @@ def short(plan: Plan) -> str:
 
 def _job(plan: Plan) -> str:
     layout = plan.data["layout"]
-    sizes = [f"{name.upper()}{layout[name]}" for name in ("tp", "pp", "vpp", "cp", "ep", "dp")]
-    shown = [size for size in sizes if not size.endswith("1") or size[-2:-1].isdigit()]
+    sizes = [f"{name.upper()}{size}" for name, size in layout.items() if size > 1]
     num_params = plan.data["model"]["num_params"]
     return (
         f"Memory plan: {num_params / 1e9:.3g} billion params on {plan.data['num_ranks']:,} ranks "
-        f"({' x '.join(shown) or 'one GPU'}), each rank's fullest"
+        f"({' x '.join(sizes) or 'one GPU'}), the fullest one"
     )
 
 
@@ -84,6 +75,7 @@ def _table(title: str) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         pad_edge=False,
+        show_edge=False,
     )
 
 

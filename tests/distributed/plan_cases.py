@@ -139,10 +139,10 @@ def plans(jobs: Sequence[tuple[Sequence[str], int]]) -> list[dict[str, Any]]:
     return [memory.count(flags, num_ranks) for flags, num_ranks in jobs]
 
 
-def built_shapes(flags: Sequence[str], num_ranks: int) -> list[tuple[int, ...]]:
+def built_shapes(flags: Sequence[str], world_size: int) -> list[tuple[int, ...]]:
     """The shapes of the params of the first rank's planned model, in their order."""
     memory = importlib.import_module("megatron_adams.megatron.training.memory")
-    args = memory.validated(flags, num_ranks)
+    args = memory.validated(flags, world_size)
     modes, _ = memory.modes_of(args)
     stage = memory.Stage(args, modes[:1], 0)
     return [tuple(p.shape) for chunk in stage.model for p in chunk.parameters()]

@@ -86,7 +86,7 @@ def job_of(run: str) -> tuple[list[str], int]:
 @pytest.fixture(scope="module")
 def planned(cluster: Cluster) -> dict[str, dict[str, Any]]:
     """The plans of all runs, from one process."""
-    outcome = cluster.run(PLANS, 1, jobs=[job_of(run) for run in RUNS])
+    outcome = cluster.run(PLANS, 1, timeout_s=280, jobs=[job_of(run) for run in RUNS])
     return dict(zip(RUNS, outcome.results[0], strict=True))
 
 
@@ -172,8 +172,8 @@ def test_plan_equals_transformer_engines_layers_and_fused_adam(
 ) -> None:
     flags = [*TE_BASE.split(), *TE_RUNS[run].split(), "--train-iters", "1"]
     lives = te_cluster.run(LIVE_TE, 2, argv=TE_RUNS[run], base=TE_BASE).results
-    (plan,) = cluster.run(PLANS, 1, jobs=[(flags, 2)]).results[0]
-    (shapes,) = cluster.run(SHAPES, 1, flags=flags, num_ranks=2).results
+    (plan,) = cluster.run(PLANS, 1, timeout_s=280, jobs=[(flags, 2)]).results[0]
+    (shapes,) = cluster.run(SHAPES, 1, flags=flags, world_size=2).results
     for rank, found in enumerate(lives):
         assert all("transformer_engine" in module for module in found.pop("inner"))
         assert found.pop("shapes") == shapes
@@ -206,12 +206,13 @@ def by_hand(cluster: Cluster) -> list[dict[str, Any]]:
                 *model_flags("llama2-13b"),
                 *f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}".split(),
                 "--sequence-parallel",
+                *("--global-batch-size", str(dp * 8)),
             ],
             tp * pp * dp,
         )
         for tp, pp, dp in layouts
     ]
-    return cluster.run(PLANS, 1, jobs=jobs).results[0]
+    return cluster.run(PLANS, 1, timeout_s=280, jobs=jobs).results[0]
 
 
 # Bytes of the optimizer a param.
@@ -265,7 +266,7 @@ def test_state_by_dp_size_is_that_of_the_job_of_that_size(cluster: Cluster) -> N
     experts = "--num-experts 4 --moe-ffn-hidden-size 256 --expert-model-parallel-size 2"
     moe = [*job, *experts.split(), "--moe-grouped-gemm", "--disable-bias-linear"]
     jobs = [(job, 2), (job, 48), (moe, 2), (moe, 8)]
-    small, large, *of_experts = cluster.run(PLANS, 1, jobs=jobs).results[0]
+    small, large, *of_experts = cluster.run(PLANS, 1, timeout_s=280, jobs=jobs).results[0]
     # Another size has other buckets and other padding; each is compared with a plan of its own.
     for plans in ((small, large), of_experts):
         sizes = [plan["num_ranks"] for plan in plans]
