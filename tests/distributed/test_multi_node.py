@@ -17,7 +17,7 @@ import pytest
 
 from tests.distributed.cases import SCRIPT, TINY_GPT
 from tests.distributed.checkpoint_files import differing
-from tests.distributed.cluster import REPO, Cluster
+from tests.harness.cluster import REPO, Cluster
 
 TIMEOUT_S = 240
 FLAGS = "--optimizer adams --use-distributed-optimizer --train-iters 6 --save-interval 2"

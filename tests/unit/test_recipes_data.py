@@ -153,36 +153,37 @@ def command(out: Path, *text: Path, more: tuple[str, ...] = ()) -> list[str]:
     return [*start, "--held-out-fraction", "0.1", *more, "--text", *map(str, text)]
 
 
-@pytest.fixture(scope="module")
-def many_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve packed files: each is a part of its own."""
-    folder = tmp_path_factory.mktemp("many")
-    for number in range(12):
-        lines = "".join(json.dumps({"text": f"{number} {text}"}) + "\n" for text in texts(150))
+@pytest.fixture
+def packed_files(tmp_path: Path) -> Path:
+    """Five packed files: each is a part of its own."""
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    for number in range(5):
+        lines = "".join(json.dumps({"text": f"{number} {text}"}) + "\n" for text in texts(40))
         (folder / f"{number:02d}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     return folder
 
 
 def test_interrupted_preparation_goes_on_and_gives_the_same_bytes(
-    many_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "UNIT_BYTES", 1)  # a file a part
-    prepare(tmp_path / "whole", many_files)
+    prepare(tmp_path / "whole", packed_files)
     written: list[int] = []
     write = prepare_data._Worker.write
 
     def write_until_killed(worker: Any, index: int, *rest: Any) -> None:
-        if len(written) == 5:
+        if len(written) == 2:
             raise KeyboardInterrupt
         write(worker, index, *rest)
         written.append(index)
 
     monkeypatch.setattr(prepare_data._Worker, "write", write_until_killed)
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path / "data", many_files)
+        prepare(tmp_path / "data", packed_files)
     assert not (tmp_path / "data").exists()
     with pytest.raises(ValueError, match="was begun with other held-out fraction; remove it"):
-        prepare(tmp_path / "data", many_files, held_out_fraction=0.2)
+        prepare(tmp_path / "data", packed_files, held_out_fraction=0.2)
 
     went_on: list[int] = []
     monkeypatch.setattr(
@@ -190,8 +191,8 @@ def test_interrupted_preparation_goes_on_and_gives_the_same_bytes(
         "write",
         lambda worker, index, *rest: went_on.append(index) or write(worker, index, *rest),
     )
-    prepare(tmp_path / "data", many_files)
-    assert sorted(written + went_on) == list(range(12))
+    prepare(tmp_path / "data", packed_files)
+    assert sorted(written + went_on) == list(range(5))
     for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx"):
         assert (tmp_path / "data" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -199,7 +200,7 @@ def test_interrupted_preparation_goes_on_and_gives_the_same_bytes(
 def test_processes_give_the_bytes_of_one(
     jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 16 * 1024)
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 16 * 1024)  # three parts
     prepare(tmp_path / "one", jsonl)
     prepare(tmp_path / "two", jsonl, workers=2)
     for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx"):
@@ -230,7 +231,7 @@ def sentencepiece_file(folder: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts(50)),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=300,
+        vocab_size=380,
         model_type="bpe",
         byte_fallback=True,
         character_coverage=0.99,
@@ -248,7 +249,7 @@ def hugging_face_files(folder: Path) -> None:
     ("make", "kind", "vocab_size"),
     [
         (gpt2_files, "HuggingFaceTokenizer", 350),
-        (sentencepiece_file, "Llama2Tokenizer", 300),
+        (sentencepiece_file, "Llama2Tokenizer", 380),
         (hugging_face_files, "HuggingFaceTokenizer", 320),
     ],
     ids=["GPT-2", "SentencePiece", "Hugging Face"],
@@ -281,7 +282,7 @@ def test_users_tokenizer_is_taken(
         ("missing", None, "no such file or folder"),
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b" \n\n", "of its 0 documents none is train and none is held out"),
-        ("one.txt", b"one document\n", "of its 1 documents none is held out; give more text"),
+        ("one.txt", b"one document\n", "of its 1 documents none is train; give more text"),
         ("latin.txt", "ä".encode("latin1") * 9, "is not UTF-8 at byte 0 (0xe4); convert"),
         ("late.txt", b"good\n" * 99 + b"\xff\n", "is not UTF-8 at byte 495 (0xff)"),
         ("utf16.txt", "text".encode("utf-16"), "is not text (a NUL is among its first"),
