@@ -58,6 +58,7 @@ lint: $(SETUP)
 	$(RUN) -m mypy
 	$(BIN)clang-format --dry-run -Werror $(wildcard $(CPP))
 	$(BIN)hadolint docker/*.Dockerfile
+	$(BIN)shellcheck --external-sources $$(git ls-files '*.sh' '*.sbatch' .ci/run)
 	$(RUN) -m yamllint --strict .github .pre-commit-config.yaml .yamllint.yaml examples/jobs
 
 image:  ## build the container image for CPUs; ARGS=gpu builds the one for GPUs

@@ -16,6 +16,7 @@ import io
 import json
 import multiprocessing.spawn
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.abc import InspectLoader
@@ -176,8 +177,21 @@ def _prepare_spawned_processes(job: Job) -> None:
     multiprocessing.spawn.get_preparation_data = get_preparation_data
 
 
+def _leave_sigterm_to_the_rank() -> None:
+    """With --exit-signal-handler, ignore SIGTERM, on which the rank saves and ends.
+
+    torchrun signals the whole process group of a rank. The rank ends its step and saves; but it
+    saves with processes that it spawned at its first save (core/dist_checkpointing/strategies/
+    filesystem_async.py:get_write_results_queue and async_utils.py:PersistentAsyncCaller, 0.19.2),
+    and these would die of the signal. The rank ends them when it ends.
+    """
+    if "--exit-signal-handler" in sys.argv:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _run_in_spawned_process() -> dict[str, Any]:
     """Set up as the parent did, and run its script again; return the main module's names."""
+    _leave_sigterm_to_the_rank()
     job = Job(*json.loads(os.environ[_ENVIRONMENT_VARIABLE]))
     _prepare_spawned_processes(job)
     job.set_up()

@@ -1,6 +1,6 @@
 """How optimizer state is stored in fewer bits: pure functions, the oracle of the kernels.
 
-Called by optimizer.py, kernels/foreach.py and the tests. Imports only torch.
+Called by optimizer/, kernels/foreach.py and the tests. Imports only torch.
 
 - remainder: an fp32 main param is stored as its bf16 param and the 16 bits that the param lacks.
   (The names below say "master", as TransformerEngine's key `master_param` does.)

@@ -27,7 +27,7 @@ from megatron_adams.kernels.modes import Mode
 # Of a job that trains in bf16 with the distributed optimizer, where no flags are given.
 _USUAL = {"bf16": True, "use_distributed_optimizer": True}
 _CUDA_REMEDY = "pip install 'cuda-core[cu13]' ([cu12] for CUDA 12), of torch's CUDA version"
-_FOREACH = "AdamS would run in plain torch operations, several times slower"
+_FOREACH = "foreach backend (plain torch operations, several times slower)"
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,19 @@ def wanted(arguments: Mapping[str, Any] | None, *, for_gpu: bool) -> Wanted:
     args: Mapping[str, Any] = _USUAL if arguments is None else arguments
     offloads = bool(args.get("optimizer_cpu_offload"))
     is_whole = args.get("optimizer_offload_fraction") == 1
+    is_adams = args.get("optimizer", "adams") == "adams"
     return Wanted(
         modes=modes_of(args),
         requested=args.get("adams_kernel") or "auto",
-        on_gpu=for_gpu and not (offloads and is_whole),
-        on_cpu=offloads or not for_gpu,
+        on_gpu=is_adams and for_gpu and not (offloads and is_whole),
+        on_cpu=is_adams and (offloads or not for_gpu),
     )
 
 
 def modes_of(args: Mapping[str, Any]) -> tuple[Mode, ...]:
     """The modes that AdamS compiles kernels for at the start of a job with these arguments.
 
-    It follows megatron/optimizer.py and fsdp.py; tests/distributed/test_doctor.py compares it with
+    It follows megatron/adopt.py and fsdp.py; tests/distributed/test_doctor.py compares it with
     what runs of Megatron ask for.
     """
     half = "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else None
@@ -99,13 +100,12 @@ def modes_of(args: Mapping[str, Any]) -> tuple[Mode, ...]:
 
 
 def _fsdp_mode(args: Mapping[str, Any], own: str, exp_avg: str) -> Mode:
-    """Megatron-FSDP's main params and gradients, whose dtype "auto" is that of the params."""
-    main = args.get("megatron_fsdp_main_params_dtype") or "fp32"
-    grad = args.get("megatron_fsdp_main_grads_dtype") or "fp32"
-    main = own if main == "auto" else main
+    """Megatron-FSDP's main params and gradients; None: "auto", the dtype of the params."""
+    main = args["megatron_fsdp_main_params_dtype"] or own
+    grad = args["megatron_fsdp_main_grads_dtype"] or own
     if not args.get("use_precision_aware_optimizer"):
         grad = main
-    return Mode(own if grad == "auto" else grad, main, exp_avg, "none")
+    return Mode(grad, main, exp_avg, "none")
 
 
 def _codec(name: str | None) -> str:
@@ -159,11 +159,10 @@ def check(
     ):
         names = [f"{mode.name}.{arch}" for mode in want.modes]
         own = "host" if device == "cpu" else "cuda"
-        where = f"{own} kernels for {arch}"
         check_name = f"kernel.{arch}"
         if want.requested == "foreach":
             backends[device] = "foreach"
-            checks.append(ok(check_name, "foreach, plain torch operations: --adams-kernel asks so"))
+            checks.append(ok(check_name, "foreach backend: --adams-kernel foreach asks for it"))
             continue
         if want.requested not in ("auto", own) and not (want.on_gpu and want.on_cpu):
             backends[device] = want.requested
@@ -185,12 +184,14 @@ def check(
         except CompileError as exc:
             backends[device] = "foreach" if want.requested == "auto" else own
             first = str(exc).strip().splitlines()[0]
-            checks.append(_cannot(check_name, where, first, device, want, names))
+            checks.append(_cannot(check_name, first, device, want, names))
             missing += [name for name in names if name not in missing]
             continue
         backends[device] = own
-        how = f"all {len(names)} are in the cache" if not lost else "one was compiled here, to try"
-        checks.append(ok(check_name, f"{where}: {how}"))
+        how = f"all {len(names)} kernels for {arch} are in the cache"
+        if lost:
+            how = f"a kernel for {arch} was compiled, to try"
+        checks.append(ok(check_name, f"{own} backend: {how}"))
     if want.on_gpu and not gpu_archs and want.requested in ("auto", "cuda"):
         checks.append(_of_compiler())
     found = Kernels(backends, kernels.folder, tuple(needed), tuple(missing))
@@ -265,12 +266,11 @@ def _check_cuda_core() -> None:
         raise CompileError(f"cuda-core, which compiles kernels, is missing: {exc}") from exc
 
 
-def _cannot(
-    name: str, where: str, reason: str, device: str, want: Wanted, names: Sequence[str]
-) -> Check:
+def _cannot(name: str, reason: str, device: str, want: Wanted, names: Sequence[str]) -> Check:
     """A kernel that is neither in the cache nor can be compiled."""
     arch = names[0].rpartition(".")[2]
-    outcome = _FOREACH if want.requested == "auto" else "the job would end at its start"
+    is_auto = want.requested == "auto"
+    outcome = _FOREACH if is_auto else f"a job with --adams-kernel {want.requested} would not start"
     if device == "cuda":
         remedy = _CUDA_REMEDY
     else:
@@ -278,7 +278,7 @@ def _cannot(
     remedy += f"; or fill the cache where there is one: megatron-adams precompile --arch {arch}"
     is_rehearsal = device == "cpu" and not want.on_gpu and want.requested == "auto"
     # A rehearsal shows layouts and not speed.
-    return (warning if is_rehearsal else problem)(name, f"{where}: {reason}; {outcome}", remedy)
+    return (warning if is_rehearsal else problem)(name, f"{outcome}: {reason}", remedy)
 
 
 def _cache_checks(found: Kernels, kernels: KernelCache, distrust: str | None) -> list[Check]:

@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_adams.doctor.report import Check, ok, problem, warning
 
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 180.0
+_PARENT = str(Path(__file__).parents[2])
 _OWN_PREFIX = "--adams-"
 
 
@@ -52,9 +54,17 @@ def start(
         "capability": capability,
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_adams.doctor.probe", json.dumps(request)],
-        # Megatron's version would ask git in its own folder, and a rank of the job's is not one.
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "NO_VCS_VERSION": "1", "RANK": "0"},
+        # -P: a prolog of root's must not import what lies in the folder that it is run from.
+        [sys.executable, "-P", "-m", "megatron_adams.doctor.probe", json.dumps(request)],
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            # Last: another Megatron on PYTHONPATH is the job's, too.
+            "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), _PARENT])),
+            # Megatron prints on rank 0, and asks git for its version.
+            "RANK": "0",
+            "NO_VCS_VERSION": "1",
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -7,7 +7,7 @@
 A kernel is what cuda and host compile for one mode, that is, for one combination of dtypes. (The
 argument `kernel` of AdamS, and --adams-kernel, name a backend.) All backends give the bits that
 `megatron_adams.update` gives on the CPU. cuda and host compile the same element function
-(source/element.h). Called by optimizer.py; imports torch, precision.py and update.py, never
+(source/element.h). Called by optimizer/; imports torch, precision.py and update.py, never
 Megatron.
 """
 

@@ -108,6 +108,12 @@ class Batch:
         yield "update_sums", self.update_sums
         yield "update_factors", self.update_factors
 
+    def all_columns(self) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
+        """Yield the names and lists of all tensors, in the order of table.POINTERS."""
+        yield from self.columns()
+        yield from self.scale_columns()
+        yield from self.guard_columns()
+
     def check(self) -> None:
         """Refuse lists that do not fit together.
 
@@ -116,7 +122,7 @@ class Batch:
                 scales have no scaled state.
         """
         num_tensors = len(self.params)
-        for name, column in (*self.columns(), *self.scale_columns(), *self.guard_columns()):
+        for name, column in self.all_columns():
             if column is None:
                 continue
             if len(column) != num_tensors:
@@ -176,7 +182,7 @@ class Batch:
             ValueError: the strides of tensors with one index differ or leave holes, or a tensor's
                 memory does not hold its values.
         """
-        for name, column in _table_columns(self):
+        for name, column in self.all_columns():
             if any(map(Tensor.is_neg, column or ())):
                 raise ValueError(
                     f"{name}: one is the negative of what its memory has (is_neg()): must be what "
@@ -268,16 +274,9 @@ def correction_of(
     return bias_correction_factor(beta1, step) if bias_correction else 1.0
 
 
-def _table_columns(batch: Batch) -> Iterator[tuple[str, Sequence[Tensor] | None]]:
-    """Yield the names and lists of all tensors, in the order of table.POINTERS."""
-    yield from batch.columns()
-    yield from batch.scale_columns()
-    yield from batch.guard_columns()
-
-
 def update_table(batch: Batch, table: PointerTable, *, is_capturing: bool = False) -> None:
     """Make `table` describe the tensors of `batch`."""
-    columns = [column for _, column in _table_columns(batch)]
+    columns = [column for _, column in batch.all_columns()]
     table.update(columns, mode=batch.mode, device=batch.device, is_capturing=is_capturing)
 
 

@@ -27,7 +27,7 @@ from megatron_adams.megatron.inner import InnerAdamS
 from megatron_adams.megatron.names import ADAMS, dtype_name
 from megatron_adams.megatron.offload import HybridAdamS
 from megatron_adams.megatron.refusals import check_config, check_model, refusal
-from megatron_adams.megatron.update_rms import connect
+from megatron_adams.megatron.update_rms import connect_update_sums
 from megatron_adams.optimizer import AdamS, local_part
 
 logger = logging.getLogger(__name__)
@@ -98,12 +98,12 @@ def adopt(
                 part.optimizer.register_load_state_dict_pre_hook(take_from_adam)
             if isinstance(part, AdamSFsdpOptimizer):
                 part.prepare_inner()
-                connect(part)
+                connect_update_sums(part)
                 part.optimizer.compile_kernels(part.grad_dtype(), counts_updates=True)
                 continue
             if isinstance(part, AdamSDistributedOptimizer):
                 part.prepare_step()
-            connect(part)
+            connect_update_sums(part)
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
             # Steps that are logged count their updates, and the first one is logged.
             part.optimizer.compile_kernels(decoupled, counts_updates=True)

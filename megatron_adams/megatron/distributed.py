@@ -19,7 +19,7 @@ from megatron_adams.checkpoint import (
     continued_from_adam,
     contradict,
     is_adam_group,
-    shifted,
+    shifted_message,
 )
 from megatron_adams.megatron.fused_step import (
     FusedStepChain,
@@ -169,7 +169,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         shard = self._get_model_param_range_map(model_param)["param"]
         weights = model_param.detach().view(-1)[shard.start : shard.end]
         if contradict(weights, tensors["param"]):
-            words = shifted(self._name_of(model_param))
+            words = shifted_message(self._name_of(model_param))
             raise DamagedCheckpointError(f"--adams-from-adam: {words}")
 
     def _name_of(self, model_param: Any) -> str:

@@ -49,7 +49,8 @@ class UnsupportedMegatronError(RuntimeError):
     """The installed Megatron is outside the supported range, or a symbol in it has moved."""
 
 
-def refuse(path: str, what: str, version: str) -> UnsupportedMegatronError:
+def _unsupported(path: str, what: str, version: str) -> UnsupportedMegatronError:
+    """Make the error of a symbol that is not what it has to be."""
     return UnsupportedMegatronError(
         f"{path}: {what} in megatron-core {version}; megatron-adams supports megatron-core "
         f"{SUPPORTED_MEGATRON}. Install a supported version, e.g. "
@@ -66,7 +67,7 @@ def check_version(version: str) -> None:
     # a pre-release (0.19.0rc1).
     release = Version(version).base_version
     if release not in SpecifierSet(SUPPORTED_MEGATRON):
-        raise refuse("megatron.core", f"version {version} is not supported", version)
+        raise _unsupported("megatron.core", f"version {version} is not supported", version)
 
 
 def resolve(symbol: Symbol, version: str) -> tuple[Any, str, Any]:
@@ -92,11 +93,11 @@ def resolve(symbol: Symbol, version: str) -> tuple[Any, str, Any]:
         owner = inspect.getattr_static(owner, name, _MISSING)
     value = inspect.getattr_static(owner, parts[-1], _MISSING)
     if value is _MISSING:
-        raise refuse(symbol.path, "not found", version)
+        raise _unsupported(symbol.path, "not found", version)
     if symbol.parameters:
         names = tuple(inspect.signature(value).parameters)
         if names[: len(symbol.parameters)] != symbol.parameters:
-            raise refuse(
+            raise _unsupported(
                 symbol.path,
                 f"has the parameters {names}, expected {symbol.parameters} first,",
                 version,

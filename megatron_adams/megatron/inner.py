@@ -45,7 +45,7 @@ class InnerAdamS(Protocol):
         """Whether the last step has counted its updates."""
 
     def forget_update_rms(self) -> None:
-        """Have `is_counted` say no until the next step that counts."""
+        """Make `is_counted` False until the next step that counts."""
 
     def update_sums(self) -> Tensor:
         """Return what the last step has counted of each param, (num_params, 2) int64."""
@@ -71,7 +71,7 @@ class InnerAdamS(Protocol):
         """Store what `get_unscaled_state` returned, in the dtype that it is kept in."""
 
     def state_left_out(self) -> AbstractContextManager[None]:
-        """Have `state_dict` return no state, and `load_state_dict` keep the state as it is."""
+        """While this is active, `state_dict` returns no state and `load_state_dict` leaves it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the param groups and, unless it is left out, the state."""
@@ -80,10 +80,10 @@ class InnerAdamS(Protocol):
         """Load what `state_dict` returned."""
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
-        """Have a function called before each step, as torch's optimizers do."""
+        """Register a function that is called before each step, as in torch."""
 
     def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Have a function called with what is about to be loaded, as torch's optimizers do."""
+        """Register a function that is called with what is about to be loaded, as in torch."""
 
 
 def params_of(optimizer: Any) -> list[Tensor]:

@@ -187,9 +187,9 @@ class HybridAdamS(HybridDeviceOptimizer):
             optimizer.whole_numels[inner] = numel
 
     def _count_on_both_devices(self, grad_scale: float | Tensor) -> None:
-        """Give all sub-optimizers the sums of whole params before any of them goes on.
+        """Tell all sub-optimizers the updates of whole params before any of them goes on.
 
-        One rank's part of a sharded param can be on its GPU, and another rank's part on its CPU.
+        If a param is sharded, one rank's part can be on its GPU and another's on its CPU.
         """
         scale_on_cpu = float(grad_scale)
         for optimizer in self.sub_optimizers:

@@ -98,7 +98,7 @@ def check_model(config: Any, model_chunks: Sequence[Any]) -> None:
 
 
 def check_own_flags(args: Any, defaults: Mapping[str, Any]) -> None:
-    """Refuse adams's own flags beside another optimizer.
+    """Refuse adams's own flags together with another optimizer.
 
     Args:
         args: Megatron's arguments.
@@ -272,7 +272,7 @@ def _check_hyperparameters(config: Any) -> None:
         value = getattr(config, name, None)
         if value is None:
             continue  # Megatron's own default, or only one of its two configurations has it.
-        # A beta is looked at beside a valid other one.
+        # The other beta is a valid one, so that the error names this one.
         betas = {"adam_beta1": (value, DEFAULT_BETA2), "adam_beta2": (0.9, value)}
         try:
             check_hyperparameters({**_VALID, argument: betas.get(name, value)})
@@ -323,7 +323,7 @@ def _words_of(given: Mapping[str, float]) -> str:
 
 
 def _check_from_adam(args: Namespace) -> None:
-    """Refuse flags beside --adams-from-adam with which no momentum would be loaded."""
+    """Refuse flags with which --adams-from-adam would load no momentum."""
     if not args.adams_from_adam:
         return
     for flag, is_given in (

@@ -1,8 +1,8 @@
 """The update RMS of whole params, over dp and tp ranks, and of the whole model.
 
-`connect` gives the inner AdamS a function that turns the sums of its shards into those of whole
-params. `UpdateStats.of` adds up the whole model. training/log.py writes the log. Of Megatron, this
-module imports only megatron.core.
+`connect_update_sums` gives the inner AdamS a function that turns the sums of its shards into those
+of whole params. `UpdateStats.of` adds up the whole model. training/log.py writes the log. Of
+Megatron, this module imports only megatron.core.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ from megatron_adams.megatron.inner import InnerAdamS
 from megatron_adams.update import update_rms
 
 
-def connect(part: Any) -> None:
+def connect_update_sums(part: Any) -> None:
     """Give a part's inner optimizer access to the updates of whole params.
 
     Args:

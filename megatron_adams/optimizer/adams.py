@@ -1,7 +1,7 @@
 """AdamS as a torch optimizer, with the constructor of TransformerEngine's FusedAdam.
 
 Used alone in any PyTorch training loop, and by megatron_adams.megatron inside Megatron's
-optimizers. Imports torch, kernels, precision.py and the modules beside it; it must not import
+optimizers. Imports torch, kernels, precision.py and the modules of this folder. It must not import
 Megatron, TransformerEngine or Apex.
 """
 
@@ -61,14 +61,14 @@ _STORAGE = (
     "exp_avg_dtype",
     "use_decoupled_grad",
 )
-# What a copy or a pickle has besides torch's groups and state.
+# The attributes that a copy or a pickle has, besides torch's groups and state.
 _KEPT = (
     *_STORAGE,
     *("kernel", "fused", "capturable", "model_params", "whole_numels", "_scales"),
     *("max_update_rms", "match_update_rms", "wants_update_rms"),
 )
-# What it has not, and how that starts: the launches and sums of the last step, and the function
-# that knows the processes which this one belongs to.
+# The attributes that it does not have, and what they start with. They belong to the last step
+# (launches, sums) or to this process (the function that reduces over ranks).
 _STARTED_WITH: dict[str, Callable[[], Any]] = {
     "_is_state_left_out": bool,
     "_plans": dict,
@@ -127,7 +127,7 @@ class AdamS(Optimizer):
         betas: beta1 in [0, 1), beta2 in (0, 1). An update is at most `update_bound(...)` times
             lr: 1.026 at (0.9, 0.95), 3.29 at (0.9, 0.999), so AdamW's 0.999 is no good default
             here. Tensors with one element are read once, as in torch.
-        eps: keeps a coordinate that has no gradients from moving by lr for ever, so it cannot be 0.
+        eps: stops a coordinate without gradients from moving by lr forever, so it cannot be 0.
         weight_decay: decoupled (AdamW's) or, with `adam_w_mode=False`, L2.
         bias_correction: True is the authors' released form (first step 4.47 lr), False the
             paper's (0.447 lr). They agree after about 50 steps.
@@ -145,8 +145,8 @@ class AdamS(Optimizer):
             larger, the update is scaled down to it. None: no cap.
         match_update_rms: every param's update is scaled to this RMS. At most one of the two is
             given; each costs a pass that reads gradient and exp_avg (8 bytes a param in fp32; with
-            L2 decay the master weights, too) before the step's own. Of a param that is sharded, the
-            owner gives `reduce_update_sums` and `whole_numels`.
+            L2 decay the master weights, too) before the step's own. If params are sharded, set
+            `reduce_update_sums` and `whole_numels`.
         master_weights: whether the optimizer keeps master weights of 16-bit params, as FusedAdam.
         master_weight_dtype: dtype of the master weights, as FusedAdam: fp32 or fp16.
         exp_avg_dtype: dtype of exp_avg, as FusedAdam: fp32, bf16, fp16 or e4m3 (also as uint8).
@@ -515,7 +515,7 @@ class AdamS(Optimizer):
         """Update every parameter that has a gradient; gradients are only read.
 
         Args:
-            closure: evaluates the model anew, with gradients enabled, and returns the loss.
+            closure: evaluates the model again, with gradients enabled, and returns the loss.
             grad_scale: what the gradients are multiplied by, in fp32: the inverse of a loss scale,
                 a clip coefficient, or their product. A number or a one-element tensor.
             found_inf: one fp32 element; where it is not 0 no tensor is written. Nobody waits for
@@ -639,7 +639,7 @@ class AdamS(Optimizer):
         return guards.rms if self.scales_updates else guards.whole_rms(self.reduce_update_sums)
 
     def update_sums(self) -> Tensor:
-        """What the last step has counted of the params that are here, as they are here.
+        """Return what the last step has counted on this rank; shards are not added up.
 
         Returns:
             (num_params, 2) int64, of `megatron_adams.update.count_squares`.
@@ -649,7 +649,7 @@ class AdamS(Optimizer):
         return self._step_guards.counted().sums()
 
     def update_factors(self) -> Tensor:
-        """What the updates of the last step were multiplied by, (num_params,) fp32.
+        """Return what the updates of the last step were multiplied by, (num_params,) fp32.
 
         Raises:
             ValueError: as `update_rms`.
@@ -666,7 +666,7 @@ class AdamS(Optimizer):
         return self._step_guards.is_counted
 
     def forget_update_rms(self) -> None:
-        """Have `is_counted` say no until the next step that counts."""
+        """Make `is_counted` False until the next step that counts."""
         self._step_guards.is_counted = False
 
     @property
@@ -684,9 +684,9 @@ class AdamS(Optimizer):
 
     @contextmanager
     def state_left_out(self) -> Iterator[None]:
-        """Have `state_dict` return no state, and `load_state_dict` keep the state as it is.
+        """While this is active, `state_dict` returns no state and `load_state_dict` leaves it.
 
-        For Megatron, which saves and loads the groups so, and the state by other functions.
+        Megatron saves and loads the groups this way, and the state by other functions.
         """
         self._is_state_left_out = True
         try:
@@ -695,9 +695,9 @@ class AdamS(Optimizer):
             self._is_state_left_out = False
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with exp_avg and master weights in full (fp32), whatever they are stored in.
+        """Return torch's state dict, with exp_avg and master weights in full (fp32).
 
-        So that what was written with one set of storage options can be loaded with any other.
+        What was written with one set of storage options can be loaded with any other.
         """
 
         def give_full_state(_: Optimizer, outgoing: dict[str, Any]) -> None:
@@ -719,7 +719,7 @@ class AdamS(Optimizer):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, of an optimizer with these storage options or others.
+        """Load what `state_dict` returned, whatever the storage options of its optimizer.
 
         Hyperparameters that a group of the checkpoint lacks keep their current values, but for
         adam_w_mode: no group of another optimizer has it, and every one of AdamS's. A "step"

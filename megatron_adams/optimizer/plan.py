@@ -380,7 +380,8 @@ def with_grad_scaler(
         grad_scale, found_inf: as given to the step.
         scaler_scale: the loss scale, by which gradients are divided; anything else than a tensor
             is none.
-        scaler_found_inf: likewise; GradScaler gives an optimizer without gradients the int 0.
+        scaler_found_inf: anything else than a tensor is none, too; GradScaler gives an optimizer
+            without gradients the int 0.
     """
     if isinstance(scaler_scale, Tensor):
         # As its unscale_ has it: rounded once, whatever the scale is.
@@ -401,7 +402,7 @@ def is_capturing() -> bool:
 
 
 def check_capture(groups: Iterable[Mapping[str, Any]], *, capturable: bool) -> None:
-    """Refuse a capture that would repeat one step's numbers for ever.
+    """Refuse a capture that would repeat one step's numbers forever.
 
     Raises:
         ValueError: the stream is being captured without `capturable`; or, with it, the learning

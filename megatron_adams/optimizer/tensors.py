@@ -1,7 +1,7 @@
 """Tensors as AdamS finds them: what lies at their pointers, and what has to be asked first.
 
 DTensors (FSDP2), TransformerEngine's quantized tensors, and views that torch negates lazily have
-their values elsewhere than at their own pointer. Used by the modules beside this one and by
+their values elsewhere than at their own pointer. Used by the other modules of this folder and by
 megatron_adams.megatron. Imports torch and kernels; TransformerEngine is looked up only where
 somebody else has imported it.
 """

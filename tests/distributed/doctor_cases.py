@@ -1,5 +1,6 @@
 """What the ranks of test_doctor.py run: training whose kernels are recorded, and flag checks."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,12 @@ from megatron_adams.kernels import Mode
 from tests.distributed import cases, fsdp_cases
 
 
-def kernels(argv: str, num_ranks: int, fsdp: bool = False) -> tuple[list[str], list[str]]:
+def kernels(argv: str, fsdp: bool = False) -> tuple[list[str], list[str]]:
     """The names of the modes that the doctor says, and of those that the run asks kernels of."""
     from megatron_adams.megatron.training.launch_check import check_flags
 
     flags = [*cases.TINY_GPT.split(), *argv.split()]
-    answer = check_flags([*flags, *rehearsal_flags(flags)], num_ranks)
+    answer = check_flags([*flags, *rehearsal_flags(flags)], int(os.environ["WORLD_SIZE"]))
     assert answer["refused"] is None, answer
     asked: set[str] = set()
     select_backend = optimizer.select_backend

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer_cuda_graph import OptimizerCudaGraphWrapper
 
-from megatron_adams import AdamS, cpu_rehearsal
+from megatron_adams import AdamS
+from megatron_adams.cpu_rehearsal import flags
 from megatron_adams.megatron import cuda_graph
 from megatron_adams.megatron.distributed import AdamSChainedOptimizer
 from tests.distributed import cases, fused_cases, module_cases
@@ -31,7 +32,7 @@ def train(argv: str, disturbance: str | None = None, setting: str | None = None)
 
     watched: dict[str, Any] = {"num_steps": 0, "rates": []}
     # It is refused in a rehearsal: a user's has no such stand-in.
-    cpu_rehearsal._REFUSED_FLAGS.pop("--optimizer-cuda-graph")
+    flags.REFUSED_FLAGS.pop("--optimizer-cuda-graph")
     if setting is not None:
         fused_cases.SETTINGS[setting]()
     if disturbance is not None:

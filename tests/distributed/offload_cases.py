@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from megatron_adams import cpu_rehearsal
+from megatron_adams.cpu_rehearsal import stand_ins
 from megatron_adams.megatron.offload import HybridAdamS
 from megatron_adams.optimizer import AdamS
 from tests.distributed import cases, checkpoint_cases
@@ -101,7 +101,7 @@ def _record_order(order: list[str]) -> None:
     """
     step, copy_grads = HybridAdamS.step, HybridAdamS._set_sub_optimizer_grads
     sub_step = AdamS.step
-    synchronize, wait_stream = cpu_rehearsal._Event.synchronize, cpu_rehearsal._Stream.wait_stream
+    synchronize, wait_stream = stand_ins._Event.synchronize, stand_ins._Stream.wait_stream
     under_way: list[HybridAdamS] = []
 
     def note(what: str) -> None:
@@ -135,5 +135,5 @@ def _record_order(order: list[str]) -> None:
 
     HybridAdamS.step, HybridAdamS._set_sub_optimizer_grads = noted_step, noted_copies
     AdamS.step = noted_sub_step
-    cpu_rehearsal._Event.synchronize = noted_synchronize
-    cpu_rehearsal._Stream.wait_stream = noted_wait_stream
+    stand_ins._Event.synchronize = noted_synchronize
+    stand_ins._Stream.wait_stream = noted_wait_stream

@@ -1,13 +1,16 @@
 """What the ranks of the recipes' tests run: a rehearsal's flags, and a full-size job's."""
 
 import functools
+import hashlib
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from tests.distributed.cases import run_script
+import torch
+
+from tests.distributed.cases import describe, run_script
 
 RANKS_PER_NODE = 8
 
@@ -20,13 +23,17 @@ def rehearse(words: list[str], kill_at: int | None = None) -> dict[str, Any]:
 
     Returns:
         "losses": one a step, on the last pipeline stage; "sizes": of tensor, pipeline and data
-        parallelism; "optimizer": the class of the inner one; "layers": of this rank.
+        parallelism; "optimizer": the class of the inner one; "adam": its betas, eps and weight
+        decay; "dtype": of the model; "digest": of every bit of this rank's model, main params and
+        optimizer state at the end.
     """
     from megatron.core import mpu
     from megatron.training import get_args, training
 
     # More ranks are several nodes of eight: the processes that fork them stand in for eight GPUs.
-    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % RANKS_PER_NODE)
+    local_world_size = min(RANKS_PER_NODE, int(os.environ["WORLD_SIZE"]))
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
+    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % local_world_size)
     if kill_at is not None:
         training.train_step = _killed(training.train_step, kill_at)
     held = run_script(" ".join(words), base="")
@@ -42,7 +49,20 @@ def rehearse(words: list[str], kill_at: int | None = None) -> dict[str, Any]:
         "optimizer": type(part.optimizer).__name__,
         "adam": (args.adam_beta1, args.adam_beta2, args.adam_eps, args.weight_decay),
         "dtype": str(next(held["model"][0].parameters()).dtype),
+        "digest": _digest(held["model"], held["optimizer"]),
     }
+
+
+def _digest(model: list[torch.nn.Module], optimizer: Any) -> str:
+    params = [param.detach() for chunk in model for param in chunk.parameters()]
+    # Not what the checkpoint holds: between params it has the gaps of Megatron's buffers, too.
+    for part in optimizer.chained_optimizers:
+        for shard in describe(part, {})["shards"]:
+            params += [shard["param"], *shard["state"].values()]
+    digest = hashlib.sha256()
+    for tensor in params:
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _killed(train_step: Callable[..., Any], kill_at: int) -> Callable[..., Any]:

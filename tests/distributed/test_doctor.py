@@ -36,13 +36,13 @@ FSDP_JOBS = {
 def test_kernels_that_the_doctor_looks_for_are_those_of_the_run(
     cluster: Cluster, name: str
 ) -> None:
-    said, asked = cluster.run(KERNELS, 1, argv=JOBS[name], num_ranks=1).results[0]
+    said, asked = cluster.run(KERNELS, 1, argv=JOBS[name]).results[0]
     assert said == asked and asked
 
 
 @pytest.mark.parametrize("name", FSDP_JOBS)
 def test_kernels_of_megatron_fsdp_are_those_of_the_run(fsdp_cluster: Cluster, name: str) -> None:
-    outcome = fsdp_cluster.run(KERNELS, 2, argv=FSDP_JOBS[name], num_ranks=2, fsdp=True)
+    outcome = fsdp_cluster.run(KERNELS, 2, argv=FSDP_JOBS[name], fsdp=True)
     for said, asked in outcome.results:
         assert said == asked and asked
 
@@ -53,7 +53,7 @@ REFUSALS = {
     "--optimizer adams --adam-eps 0": "--adam-eps 0.0 with --optimizer adams",
     "--optimizer adam --adams-match-rms 0.2": "it belongs to --optimizer adams",
     "--optimizer adams --num-attention-heads 5": "hidden_size % args.num_attention_heads == 0",
-    "--optimizer adams --tensor-model-parallel-size 3": "",
+    "--optimizer adams --pipeline-model-parallel-size 3": "pipeline",
     "--optimizer adamw": "invalid choice: 'adamw'",
     "--optimizer adams --lr fast": "argument --lr: invalid float value: 'fast'",
 }

@@ -17,7 +17,7 @@ import pytest
 
 from tests.distributed.cases import SCRIPT, TINY_GPT
 from tests.distributed.checkpoint_files import differing
-from tests.distributed.cluster import REPO, Cluster
+from tests.harness.cluster import REPO, Cluster
 
 TIMEOUT_S = 240
 FLAGS = "--optimizer adams --use-distributed-optimizer --train-iters 6 --save-interval 2"
@@ -79,6 +79,8 @@ class TwoNodes:
             "PET_RDZV_CONF": f"is_host={int(node == 0)},keep_alive_interval=3",
             "PET_LOCAL_ADDR": "127.0.0.1",
             "PET_MAX_RESTARTS": "2",
+            # Otherwise the next life's ranks find the addresses of the dead in their store.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
         command = [sys.executable, "-m", "torch.distributed.run", "-m", "megatron_adams.launch"]
         command += ["--cpu-rehearsal", str(self.folder / "script.py"), *TINY_GPT.split()]

@@ -1,6 +1,8 @@
 """--use-precision-aware-optimizer without TransformerEngine: state in fewer bits."""
 
 import re
+from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -129,28 +131,34 @@ CHOSEN = (
 
 
 @pytest.fixture(scope="module")
-def reference(
-    request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> Reference:
-    flags = f"{AWARE} {MODES[request.param][0]} {COMMON} --train-iters {END}"
-    folder = tmp_path_factory.mktemp(request.param)
-    start, end = folder / "start", folder / "end"
-    cluster.run(TRAIN, 1, argv=f"{flags} --exit-interval {START} --save {start}")
-    run = cluster.run(TRAIN, 1, argv=f"{flags} --load {start} --save {end}")
-    begin = cluster.run(LOAD, 1, checkpoint=folder_of(start, START)).results[0]
-    tensors = cluster.run(LOAD, 1, checkpoint=folder_of(end, END)).results[0]
-    return Reference(flags, start, begin, tensors, run.results[0]["losses"])
+def reference_of(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Reference]:
+    @cache
+    def reference(mode: str) -> Reference:
+        flags = f"{AWARE} {MODES[mode][0]} {COMMON} --train-iters {END}"
+        folder = tmp_path_factory.mktemp(mode)
+        start, end = folder / "start", folder / "end"
+        cluster.run(TRAIN, 1, argv=f"{flags} --exit-interval {START} --save {start}")
+        run = cluster.run(TRAIN, 1, argv=f"{flags} --load {start} --save {end}")
+        begin = cluster.run(LOAD, 1, checkpoint=folder_of(start, START)).results[0]
+        tensors = cluster.run(LOAD, 1, checkpoint=folder_of(end, END)).results[0]
+        return Reference(flags, start, begin, tensors, run.results[0]["losses"])
+
+    return reference
 
 
 @pytest.mark.parametrize(
-    ("reference", "layout"),
-    thinned(PAIRS, full=[pair for pair in PAIRS if pair not in CHOSEN]),
-    indirect=["reference"],
+    ("mode", "layout"), thinned(PAIRS, full=[pair for pair in PAIRS if pair not in CHOSEN])
 )
 def test_layout_matches_single_process(
-    cluster: Cluster, reference: Reference, tmp_path: Path, layout: str
+    cluster: Cluster,
+    reference_of: Callable[[str], Reference],
+    tmp_path: Path,
+    mode: str,
+    layout: str,
 ) -> None:
-    flags, start, begin, expected, losses = reference
+    flags, start, begin, expected, losses = reference_of(mode)
     num_ranks, split = LAYOUTS[layout]
     run = cluster.run(TRAIN, num_ranks, argv=f"{flags} {split} --load {start} --save {tmp_path}")
     # Activations and gradients are bf16 in most modes: their sums are rounded in another order.
@@ -214,26 +222,34 @@ RELOADED = f"--train-iters {SAVED_AT} --dist-ckpt-optim-fully-reshardable --disa
 
 
 @pytest.fixture(scope="module")
-def saved(
-    request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, torch.Tensor]]:
+def saved_as(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, torch.Tensor]]]:
     """A source's checkpoint, saved with tensor parallelism, and its tensors."""
-    folder = tmp_path_factory.mktemp(request.param)
-    flags = f"{' '.join(SOURCES[request.param])} {RELOADED} --tensor-model-parallel-size 2"
-    cluster.run(TRAIN, 2, argv=f"{flags} --save {folder}")
-    return folder, cluster.run(LOAD, checkpoint=folder_of(folder, SAVED_AT)).results[0]
+
+    @cache
+    def saved(source: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        folder = tmp_path_factory.mktemp(source)
+        flags = f"{' '.join(SOURCES[source])} {RELOADED} --tensor-model-parallel-size 2"
+        cluster.run(TRAIN, 2, argv=f"{flags} --save {folder}")
+        return folder, cluster.run(LOAD, checkpoint=folder_of(folder, SAVED_AT)).results[0]
+
+    return saved
 
 
 @pytest.mark.parametrize(
-    ("saved", "target"),
+    ("source", "target"),
     thinned(product(SOURCES, SOURCES), full=[(name, name) for name in SOURCES]),
-    indirect=["saved"],
 )
 def test_checkpoint_of_any_precision_loads_into_any_other(
-    cluster: Cluster, saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, target: str
+    cluster: Cluster,
+    saved_as: Callable[[str], tuple[Path, dict[str, torch.Tensor]]],
+    tmp_path: Path,
+    source: str,
+    target: str,
 ) -> None:
     """Also at another layout: saved at once, it has the values that the target can keep."""
-    first, before = saved
+    first, before = saved_as(source)
     cluster.run(
         TRAIN, 2, argv=f"{' '.join(SOURCES[target])} {RELOADED} --load {first} --save {tmp_path}"
     )

@@ -397,7 +397,7 @@ DEFAULT_DTYPES = {
 }
 
 
-@pytest.mark.parametrize("name", DEFAULT_DTYPES)
+@pytest.mark.parametrize("name", thinned(DEFAULT_DTYPES, full=("logged",)))
 def test_default_dtype_of_the_program_changes_no_bit(cluster: Cluster, name: str) -> None:
     """As it changes none of Adam's: Megatron names the dtype of its own tensors."""
     argv = f"{DEFAULT_DTYPES[name]} --train-iters {NUM_STEPS}"

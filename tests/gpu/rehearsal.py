@@ -1,6 +1,6 @@
 """A pytest plugin that tries out tests of this folder without a GPU: `-p tests.gpu.rehearsal`.
 
-The CPU stands in for the GPU (megatron_adams/cpu_rehearsal.py), and the emulator of tests/kernels
+The CPU stands in for the GPU (megatron_adams/cpu_rehearsal/), and the emulator of tests/kernels
 for the driver. This shows that the tests run to their end. It shows nothing about a GPU.
 """
 

@@ -1,13 +1,10 @@
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_adams.kernels import host
 from megatron_adams.kernels.cache import ENVIRONMENT_VARIABLE
-from tests.kernels.emulator import EmulatedDriver
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -25,17 +22,3 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(scope="package")
-def compiled(request: pytest.FixtureRequest, _own_cache: None) -> None:
-    """The host and the emulated kernel of each mode that a test asks for, side by side."""
-    driver = EmulatedDriver()
-
-    def load(mode):
-        host.load(mode)
-        driver.load(mode)
-
-    asking = [item for item in request.session.items if "compiled" in item.fixturenames]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(load, dict.fromkeys(item.callspec.params["mode"] for item in asking)))

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,7 @@ def resources(image: bytes) -> dict[str, Resources]:
     return {name: Resources(*map(int, numbers)) for name, *numbers in found}
 
 
+@lru_cache(maxsize=4)
 def instructions(image: bytes, entry_point: str) -> Counter[str]:
     """How often each instruction stands in an entry point, by its name with its modifiers."""
     output = _dump(image, "-sass", "-fun", entry_point)

@@ -53,7 +53,6 @@ BACKENDS = {"host": run_host, "foreach": foreach.run, "emulated": run_emulated}
 
 
 @every_mode
-@pytest.mark.usefixtures("compiled")
 @torch.no_grad()
 def test_every_mode_gives_the_bits_of_the_oracle(mode):
     cases = scalar_cases()
@@ -67,7 +66,6 @@ def test_every_mode_gives_the_bits_of_the_oracle(mode):
 
 
 @every_mode
-@pytest.mark.usefixtures("compiled")
 @torch.no_grad()
 def test_special_numbers_give_the_bits_of_the_oracle(mode):
     scalars = scalar_cases()["decoupled"]

@@ -9,11 +9,13 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+REPOSITORY = Path(__file__).resolve().parents[2]
 INSTALL = Path(__file__).with_name("install.sh")
 
 # Each line makes a wait shorter or takes out what one machine does not have, cgroups for example.
@@ -52,14 +54,31 @@ KillWait=5
 OverTimeLimit=10
 ReturnToService=2
 GresTypes=gpu
+PrologFlags=Alloc
+Prolog={folder}/prolog
 """
 _NODE = (
     "NodeName={name} NodeAddr=127.0.0.1 NodeHostname=localhost Port={port} CPUs=4 RealMemory=4000 "
     "Gres=gpu:2 State=UNKNOWN\n"
 )
 _PARTITIONS = """\
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 State=UP
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=300 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=guarded Nodes=ALL PriorityTier=1 State=UP
+"""
+# Only the jobs of one partition get the prolog: it finds no GPU here, and drains their nodes. Slurm
+# sets SLURM_JOB_GPUS itself where the GPUs are devices.
+_PROLOG = """\
+#!/bin/bash
+[[ $SLURM_JOB_PARTITION == guarded ]] || exit 0
+export SLURM_JOB_GPUS=0
+export MEGATRON_ADAMS_PYTHON={python} PYTHONPATH={repository} PATH={folder}:$PATH
+exec {repository}/examples/jobs/slurm/prolog.sh
+"""
+# What the prolog tells the machine's log.
+_LOGGER = """\
+#!/bin/bash
+echo "$@" >>{folder}/prolog.log
 """
 
 
@@ -130,6 +149,10 @@ class LocalSlurm:
         for index in range(2):  # a GPU that Slurm hands out is a file that exists
             (folder / f"gpu{index}").touch()
         (folder / "plugstack.conf").touch()
+        for name, text in ("prolog", _PROLOG), ("logger", _LOGGER):
+            text = text.format(folder=folder, repository=REPOSITORY, python=sys.executable)
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         try:
             self._start(
@@ -145,7 +168,7 @@ class LocalSlurm:
             wait_until(
                 lambda: (
                     self.output("sinfo", "-N", "--noheader", "--format=%T").split()
-                    == ["idle"] * (2 * len(nodes))
+                    == ["idle"] * (3 * len(nodes))
                 ),
                 "idle nodes",
                 30,

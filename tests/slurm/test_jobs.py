@@ -191,6 +191,23 @@ def jobs(slurm: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return jobs
 
 
+@pytest.fixture(scope="module")
+def guarded(slurm: LocalSlurm, jobs: Jobs) -> str:
+    """What Slurm says of a job's node and of the job, after the prolog failed on the node."""
+    on_n4 = ["--partition=guarded", "--nodelist=n4", "--nodes=1", "--gpus-per-node=1"]
+    jobs.submit("guarded", *on_n4, "--wrap=true")
+    jobs.wait_for("guarded", "PENDING")
+
+    def states() -> str:
+        node = slurm.output(
+            "sinfo", "--noheader", "--nodes=n4", "--partition=low", "--format=%T %E"
+        )
+        return f"{node}; {slurm.output('squeue', '--noheader', '--format=%r')}"
+
+    wait_until(lambda: "held" in states(), "held job", TIMEOUT_S, states)
+    return states()
+
+
 def events(output: str) -> list[str]:
     """What a job's script has said, without times and logs' places."""
     said = re.findall(r"restart (\d+): (.*?)(?:; logs: .*)?$", output, re.MULTILINE)
@@ -253,3 +270,10 @@ def test_doctor_stops_the_job_before_the_training_and_names_the_node(jobs: Jobs)
     assert "node n4: NOT FIT" in output and "node n3" not in output
     assert "node n3: fit" in jobs.logs("broken", "doctor.*")
     assert jobs.logs("broken", "train.*") == ""
+
+
+def test_prolog_drains_a_node_that_is_not_fit_and_says_why(slurm: LocalSlurm, guarded: str) -> None:
+    assert guarded == "drained Prolog error; launch failed requeued held"
+    said = (slurm.folder / "prolog.log").read_text()
+    assert "megatron-adams-prolog node n4 is not fit" in said
+    assert "NOT fit for a job on GPUs" in said

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_adams import checkpoint, kernels, optimizer, precision, update
+from megatron_adams import kernels, optimizer, precision, update
+from megatron_adams.checkpoint import conversion, files, from_adam
 from megatron_adams.optimizer import guards
 
-_MODULES = (checkpoint, kernels, precision, update)
+_MODULES = (conversion, files, from_adam, kernels, precision, update)
 _CLASSES = (guards.UpdateGuards, optimizer.AdamS)
 
 

@@ -17,12 +17,12 @@ from megatron_adams import AdamS
 from megatron_adams.checkpoint import (
     TRACKER,
     DamagedCheckpointError,
-    _copy,
     contradict,
     convert,
     is_adam_group,
     state_dict_from_adam,
 )
+from megatron_adams.checkpoint.conversion import _copy
 from megatron_adams.cli import main
 
 

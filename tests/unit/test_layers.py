@@ -22,20 +22,28 @@ TOP = {
     "megatron": {"__init__", "checkpoint", "kernels", "nvml", "optimizer", "update"},
     "nvml": set(),
     "doctor": {"__init__", "cpu_rehearsal", "kernels", "nvml"},
-    "commands": {"checkpoint", "doctor", "kernels"},
+    "commands": {"checkpoint", "kernels", "planning"},
     "cli": {"commands"},
     "cpu_rehearsal": set(),
-    "launch": {"__init__", "cpu_rehearsal", "optimizer", "update"},
+    "planning": set(),
+    "launch": {"__init__", "cpu_rehearsal"},
 }
 LAZY = {
     "__init__": {"megatron"},
-    "cpu_rehearsal": {"megatron"},
+    "commands": {"doctor", "planning"},
     # In a process of its own: doctor/probe.py.
     "doctor": {"megatron"},
-    "launch": {"megatron"},
+    # In a process of its own: planning/worker.py.
+    "planning": {"__init__", "cpu_rehearsal", "megatron"},
 }
 # What only megatron_adams/megatron/ may import: the package has to work without them.
 MEGATRON_ONLY = {"megatron", "transformer_engine", "apex"}
+# What only megatron_adams/megatron/training/ may import: the rest has to work with megatron.core
+# alone. register() imports that folder where megatron.training is installed. The doctor and the
+# plan import it in processes of their own.
+TRAINING = "megatron.training"
+TRAINING_FOLDER = ("megatron", "training")
+IMPORT_TRAINING_FOLDER = {("megatron", "register"), ("doctor", "probe"), ("planning", "worker")}
 
 
 def imported_modules(node: ast.AST, package: str) -> list[str]:
@@ -67,26 +75,64 @@ def violations(root: Path) -> list[str]:
             found.append(f"{path.relative_to(root)}: no layer is known for it; add it to TOP")
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        lazy_nodes = {
-            id(node)
-            for function in ast.walk(tree)
-            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            for node in ast.walk(function)
-        }
+        inside = lazy_nodes(tree)
         package = ".".join((root.name, *parts[:-1]))
         for node in ast.walk(tree):
             allowed = TOP[layer] | {layer}
-            if id(node) in lazy_nodes:
+            if id(node) in inside:
                 allowed |= LAZY.get(layer, set())
             for name in imported_modules(node, package):
-                top, *rest = name.split(".")
-                # megatron_adams.register and the like are names of __init__.
-                target = rest[0] if rest and is_layer(root, rest[0]) else "__init__"
-                if (top in MEGATRON_ONLY and layer != "megatron") or (
-                    top == root.name and target not in allowed
+                top, target = name.partition(".")[0], layer_of(name, root)
+                if (
+                    (top in MEGATRON_ONLY and layer != "megatron")
+                    or (target is not None and target not in allowed)
+                    or (parts[:2] != TRAINING_FOLDER and needs_training(name, parts, root.name))
                 ):
                     found.append(f"{path.relative_to(root)}:{node.lineno}: {layer} imports {name}")
     return found
+
+
+def needs_training(name: str, parts: tuple[str, ...], package: str) -> bool:
+    """Whether the module `parts` needs megatron.training for what it imports."""
+    needing = [TRAINING]
+    if parts not in IMPORT_TRAINING_FOLDER:
+        needing.append(".".join((package, *TRAINING_FOLDER)))
+    return any(f"{name}.".startswith(f"{each}.") for each in needing)
+
+
+def permissions_used(root: Path) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """Return what each layer of the package at `root` imports of others, at its top and lazily."""
+    top: dict[str, set[str]] = {}
+    lazy: dict[str, set[str]] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside = lazy_nodes(tree)
+        for node in ast.walk(tree):
+            for name in imported_modules(node, ".".join((root.name, *parts[:-1]))):
+                if (target := layer_of(name, root)) not in (None, parts[0]):
+                    places = lazy if id(node) in inside else top
+                    places.setdefault(parts[0], set()).add(target)
+    return top, lazy
+
+
+def lazy_nodes(tree: ast.Module) -> set[int]:
+    """The ids of the nodes inside functions."""
+    return {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+
+
+def layer_of(name: str, root: Path) -> str | None:
+    """The layer of the package at `root` that a dotted name is of; None for another package's."""
+    top, *rest = name.split(".")
+    if top != root.name:
+        return None
+    # megatron_adams.register and the like are names of __init__.
+    return rest[0] if rest and is_layer(root, rest[0]) else "__init__"
 
 
 def is_layer(root: Path, name: str) -> bool:
@@ -95,6 +141,12 @@ def is_layer(root: Path, name: str) -> bool:
 
 def test_no_module_imports_what_its_layer_must_not():
     assert violations(PACKAGE) == []
+
+
+def test_every_permission_is_used():
+    top, lazy = permissions_used(PACKAGE)
+    assert {layer: top.get(layer, set()) for layer in TOP} == TOP
+    assert lazy == LAZY
 
 
 @pytest.mark.parametrize(
@@ -112,6 +164,10 @@ def test_no_module_imports_what_its_layer_must_not():
         ("megatron/arguments.py", "from megatron_adams.launch import main"),
         ("megatron/arguments.py", "from ..launch import main"),
         ("megatron/arguments.py", "from .. import cpu_rehearsal"),
+        ("megatron/config.py", "def f():\n    from megatron.training import get_args"),
+        ("megatron/config.py", "from megatron import training"),
+        ("megatron/config.py", "from megatron_adams.megatron.training import arguments"),
+        ("megatron/register.py", "import megatron.training"),
         ("launch.py", "def f():\n    from megatron.training import pretrain"),
         ("launch.py", "from megatron_adams.megatron import register"),
         ("cpu_rehearsal.py", "def f():\n    import megatron"),
@@ -141,7 +197,8 @@ def test_planted_violation_is_found(tmp_path, path, source):
             "import megatron.core\nfrom megatron_adams.optimizer import AdamS",
         ),
         ("megatron/a/b.py", "from ..arguments import x\nfrom megatron_adams.megatron import y"),
-        ("launch.py", "def main():\n    from megatron_adams.megatron import register"),
+        ("megatron/training/log.py", "from megatron.training import get_args"),
+        ("megatron/register.py", "def f():\n    from megatron_adams.megatron.training import log"),
         ("launch.py", "from megatron_adams import cpu_rehearsal, register"),
         ("launch.py", "import megatron_adams"),
     ],

@@ -120,6 +120,9 @@ run_job() { # run_job SCRIPT FLAG...
   # A port of each job's own, below those that Linux hands out by itself.
   export PET_RDZV_ENDPOINT=${MASTER_ADDR:-$first_node}:$((15000 + SLURM_JOB_ID % 15000))
   export PET_RDZV_ID=$SLURM_JOB_ID-$restart
+  # torch 2.14 keeps one store for all restarts (PET_MAX_RESTARTS): the ranks of a restart then find
+  # the addresses of the dead ones in it, and time out. This gives each restart a store of its own.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   # torchrun's own 30 s would end many a checkpoint.
   export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
   # After one node's end the others have two minutes: their ranks would wait for it much longer.

@@ -60,11 +60,6 @@ _NOT_PLANNED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "plan reads no checkpoint; give the model's flags instead",
     ),
     (
-        "--yaml-cfg",
-        lambda args: args.yaml_cfg is not None,
-        "plan reads flags alone; give them on the command line",
-    ),
-    (
         "--spec",
         lambda args: args.spec is not None,
         "plan knows Megatron's own GPT layers; leave it out if the params have the same shapes",
@@ -124,6 +119,12 @@ def validated(flags: Sequence[str], num_ranks: int) -> argparse.Namespace:
 
     os.environ.update(RANK="0", WORLD_SIZE=str(num_ranks))
 
+    # Megatron reads the file while it parses.
+    if any(flag.partition("=")[0] == "--yaml-cfg" for flag in flags):
+        raise RefusedError(
+            "--yaml-cfg is not planned: plan reads flags alone; give them on the command line"
+        )
+
     def error(_: argparse.ArgumentParser, message: str) -> None:
         raise _ParserError(message)
 
@@ -153,7 +154,7 @@ def validated(flags: Sequence[str], num_ranks: int) -> argparse.Namespace:
 def _check_before(args: argparse.Namespace, num_ranks: int) -> None:
     """Refuse, in words that say what to do, what Megatron's validation would refuse first."""
     for flag, is_given, remedy in _NOT_PLANNED:
-        if flag in ("--yaml-cfg", "--use-checkpoint-args") and is_given(args):
+        if flag == "--use-checkpoint-args" and is_given(args):
             raise RefusedError(f"{flag} is not planned: {remedy}")
     missing = [f"--{name.replace('_', '-')}" for name in _REQUIRED if getattr(args, name) is None]
     if missing:

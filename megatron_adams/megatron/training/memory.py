@@ -33,9 +33,9 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_adams.megatron import shapes
 from megatron_adams.megatron.config import NO_PRECISION
 from megatron_adams.megatron.names import ADAMS, dtype_name
+from megatron_adams.megatron.training import shapes
 from megatron_adams.megatron.training.job_flags import refusals, validated
 from megatron_adams.optimizer import AdamS
 
