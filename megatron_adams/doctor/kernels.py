@@ -176,7 +176,7 @@ def check(
             continue
         needed += names
         try:
-            lost, recipe = _missing(device, arch, want.modes, kernels, distrust)
+            lost, recipe = _missing(device, arch, want.modes, kernels)
             missing += lost
             if recipe is not None:
                 # Not into the cache. One: the others differ in dtypes alone.
@@ -200,7 +200,7 @@ def check(
 
 
 def _missing(
-    device: str, arch: str, modes: Sequence[Mode], kernels: KernelCache, distrust: str | None
+    device: str, arch: str, modes: Sequence[Mode], kernels: KernelCache
 ) -> tuple[list[str], Recipe | None]:
     """The names of kernels that are not in the cache, and how the first of them is compiled.
 
@@ -221,7 +221,7 @@ def _missing(
             pattern = recipe.name
         else:
             recipe, pattern = None, host_cache_pattern(mode, arch)
-        if distrust is not None or not kernels.has(pattern):
+        if not kernels.has(pattern):
             lost.append(f"{mode.name}.{arch}")
             first = first or recipe
     if lost and device == "cpu" and compiler is None:

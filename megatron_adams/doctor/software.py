@@ -177,7 +177,8 @@ def _requirement_checks() -> Iterator[Check]:
         version = _version(needed.name)
         if version is None and _is_importable(needed.name):
             continue  # from a checkout on PYTHONPATH: importing it will show
-        # A container's torch calls itself a pre-release (2.9.0a0+...).
+        # A container's torch calls itself a pre-release (2.9.0a0+...), which packaging before 26
+        # would leave out.
         if version is None or not needed.specifier.contains(version, prereleases=True):
             lacking.append(f"{needed.name} {version or 'missing'}, needed {needed.specifier}")
     if lacking:

@@ -343,6 +343,8 @@ def test_running_job_is_no_fault_of_its_own_machine(driver, capsys):
     driver.say(job)
     assert prolog(capsys)[0] == 1
     assert prolog(capsys, "--while-running")[0] == 0
+    assert found(look(), "gpu0.clocks").status is Status.WARNING
+    assert found(look(is_running=True), "gpu0.clocks").status is Status.OK
     driver.say({**job, "EccSinceLoad.0": "1"})
     assert prolog(capsys, "--while-running")[0] == 1
 
