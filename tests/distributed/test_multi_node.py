@@ -156,6 +156,7 @@ def test_job_that_lost_a_rank_and_a_node_ends_with_the_bits_of_an_uninterrupted_
 
 @pytest.mark.timeout(5 * TIMEOUT_S)
 def test_each_life_resumes_from_the_last_checkpoint(two_nodes: TwoNodes) -> None:
+    # Rank 0, which says it, is on either node.
     logs = "".join(file.read_text() for file in two_nodes.folder.glob("node-*.log"))
     resumed = re.findall(r"successfully loaded checkpoint from .* at iteration (\d+)", logs)
-    assert resumed == ["2", "4"]
+    assert sorted(resumed) == ["2", "4"]
