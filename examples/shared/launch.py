@@ -131,6 +131,9 @@ class Job:
         environment = {
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_TIMEOUT_S),
             "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${rank}] ",
+            # torch 2.14 keeps one store for all restarts (PET_MAX_RESTARTS). The ranks of a restart
+            # then find the addresses of the dead ones in it, and cannot connect.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             **training_environment(self.ranks_per_node),
         }
         if "wandb-project" in self.flags:
@@ -144,6 +147,7 @@ class Job:
         names = ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONUNBUFFERED")
         environment = self.environment()
         names += ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE")
+        names += ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE",)
         names += tuple(sorted(name for name in environment if name.startswith(("PET_", "WANDB_R"))))
         settings = [f"{name}={environment[name]}" for name in names]
         return shlex.join(["env", *settings, *self.command()])
