@@ -12,7 +12,7 @@ from megatron_adams.planning import PlanError, compute
 from megatron_adams.planning.chart import draw
 from megatron_adams.planning.command_line import Command, read_text, read_words
 from megatron_adams.planning.gpus import GIB, Gpu, known_names, named
-from megatron_adams.planning.models import MODELS, model_flags
+from megatron_adams.planning.models import MODELS, batch_size, model_flags
 from megatron_adams.planning.results import Plan
 
 _DESCRIPTION = """\
@@ -127,7 +127,8 @@ def _print_tables(plan: Plan, gpu: Gpu | None) -> None:
     from megatron_adams.planning.report import print_report
 
     # Where it is no terminal there is no width to keep to, and the tables are not to be cut.
-    print_report(plan, gpu, Console(width=None if sys.stdout.isatty() else 160))
+    width = None if sys.stdout.isatty() else 100
+    print_report(plan, gpu, Console(width=width, highlight=False))
 
 
 def _progress() -> Callable[[str], None]:
@@ -192,20 +193,37 @@ def _job(args: argparse.Namespace) -> tuple[list[str], int]:
             "there is nothing to plan: name a model with --model, a script with --script, or give "
             "Megatron's flags after --"
         )
-    if args.model is not None and _sizes(flags)["tp"] > 1 and "--sequence-parallel" not in flags:
-        flags.append("--sequence-parallel")
-    return flags, _num_ranks(args, flags, found)
+    num_ranks = _num_ranks(args, flags, found)
+    if args.model is not None:
+        flags += _flags_of_layout(args.model, flags, num_ranks)
+    return flags, num_ranks
+
+
+def _flags_of_layout(model: str, flags: Sequence[str], num_ranks: int) -> list[str]:
+    """What a named model's flags lack for their layout, where they do not have it yet."""
+    more = []
+    sizes = _sizes(flags)
+    if sizes["tp"] > 1 and "--sequence-parallel" not in flags:
+        more.append("--sequence-parallel")
+    dp_size = num_ranks // (sizes["tp"] * sizes["pp"] * sizes["cp"])
+    micro_batch_size = _last(flags, "--micro-batch-size") or 1
+    if _last(flags, "--global-batch-size") is None and dp_size:
+        batch = batch_size(model, dp_size * micro_batch_size)
+        more += ["--global-batch-size", str(batch)]
+    return more
 
 
 def _sizes(flags: Sequence[str]) -> dict[str, int]:
     """The parallel sizes in Megatron's flags, the last of each; 1 where there is none."""
-    sizes = dict.fromkeys(_SIZES, 1)
-    words = [part for flag in flags for part in flag.split("=", 1)]
-    for name, flag in _SIZES.items():
-        for word, value in itertools.pairwise(words):
-            if word == flag and value.isdigit():
-                sizes[name] = int(value)
-    return sizes
+    return {name: _last(flags, flag) or 1 for name, flag in _SIZES.items()}
+
+
+def _last(flags: Sequence[str], flag: str) -> int | None:
+    """The last number that a flag is given; None where there is none."""
+    words = [part for word in flags for part in word.split("=", 1)]
+    values = [value for word, value in itertools.pairwise(words) if word == flag]
+    numbers = [int(value) for value in values if value.isdigit()]
+    return numbers[-1] if numbers else None
 
 
 def _num_ranks(args: argparse.Namespace, flags: Sequence[str], found: Command) -> int:

@@ -51,18 +51,16 @@ _NOT_PLANNED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "--tensor-parallel-num-weight-shards",
-        lambda args: args.gtp_weight_remat_size > 1 or args.expert_gtp_weight_remat_size > 1,
+        lambda args: any(
+            getattr(args, name, 1) > 1
+            for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")
+        ),
         "its params are TransformerEngine's; plan without it",
     ),
     (
         "--use-checkpoint-args",
         lambda args: args.use_checkpoint_args,
         "plan reads no checkpoint; give the model's flags instead",
-    ),
-    (
-        "--yaml-cfg",
-        lambda args: args.yaml_cfg is not None,
-        "plan reads flags alone; give them on the command line",
     ),
     (
         "--spec",
@@ -124,6 +122,12 @@ def validated(flags: Sequence[str], num_ranks: int) -> argparse.Namespace:
 
     os.environ.update(RANK="0", WORLD_SIZE=str(num_ranks))
 
+    # Megatron reads the file while it parses.
+    if any(flag.partition("=")[0] == "--yaml-cfg" for flag in flags):
+        raise RefusedError(
+            "--yaml-cfg is not planned: plan reads flags alone; give them on the command line"
+        )
+
     def error(_: argparse.ArgumentParser, message: str) -> None:
         raise _ParserError(message)
 
@@ -143,18 +147,21 @@ def validated(flags: Sequence[str], num_ranks: int) -> argparse.Namespace:
     _check_before(args, num_ranks)
     with refusals():
         arguments.validate_args(args)
-    for flag, is_given, remedy in _NOT_PLANNED:
-        if is_given(args):
-            raise RefusedError(f"{flag} is not planned: {remedy}")
+    # Validation sets some of the sizes.
+    _check_planned(args)
     _set_vocab_size(args)
     return args
 
 
+def _check_planned(args: argparse.Namespace) -> None:
+    for flag, is_given, remedy in _NOT_PLANNED:
+        if is_given(args):
+            raise RefusedError(f"{flag} is not planned: {remedy}")
+
+
 def _check_before(args: argparse.Namespace, num_ranks: int) -> None:
     """Refuse, in words that say what to do, what Megatron's validation would refuse first."""
-    for flag, is_given, remedy in _NOT_PLANNED:
-        if flag in ("--yaml-cfg", "--use-checkpoint-args") and is_given(args):
-            raise RefusedError(f"{flag} is not planned: {remedy}")
+    _check_planned(args)
     missing = [f"--{name.replace('_', '-')}" for name in _REQUIRED if getattr(args, name) is None]
     if missing:
         raise RefusedError(

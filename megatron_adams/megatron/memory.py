@@ -247,6 +247,9 @@ def buildable(args: argparse.Namespace) -> argparse.Namespace:
     args = copy.copy(args)
     vars(args).update({name: value for name, value in _BUILDABLE.items() if hasattr(args, name)})
     args.attention_backend = AttnBackend.auto
+    if args.lr is None:
+        # A script may compute it; it changes no byte.
+        args.lr = 1e-4
     if args.moe_token_dispatcher_type == "flex":
         args.moe_token_dispatcher_type = "alltoall"
     return args

@@ -13,8 +13,9 @@ import re
 import shlex
 from collections.abc import Sequence
 
-# What is not known stands between two of these, in values that it has got into.
-_MARK = "\x00"
+# What is not known stands between two of these, in values that it has got into, with another sign
+# in the place of $, so that it is not looked for again.
+_MARK, _DOLLAR = "\x00", "\x01"
 _OPERATORS = frozenset("();<>|&")
 _NAME = r"[A-Za-z_]\w*"
 # Flags of paths, names and places: no value of theirs changes a byte on a GPU.
@@ -123,7 +124,8 @@ def _resolved(flags: Sequence[str]) -> list[str]:
         if not unknown:
             kept += group
         elif _HARMLESS.fullmatch(flag) is None:
-            raise CommandLineError(_unset(unknown[0].split(_MARK)[1], flag))
+            name = unknown[0].split(_MARK)[1].replace(_DOLLAR, "$")
+            raise CommandLineError(_unset(name, flag))
     return kept
 
 
@@ -199,7 +201,8 @@ class _Shell:
                     body.append(following)
                 self._assign_array(start[1], body, is_more=bool(start[2]))
                 continue
-            self._read_line(stripped)
+            for statement in _statements(stripped):
+                self._read_line(statement)
 
     def _read_sbatch(self, comment: str) -> None:
         if found := re.match(r"#SBATCH\s+(--?[\w-]+)(?:[=\s]\s*(\S+))?", comment):
@@ -257,7 +260,7 @@ class _Shell:
     def _set(self, name: str, value: str) -> None:
         # Inside of a condition or a loop: which of its values it has is not known.
         if self._depth and self._variables.get(name) != value:
-            value = f"{_MARK}${name}{_MARK}"
+            value = f"{_MARK}{_DOLLAR}{name}{_MARK}"
         self._variables[name] = value
 
     def _keep(self, words: list[str]) -> None:
@@ -286,7 +289,7 @@ class _Shell:
     def _array(self, name: str) -> str:
         if name in self._arrays:
             return shlex.join(self._arrays[name])
-        return f"{_MARK}${{{name}[@]}}{_MARK}"
+        return f"{_MARK}{_DOLLAR}{{{name}[@]}}{_MARK}"
 
     def _variables_in(self, text: str) -> str:
         text = re.sub(
@@ -316,7 +319,8 @@ class _Shell:
 
 
 def _marked(found: re.Match[str]) -> str:
-    return f"{_MARK}{found[0].replace(_MARK, '')}{_MARK}".replace(" ", "")
+    name = re.sub(rf"[{_MARK}\s]", "", found[0]).replace("$", _DOLLAR)
+    return f"{_MARK}{name}{_MARK}"
 
 
 _ARITHMETIC = {
@@ -349,6 +353,17 @@ def _without_comment(line: str) -> str:
     bare = re.sub(r"'[^']*'|\"(?:\\.|[^\"\\])*\"", lambda quoted: "_" * len(quoted[0]), line)
     found = re.search(r"(?:^|\s)#", bare)
     return line[: found.start()] if found else line
+
+
+def _statements(line: str) -> list[str]:
+    """The parts of a line between semicolons outside of quotes, without a comment."""
+    line = _without_comment(line)
+    hidden = r"'[^']*'|\"(?:\\.|[^\"\\])*\"|;;|\\;"
+    bare = re.sub(hidden, lambda found: "_" * len(found[0]), line)
+    ends = [found.start() for found in re.finditer(";", bare)]
+    starts = [0, *(end + 1 for end in ends)]
+    parts = [line[a:b].strip() for a, b in zip(starts, [*ends, len(line)], strict=True)]
+    return [part for part in parts if part]
 
 
 def _tokens(line: str) -> list[str]:

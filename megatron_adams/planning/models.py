@@ -30,7 +30,6 @@ def _flags(
     hidden: int,
     heads: int,
     seq: int,
-    batch: int,
     micro_batch: int = 1,
     more: str = "",
 ) -> str:
@@ -38,7 +37,7 @@ def _flags(
     return (
         f"--num-layers {layers} --hidden-size {hidden} --num-attention-heads {heads} {more} "
         f"--seq-length {seq} --max-position-embeddings {seq} --micro-batch-size {micro_batch} "
-        f"--global-batch-size {batch} --vocab-size {vocab_size - 1} {family} {_COMMON}"
+        f"--vocab-size {vocab_size - 1} {family} {_COMMON}"
     )
 
 
@@ -50,7 +49,6 @@ def _gpt2(layers: int, hidden: int, heads: int, micro_batch: int) -> str:
         hidden=hidden,
         heads=heads,
         seq=1024,
-        batch=480,
         micro_batch=micro_batch,
     )
 
@@ -66,7 +64,6 @@ def _llama2(
         hidden=hidden,
         heads=heads,
         seq=seq,
-        batch=1024,
         more=f"--ffn-hidden-size {ffn}{grouped}",
     )
 
@@ -80,12 +77,22 @@ MODELS = {
     "llama2-7b": _llama2(32, 4096, 32, 11008),
     "llama2-13b": _llama2(40, 5120, 40, 13824),
     "llama2-70b": _llama2(80, 8192, 64, 28672, groups=8),
-    "gpt3-175b": _flags(_GPT, _GPT_VOCAB, layers=96, hidden=12288, heads=96, seq=2048, batch=1536),
+    "gpt3-175b": _flags(_GPT, _GPT_VOCAB, layers=96, hidden=12288, heads=96, seq=2048),
 }
 
 
+# Sequences of a step.
+_BATCHES = {"gpt2": 480, "llama2": 1024, "gpt3": 1536}
+
+
+def batch_size(name: str, num_sequences: int) -> int:
+    """The sequences of a named model's step, rounded up to a multiple of `num_sequences`."""
+    batch = _BATCHES[name.partition("-")[0]]
+    return -(-batch // num_sequences) * num_sequences
+
+
 def model_flags(name: str) -> list[str]:
-    """Return Megatron's flags of a named model.
+    """Return Megatron's flags of a named model, but for its layout and --global-batch-size.
 
     Raises:
         ValueError: unknown; with the names that are known.

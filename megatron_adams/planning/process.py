@@ -1,5 +1,6 @@
 """Starts the process that computes a plan, and reads its answer."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -55,8 +56,10 @@ def compute(
         ) as process:
             assert process.stdin is not None and process.stdout is not None
             try:
-                process.stdin.write(request)
-                process.stdin.close()
+                # Where it has ended already, its exit code says so.
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(request)
+                    process.stdin.close()
                 for line in process.stdout:
                     answer = json.loads(line)
                     if "progress" in answer:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -10,8 +11,8 @@ from megatron_adams.planning.gpus import Gpu
 from megatron_adams.planning.results import GIB, STEP_EFFICIENCY, Kind, Mode, Plan
 
 _WORDS_OF_KINDS = {
-    "main_params": "main params",
-    "remainders": "remainders",
+    "main_params": "main\nparams",
+    "remainders": "remain-\nders",
     "exp_avg": "exp_avg",
     "exp_avg_sq": "exp_avg_sq",
     "scales": "scales",
@@ -19,32 +20,22 @@ _WORDS_OF_KINDS = {
 
 
 def gib(num_bytes: float) -> str:
-    """GiB with three significant digits or two decimals, whichever is more."""
+    """GiB with two decimals, or as many as two digits need."""
     value = num_bytes / GIB
-    if 0 < value < 0.01:
-        return f"{num_bytes / 2**20:.2f} MiB"
-    return f"{value:.2f}"
+    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.2g}"
 
 
 def short(plan: Plan) -> str:
     """A few lines: the job, and its fullest rank with AdamW and with AdamS."""
     lines = [_job(plan)]
-    for name in ("adamw", "adams", "adams_precision_aware_bf16", "as_given"):
-        found = [mode for mode in plan.modes if mode.name == name]
-        for mode in found:
-            kind = plan.fullest(mode.name)
-            mark = "  <- this job" if mode.name == plan.data["given"] else ""
-            lines.append(
-                f"  {mode.title:<29} {gib(kind.optimizer_bytes(mode.name)):>8} GiB of state, "
-                f"{gib(kind.static_bytes(mode.name)):>8} GiB with weights and gradients{mark}"
-            )
     given = plan.data["given"]
-    if given not in ("adamw", "adams", "adams_precision_aware_bf16", "as_given"):
-        mode = plan.mode(given)
-        kind = plan.fullest(given)
+    shown = [mode for mode in plan.modes if mode in _shown_modes(plan) or mode.name == given]
+    for mode in shown:
+        kind = plan.fullest(mode.name)
         lines.append(
-            f"  {mode.title:<29} {gib(kind.optimizer_bytes(given)):>8} GiB of state, "
-            f"{gib(kind.static_bytes(given)):>8} GiB with weights and gradients  <- this job"
+            f"  {mode.title:<29} {gib(kind.optimizer_bytes(mode.name)):>7} GiB of state, "
+            f"{gib(kind.static_bytes(mode.name)):>7} GiB with weights and gradients"
+            f"{'  <- this job' if mode.name == given else ''}"
         )
     lines.append(f"  Activations come on top: {gib(plan.activations)} GiB by Megatron's estimate.")
     return "\n".join([*lines, *(f"  {note}" for note in plan.data["notes"])])
@@ -52,12 +43,11 @@ def short(plan: Plan) -> str:
 
 def _job(plan: Plan) -> str:
     layout = plan.data["layout"]
-    sizes = [f"{name.upper()}{layout[name]}" for name in ("tp", "pp", "vpp", "cp", "ep", "dp")]
-    shown = [size for size in sizes if not size.endswith("1") or size[-2:-1].isdigit()]
+    sizes = [f"{name.upper()}{size}" for name, size in layout.items() if size > 1]
     num_params = plan.data["model"]["num_params"]
     return (
         f"Memory plan: {num_params / 1e9:.3g} billion params on {plan.data['num_ranks']:,} ranks "
-        f"({' x '.join(shown) or 'one GPU'}), each rank's fullest"
+        f"({' x '.join(sizes) or 'one GPU'}), the fullest one"
     )
 
 
@@ -65,33 +55,40 @@ def print_report(plan: Plan, gpu: Gpu | None, console: Console) -> None:
     """Print the tables of a plan."""
     layout, model = plan.data["layout"], plan.data["model"]
     sizes = ", ".join(f"{name.upper()} {size}" for name, size in layout.items())
-    console.print(
-        f"{model['num_params']:,} params, {model['num_layers']} layers, hidden size "
-        f"{model['hidden_size']}; {plan.data['num_ranks']:,} ranks: {sizes}",
-        highlight=False,
-    )
+    console.print(f"{model['num_params']:,} params on {plan.data['num_ranks']:,} ranks: {sizes}")
     console.print(_modes_table(plan, gpu))
-    console.print(_ranks_table(plan))
+    console.print(_kinds_table(plan))
+    console.print(_stages_table(plan))
     if plan.data["by_dp_size"]:
         console.print(_dp_table(plan))
     for line in _footnotes(plan, gpu):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    # As narrow as it goes: 80 columns hold the widest.
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        show_edge=False,
+    )
 
 
 def _modes_table(plan: Plan, gpu: Gpu | None) -> Table:
     table = _table("The fullest rank, GiB")
     table.add_column("Optimizer", no_wrap=True)
-    for heading in ("Bytes a param", "State", "Weights", "Grads", "Sum", "Activations", "Total"):
-        table.add_column(heading, justify="right")
-    table.add_column("Saved", justify="right")
+    headings = ["Bytes/\nparam", "State", "Saved", "Static", "Total"]
     if gpu:
-        table.add_column(f"Fits {gpu.memory_gib:.0f} GiB", justify="right")
+        headings.append(f"Fits\n{gpu.memory_gib:.0f} GiB")
         if gpu.bandwidth_gb_s:
-            table.add_column("Step, ms", justify="right")
+            headings.append("Step\nms")
+    for heading in headings:
+        table.add_column(heading, justify="right")
     baseline = plan.fullest("adamw").optimizer_bytes("adamw")
     for mode in plan.modes:
         kind = plan.fullest(mode.name)
@@ -100,46 +97,61 @@ def _modes_table(plan: Plan, gpu: Gpu | None) -> Table:
         cells = [
             str(mode.bytes_per_param),
             gib(kind.optimizer_bytes(mode.name)),
-            gib(kind.weights),
-            gib(kind.gradients[mode.name]),
-            gib(kind.static_bytes(mode.name)),
-            gib(plan.activations),
-            gib(total),
             gib(saved) if saved > 0 else "",
+            gib(kind.static_bytes(mode.name)),
+            gib(total),
         ]
         if gpu:
             cells.append(gpu.fits(total))
             if gpu.bandwidth_gb_s:
                 step_s = plan.step_s(mode, gpu.bandwidth_gb_s)
                 cells.append("?" if step_s is None else f"{1e3 * step_s:.2f}")
-        is_given = mode.name == plan.data["given"]
-        title = Text(mode.title + (" *" if is_given else ""), style="bold" if is_given else "")
-        table.add_row(title, *cells)
+        table.add_row(_title(plan, mode), *cells)
     return table
 
 
-def _ranks_table(plan: Plan) -> Table:
-    """State by kind of the stages' ranks, those with the most of each stage."""
+def _title(plan: Plan, mode: Mode) -> Text:
+    is_given = mode.name == plan.data["given"]
+    return Text(mode.title + (" *" if is_given else ""), style="bold" if is_given else "")
+
+
+def _kinds_table(plan: Plan) -> Table:
+    """The state of the fullest rank by kind."""
+    table = _table("Its state by kind, GiB")
+    table.add_column("Optimizer", no_wrap=True)
+    states = {mode.name: plan.fullest(mode.name).optimizer[mode.name] for mode in plan.modes}
+    kinds = [kind for kind in _WORDS_OF_KINDS if any(kind in state for state in states.values())]
+    for kind in kinds:
+        table.add_column(_WORDS_OF_KINDS[kind], justify="right")
+    for mode in plan.modes:
+        state = states[mode.name]
+        cells = [gib(state[kind]) if kind in state else "" for kind in kinds]
+        table.add_row(_title(plan, mode), *cells)
+    return table
+
+
+def _stages_table(plan: Plan) -> Table:
+    """The ranks with the most of each stage."""
     table = _table("Each pipeline stage's fullest rank, GiB")
     modes = _shown_modes(plan)
     table.add_column("Stages", no_wrap=True)
     for heading in ("Ranks", "Weights", "Grads"):
         table.add_column(heading, justify="right")
     for mode in modes:
-        for name in plan.kinds[0].optimizer[mode.name]:
-            if name != "scales":
-                words = f"{mode.title.replace(', precision-aware', '')}\n{_WORDS_OF_KINDS[name]}"
-                table.add_column(words, justify="right")
+        table.add_column(f"{_brief(mode)}\nstate", justify="right")
     for stages, num_ranks, kind in _fullest_of_stages(plan):
-        cells = [
-            gib(kind.optimizer[mode.name][name])
-            for mode in modes
-            for name in plan.kinds[0].optimizer[mode.name]
-            if name != "scales"
-        ]
-        grads = gib(kind.gradients[modes[0].name])
-        table.add_row(stages, f"{num_ranks:,}", gib(kind.weights), grads, *cells)
+        table.add_row(
+            stages,
+            f"{num_ranks:,}",
+            gib(kind.weights),
+            gib(kind.gradients[modes[0].name]),
+            *(gib(kind.optimizer_bytes(mode.name)) for mode in modes),
+        )
     return table
+
+
+def _brief(mode: Mode) -> str:
+    return mode.title.replace(", precision-aware", "")
 
 
 def _shown_modes(plan: Plan) -> list[Mode]:
@@ -185,11 +197,11 @@ def _stages(stages: Sequence[int], last: int) -> str:
 
 
 def _dp_table(plan: Plan) -> Table:
-    table = _table("Optimizer state of a rank by data-parallel size, GiB")
+    table = _table("State by data-parallel size, GiB")
     modes = _shown_modes(plan)
     table.add_column("DP", justify="right")
     for mode in modes:
-        table.add_column(mode.title, justify="right")
+        table.add_column(_brief(mode), justify="right")
     table.add_column("AdamS saves", justify="right")
     own = plan.data["layout"]["dp"]
     for row in plan.data["by_dp_size"]:
@@ -203,12 +215,11 @@ def _dp_table(plan: Plan) -> Table:
 
 
 def _footnotes(plan: Plan, gpu: Gpu | None) -> list[str]:
-    lines = ["* as the flags ask for."]
-    lines.append(
-        "State, weights and gradients are counted in Megatron's own buffers and optimizers. "
-        "Activations are Megatron's estimate of the first stage "
-        f"({plan.data['activations']['formula']})."
-    )
+    lines = [
+        "* as the flags ask for. Static: state, weights and gradients, counted in Megatron's own "
+        "buffers and optimizers. Total: with activations, Megatron's estimate of the first stage: "
+        f"{gib(plan.activations)} GiB.",
+    ]
     if gpu:
         lines.append(
             "Fits: tight means the last tenth of the memory. CUDA's context, NCCL, workspaces and "

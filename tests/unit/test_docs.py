@@ -173,6 +173,7 @@ def test_own_flags_are_documented_and_no_other() -> None:
         ("## The launcher", ["-m", "megatron_adams.launch"]),
         ("## megatron-adams precompile", ["-m", "megatron_adams.cli", "precompile"]),
         ("## megatron-adams convert", ["-m", "megatron_adams.cli", "convert"]),
+        ("## megatron-adams plan", ["-m", "megatron_adams.cli", "plan"]),
     ],
 )
 def test_command_line_page_has_every_option(section: str, command: list[str]) -> None:

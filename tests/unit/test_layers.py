@@ -21,15 +21,18 @@ TOP = {
     "kernels": {"precision", "update"},
     "optimizer": {"guards", "kernels", "precision", "update"},
     "megatron": {"__init__", "checkpoint", "kernels", "optimizer", "update"},
-    "commands": {"checkpoint", "kernels"},
+    "commands": {"checkpoint", "kernels", "planning"},
     "cli": {"commands"},
     "cpu_rehearsal": set(),
+    "planning": set(),
     "launch": {"__init__", "cpu_rehearsal", "optimizer", "update"},
 }
 LAZY = {
     "__init__": {"megatron"},
     "cpu_rehearsal": {"megatron"},
     "launch": {"megatron"},
+    # In a process of its own.
+    "planning": {"__init__", "cpu_rehearsal", "megatron"},
 }
 # What only megatron_adams/megatron/ may import: the package has to work without them.
 MEGATRON_ONLY = {"megatron", "transformer_engine", "apex"}
