@@ -26,6 +26,8 @@ def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("PET_", "WANDB_")):
             monkeypatch.delenv(name)
+    # A command's way to end on SIGTERM is not for the process of the tests.
+    monkeypatch.setattr("shared.command.signal.signal", lambda *handler: None)
 
 
 @pytest.fixture
