@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 Flags = dict[str, object]
@@ -96,4 +94,6 @@ def exit_code_of(program: Callable[[], object]) -> int:
 
 def num_visible_gpus() -> int:
     """Return the number of GPUs that training would use."""
+    import torch  # seconds, which a rehearsal need not wait for
+
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

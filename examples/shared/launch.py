@@ -235,7 +235,7 @@ def make_job(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> Job:
     """
     nodes = Nodes.from_environment()
     has_te = find_spec("transformer_engine") is not None
-    num_gpus = num_visible_gpus()
+    num_gpus = 0 if args.cpu_rehearsal else num_visible_gpus()
     if not args.cpu_rehearsal and not num_gpus and nodes.ranks_per_node is None:
         raise ValueError(
             "no GPU is visible: give --cpu-rehearsal to try the job on CPU processes; to --print a "

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import megatron_adams
 from shared import tokenizer as tokenizers
 from shared.command import Flags, exit_code_of
 from shared.corpus import Unit, documents, is_held_out, list_files, make_units, num_cores
@@ -332,6 +331,8 @@ def prepare(
     Raises:
         ValueError: `out` exists, or the text or the settings cannot be used.
     """
+    import megatron_adams  # torch comes with it: seconds, which reading a dataset need not wait for
+
     settings.check()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists already; give a new folder, or remove this one")

@@ -34,7 +34,6 @@ REHEARSALS = [
     (GPT2, "1.5b", "adams", (1, 1, 2)),
     (LLAMA2, "1b", "adams", (1, 1, 2)),
     (LLAMA2, "7b", "adams", (2, 1, 2)),
-    (LLAMA2, "7b", "adamw", (2, 1, 2)),
     (LLAMA2, "70b", "adams", (8, 4, 1)),
 ]
 
@@ -75,13 +74,13 @@ def test_recipe_rehearses_in_its_layout(
     optimizer: str,
     layout: tuple[int, int, int],
 ) -> None:
+    # Two steps and an evaluation; the tests below save and resume.
     arguments = f"--model {model} --optimizer {optimizer} --out {tmp_path}"
-    # Three steps, one evaluation, and a checkpoint at the end.
     if math.prod(layout) > RANKS_PER_NODE:
         monkeypatch.setenv("PET_NNODES", str(math.prod(layout) // RANKS_PER_NODE))
         monkeypatch.setenv("PET_NPROC_PER_NODE", str(RANKS_PER_NODE))
     job, outcome = rehearse(
-        cluster, recipe, arguments, "--train-iters 3 --eval-interval 2 --save-interval 100"
+        cluster, recipe, arguments, "--train-iters 3 --exit-interval 2 --eval-interval 1"
     )
     assert job.num_ranks == math.prod(layout)
     for result in outcome.results:
@@ -90,7 +89,7 @@ def test_recipe_rehearses_in_its_layout(
         assert result["dtype"] == "torch.bfloat16"
         assert result["adam"] == (0.9, 0.95, 1e-8 if recipe == GPT2 else 1e-5, 0.1)
     losses = outcome.results[-1]["losses"]
-    assert len(losses) == 3
+    assert len(losses) == 2
     # An untrained model is about as good as guessing among the padded vocabulary.
     multiple = 128 * layout[0]
     vocab_size = math.ceil(MOCK_VOCAB_SIZE / multiple) * multiple
