@@ -102,8 +102,9 @@ def test_table_has_every_mode_and_says_which_is_asked_for(planned):
     text = printed(plan, named("h100"))
     for mode in plan.modes:
         assert mode.title in text
-    (row,) = [line for line in text.splitlines() if "AdamS *" in line]
-    assert " 8 " in row and "yes" in row
+    row, kinds = [line.split() for line in text.splitlines() if line.startswith("AdamS *")]
+    assert row[2] == "8" and row[-2] == "yes"
+    assert len(kinds) == 4, "main params and exp_avg alone"
     assert "80 GiB" in text and "Step" in text
     assert "Step" not in printed(plan, Gpu("GPU", 40 * GIB, None))
     assert "Fits" not in printed(plan, None)
