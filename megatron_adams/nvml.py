@@ -97,7 +97,7 @@ type Answer[T] = T | Unanswered
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a GPU or a MIG instance, in bytes; `used` is that of all processes."""
+    """The memory of a GPU or a MIG instance, in bytes. `used` counts all processes."""
 
     total: int
     used: int

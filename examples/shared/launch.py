@@ -307,7 +307,7 @@ def _default_out(recipe: Recipe, args: argparse.Namespace) -> Path:
 
 def _output_flags(out: Path, recipe: Recipe, args: argparse.Namespace) -> Flags:
     flags: Flags = {
-        # Of a folder without a checkpoint Megatron says so, and starts from the beginning.
+        # Megatron says when the folder has no checkpoint, and starts from the beginning.
         "save": out / "checkpoints",
         "load": out / "checkpoints",
         "tensorboard-dir": out / "tensorboard",

@@ -154,7 +154,7 @@ def _take_hugging_face(source: Path, folder: Path) -> TokenizerRecord:
     for name in _FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    # As Megatron's HuggingFaceTokenizer loads it. What it encodes with is what is kept.
+    # Megatron's HuggingFaceTokenizer loads it in the same way. What encodes here is what is kept.
     from transformers import AutoTokenizer
 
     try:

@@ -51,13 +51,13 @@ class Machine:
 
     @property
     def archs(self) -> tuple[str, ...]:
-        """Of the GPUs that CUDA shows, each once, as "sm_90"."""
+        """The architectures of the GPUs that CUDA shows, each once, as "sm_90"."""
         archs = (gpu.arch for gpu in self.gpus)
         return tuple(dict.fromkeys(arch for arch in archs if isinstance(arch, str)))
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """Of the least of them; None where it is not known."""
+        """The lowest compute capability of the GPUs; None where it is not known."""
         known = [
             gpu.compute_capability
             for gpu in self.gpus

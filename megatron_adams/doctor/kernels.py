@@ -24,7 +24,7 @@ from megatron_adams.kernels.compile import (
 )
 from megatron_adams.kernels.modes import Mode
 
-# Of a job that trains in bf16 with the distributed optimizer, where no flags are given.
+# Where no flags are given, the job trains in bf16 with the distributed optimizer.
 _USUAL = {"bf16": True, "use_distributed_optimizer": True}
 _CUDA_REMEDY = "pip install 'cuda-core[cu13]' ([cu12] for CUDA 12), of torch's CUDA version"
 _FOREACH = "foreach backend (plain torch operations, several times slower)"

@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 class Status(StrEnum):
-    """Of a check; PROBLEM alone makes a machine unfit."""
+    """How a check ended. Only PROBLEM makes a machine unfit."""
 
     OK = "ok"
     NOT_KNOWN = "not known"

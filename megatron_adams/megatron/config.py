@@ -61,8 +61,8 @@ class AdamSOptimizerConfig(OptimizerConfig):
         # that, and turn remainders off where it is not installed.
         with _stated(self, NO_PRECISION):
             super().__post_init__()
-        # As upstream (optimizer_config.py, OptimizerConfig.__post_init__, 0.19): does the inner
-        # optimizer keep the main params?
+        # The inner optimizer keeps the main params in the cases in which upstream's does
+        # (optimizer_config.py, OptimizerConfig.__post_init__, 0.19).
         self.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = (
             self.use_precision_aware_optimizer
             and (

@@ -95,7 +95,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
             self._finish_loading()
 
     def load_parameter_state(self, *args: Any, **kwargs: Any) -> None:
-        """As upstream: the second file of a legacy checkpoint."""
+        """Load the second file of a legacy checkpoint, as upstream does."""
         super().load_parameter_state(*args, **kwargs)
         if not self.is_stub_optimizer:
             self._finish_loading()
@@ -178,7 +178,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
-        """As Megatron's, and also where the inner optimizer keeps the main params.
+        """Copy as Megatron does, and also where the inner optimizer keeps the main params.
 
         Megatron leaves that to FusedAdam's first step, which is too late where there is state
         already, or where the params of `state_dict` are more exact than the model's.
@@ -204,7 +204,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         return self.optimizer.param_groups[group]["params"][order]
 
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, from tensors that have the layout which upstream slices them by."""
+        """Call upstream's method with tensors in the layout that it slices them by."""
         self._keep_bucket_padding = True
         try:
             return super().sharded_param_state_fully_reshardable(*args, **kwargs)
@@ -227,7 +227,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         return state
 
     def sharded_param_state_dp_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, also where this rank's part of a bucket holds no parameter."""
+        """Extend upstream's method to ranks whose part of a bucket holds no parameter."""
         state = super().sharded_param_state_dp_reshardable(*args, **kwargs)
         for buckets in self._buckets_of(state):
             for entries in buckets:
@@ -239,7 +239,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         return state
 
     def get_parameter_state_dp_reshardable(self) -> Any:
-        """As upstream, with a zero-size padding entry where it would refuse an empty list.
+        """Call upstream's method, with a zero-size padding entry where it would refuse an empty list.
 
         A small bucket that is padded to a multiple of the dp size ends in shards of padding
         alone; upstream asserts that there is none ("empty bucket encountered").

@@ -18,7 +18,7 @@ DEFAULT_BETA2 = 0.95
 RATES = ("max_lr", "min_lr")
 # The checkpoint format of Megatron-FSDP.
 FSDP_FORMAT = "fsdp_dtensor"
-# As Megatron's command line names them; fp8 is e4m3, which Megatron (0.19) writes as uint8.
+# The names on Megatron's command line. fp8 is e4m3, which Megatron (0.19) writes as uint8.
 _DTYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",

@@ -10,7 +10,8 @@ import difflib
 
 GIB = 2**30
 _MIB = 2**20
-# Of the memory: what CUDA's context, NCCL, workspaces and fragmentation take comes on top.
+# A larger share of the memory is tight: CUDA's context, NCCL, workspaces and fragmentation come
+# on top.
 _TIGHT = 0.9
 
 

@@ -44,7 +44,7 @@ FAMILIES = {
     "plain_legacy": f"{ADAMS} --ckpt-format torch",
 }
 
-# Of the precision-aware optimizer: flags, and the bytes of state that a parameter has.
+# The precision-aware optimizer's flags, and the bytes of state that a parameter has.
 MODES = {
     "remainder": ("--bf16", 6),
     "master": ("--bf16 --adams-no-param-remainders", 8),

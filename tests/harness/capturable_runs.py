@@ -66,7 +66,7 @@ def set_grads(params: list[torch.nn.Parameter], step: int) -> None:
 
 
 def set_rate(optimizer: AdamS, lr: float) -> None:
-    """As Megatron's OptimizerParamScheduler and torch's schedulers do."""
+    """Set the rate in the way of Megatron's OptimizerParamScheduler and torch's schedulers."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)

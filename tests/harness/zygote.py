@@ -66,7 +66,7 @@ def import_megatron(*, register: bool, transformer_engine: bool) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     # The process that a save collects its results in: forked, not spawned, which would import
-    # torch anew for every rank (seconds). Tests of asynchronous saves do not run from here.
+    # torch again for every rank (seconds). Tests of asynchronous saves do not run from here.
     filesystem_async.get_write_results_queue = functools.partial(
         filesystem_async.get_write_results_queue, mp_mode="fork"
     )
@@ -193,8 +193,8 @@ def run_case(request: dict[str, Any]) -> dict[str, Any]:
         if pid == 0:
             run_rank(request, rank, port, folder)
         pids[pid] = rank
-    # As torchrun's agent does: ranks that come before rank 0 would wait and try again. Not before
-    # the fork, as it has a thread.
+    # torchrun's agent makes the store, too: ranks that come before rank 0 would wait and try again.
+    # It has a thread, so it is made after the fork.
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     codes: dict[int, int] = {}
     deadline = time.monotonic() + request["timeout_s"]

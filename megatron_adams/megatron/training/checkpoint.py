@@ -56,7 +56,7 @@ def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def withdraw(save_dir: Path, step: int) -> None:
-    """Mark the checkpoint of an iteration as incomplete before it is written anew.
+    """Mark the checkpoint of an iteration as incomplete before it is written again.
 
     A run that went back to an earlier iteration overwrites the later ones, file by file: killed
     meanwhile, it would leave one that looks whole and mixes two. What Megatron writes last,

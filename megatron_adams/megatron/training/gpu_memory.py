@@ -114,7 +114,7 @@ def log(args: argparse.Namespace, iteration: int, *, is_first: bool) -> None:
         return
     device = torch.cuda.current_device()
     own = torch.tensor(_own_bytes(), dtype=torch.int64, device=device)
-    # Of one dimension: gloo takes no other from ranks that give one.
+    # It has one dimension, as gloo demands where the ranks' tensors have one.
     num_values = torch.distributed.get_world_size() * len(_COLUMNS)
     gathered = torch.empty(num_values, dtype=torch.int64, device=device)
     torch.distributed.all_gather_into_tensor(gathered, own)
