@@ -239,7 +239,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         return state
 
     def get_parameter_state_dp_reshardable(self) -> Any:
-        """Call upstream's method. Where it would refuse an empty list, pass a padding entry of size 0.
+        """Call upstream's method, with a padding entry of size 0 for an empty list.
 
         A small bucket that is padded to a multiple of the dp size ends in shards of padding
         alone; upstream asserts that there is none ("empty bucket encountered").
