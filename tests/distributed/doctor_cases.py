@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from megatron_adams import optimizer
 from megatron_adams.cpu_rehearsal import rehearsal_flags
 from megatron_adams.doctor.kernels import modes_of
 from megatron_adams.kernels import Mode
+from megatron_adams.optimizer import adams
 from tests.distributed import cases, fsdp_cases
 
 
@@ -21,13 +21,13 @@ def kernels(argv: str, fsdp: bool = False) -> tuple[list[str], list[str]]:
     answer = check_flags([*flags, *rehearsal_flags(flags)], int(os.environ["WORLD_SIZE"]))
     assert answer["refused"] is None, answer
     asked: set[str] = set()
-    select_backend = optimizer.select_backend
+    select_backend = adams.select_backend
 
     def recorded(device: torch.device, mode: Mode, requested: str = "auto") -> str:
         asked.add(mode.name)
         return select_backend(device, mode, requested)
 
-    optimizer.select_backend = recorded  # type: ignore[assignment]
+    adams.select_backend = recorded  # type: ignore[assignment]
     (fsdp_cases if fsdp else cases).train(argv)
     return sorted(mode.name for mode in modes_of(answer["arguments"])), sorted(asked)
 
