@@ -50,7 +50,6 @@ def test_the_memory_around_a_tensor_is_not_written(mode):
     batteries.check_neighbours(SUBJECT, mode)
 
 
-@pytest.mark.usefixtures("compiled")
 @settings(max_examples=80, deadline=None)
 @given(
     mode=st.sampled_from(ALL_MODES),

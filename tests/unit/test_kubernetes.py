@@ -278,7 +278,9 @@ def test_the_recipe_takes_the_arguments_and_the_variables(tmp_path: Path) -> Non
     assert arguments(jobset) == arguments(runtime)
     assert torchrun_environment(jobset) == torchrun_environment(runtime)
     (tmp_path / "data" / "llama2").mkdir(parents=True)
-    tokenizer = {"flags": {"tokenizer-type": "NullTokenizer", "vocab-size": 32000}}
+    tokenizer = {
+        "flags": {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": "tokenizer"}
+    }
     record = json.dumps({"tokenizer": tokenizer})
     (tmp_path / "data" / "llama2" / "dataset.json").write_text(record, "utf-8")
     words = [re.sub("=/(data|runs)/", rf"={tmp_path}/\1/", word) for word in arguments(jobset)]

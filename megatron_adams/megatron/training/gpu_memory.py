@@ -71,7 +71,7 @@ def own_gpu() -> str | None:
     Not an index: NVML counts all GPUs in another order, whatever CUDA_VISIBLE_DEVICES shows.
     """
     device = torch.cuda.current_device()
-    if torch.empty(0, device=device).device.type != "cuda":
+    if torch.empty(0, dtype=torch.uint8, device=device).device.type != "cuda":
         return None
     return str(torch.cuda.get_device_properties(device).uuid)
 
