@@ -61,20 +61,26 @@ def train(argv: str, library: str | None, folder: str, lost_at: int | None = Non
 
 def recorded(argv: str) -> Any:
     """Train as `cases.train`, with "scalars" and "wandb" as `train`."""
-    from megatron_adams.megatron.training import gpu_memory
+    from megatron_adams.megatron.training import writers
 
     scalars: dict[str, dict[int, float]] = {}
     wandb: dict[str, dict[int, float]] = {}
 
+    def is_of_memory(name: str) -> bool:
+        # The update RMS goes to the same writers.
+        return name != "adams/update-rms"
+
     class Writer:
         def add_scalar(self, name: str, value: float, iteration: int) -> None:
-            scalars.setdefault(name, {})[iteration] = value
+            if is_of_memory(name):
+                scalars.setdefault(name, {})[iteration] = value
 
     class WandbWriter:
         def log(self, values: dict[str, float], iteration: int) -> None:
             for name, value in values.items():
-                wandb.setdefault(name, {})[iteration] = value
+                if is_of_memory(name):
+                    wandb.setdefault(name, {})[iteration] = value
 
-    gpu_memory.get_tensorboard_writer = Writer
-    gpu_memory.get_wandb_writer = WandbWriter
+    writers.get_tensorboard_writer = Writer
+    writers.get_wandb_writer = WandbWriter
     return {**cases.train(argv), "scalars": scalars, "wandb": wandb}

@@ -30,7 +30,7 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
     """
     from megatron.training import training
 
-    from megatron_adams.megatron.training import log as training_log
+    from megatron_adams.megatron.training import writers
 
     held: dict[str, Any] = {"stats": [], "rms": [], "updates": [], "scalars": {}}
     held["num_late_kernels"] = 0
@@ -100,8 +100,8 @@ def train(argv: str, base: str = cases.TINY_GPT) -> dict[str, Any]:
 
     UpdateStats.of = recorded_of  # type: ignore[method-assign]
     training.train_step = recorded_train_step
-    training_log.get_tensorboard_writer = Writer
-    training_log.get_wandb_writer = WandbWriter
+    writers.get_tensorboard_writer = Writer
+    writers.get_wandb_writer = WandbWriter
     try:
         held |= cases.train(argv, base=base)
     finally:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 
+from megatron_adams.megatron.training.writers import head_of_line, write_scalars
 from megatron_adams.nvml import Nvml, NvmlError, Unanswered, session
 
 logger = logging.getLogger(__name__)
@@ -123,12 +123,7 @@ def log(args: argparse.Namespace, iteration: int, *, is_first: bool) -> None:
         print_rank_last(line)
     if not is_due:
         return
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    for name, value in _scalars(rows, each=_mode(args) == RANKS).items():
-        if writer:
-            writer.add_scalar(name, value, iteration)
-        if wandb_writer:
-            wandb_writer.log({name: value}, iteration)
+    write_scalars(_scalars(rows, each=_mode(args) == RANKS), iteration)
 
 
 def _mode(args: argparse.Namespace) -> str | None:
@@ -150,7 +145,7 @@ def _own_bytes() -> list[int]:
 def _lines(
     args: argparse.Namespace, iteration: int, rows: Sequence[Sequence[int]]
 ) -> Iterator[str]:
-    head = f" iteration {iteration:8d}/{args.train_iters:8d} | GPU memory, GiB |"
+    head = f"{head_of_line(args, iteration)} GPU memory, GiB |"
     columns = zip(_COLUMNS.values(), zip(*rows, strict=True), strict=True)
     yield head + "".join(f" {name}: {_range(column)} |" for name, column in columns)
     if _mode(args) == RANKS:

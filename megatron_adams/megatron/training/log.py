@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 
 from megatron_adams.megatron.callers import bound, global_arguments, is_adams
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.megatron.fused_step import FusedStepChain
 from megatron_adams.megatron.training import gpu_memory
+from megatron_adams.megatron.training.writers import head_of_line, write_scalars
 from megatron_adams.megatron.update_rms import UpdateStats, inner_optimizers
 
 
@@ -106,7 +106,7 @@ def wrap_training_log(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _write(args: Any, iteration: int, stats: UpdateStats) -> None:
-    line = f" iteration {iteration:8d}/{args.train_iters:8d} |"
+    line = head_of_line(args, iteration)
     if stats.rms is None:
         print_rank_last(f"{line} update RMS: none, the step was skipped |")
         return
@@ -124,9 +124,4 @@ def _write(args: Any, iteration: int, stats: UpdateStats) -> None:
     # As Megatron, whose first log beside the interval is for the screen alone.
     if iteration % args.log_interval != 0:
         return
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    for name, value in scalars.items():
-        if writer:
-            writer.add_scalar(name, value, iteration)
-        if wandb_writer:
-            wandb_writer.log({name: value}, iteration)
+    write_scalars(scalars, iteration)
