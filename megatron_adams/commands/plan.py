@@ -99,7 +99,6 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         flags, num_ranks = _job(args)
     except (ValueError, OSError) as exc:
         parser.error(str(exc))
-    is_table = not args.json
     try:
         plan = compute(flags, num_ranks, report=_progress())
     except PlanError as exc:
@@ -114,14 +113,15 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         except (ValueError, OSError) as exc:
             return fail(str(exc))
         print(f"{args.chart} written", file=sys.stderr)
-    if is_table:
-        _print_tables(plan, gpu)
-    else:
+    if args.json:
         print(json.dumps(plan.to_json(gpu), indent=2))
+    else:
+        _print_tables(plan, gpu)
     return 0
 
 
 def _print_tables(plan: Plan, gpu: Gpu | None) -> None:
+    # Here: rich would be imported by every other subcommand, too.
     from rich.console import Console
 
     from megatron_adams.planning.report import print_report

@@ -5,8 +5,8 @@ Nothing here imports Megatron: `worker.py` does, in a process of its own.
 
 from collections.abc import Sequence
 
+from megatron_adams.planning.lines import short
 from megatron_adams.planning.process import PlanError, compute
-from megatron_adams.planning.report import short
 
 __all__ = ["PlanError", "compute", "short", "summary"]
 

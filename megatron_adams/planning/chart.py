@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_adams.planning.gpus import Gpu
-from megatron_adams.planning.results import GIB, Plan
+from megatron_adams.planning.gpus import GIB, Gpu
+from megatron_adams.planning.results import Plan
 
 _PARTS = (
     ("weights", "#4c78a8"),

@@ -1,4 +1,4 @@
-"""A plan in words: tables on a terminal, and the few lines that a recipe prints."""
+"""A plan as tables on a terminal."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_adams.planning.gpus import Gpu
-from megatron_adams.planning.results import GIB, STEP_EFFICIENCY, Kind, Mode, Plan
+from megatron_adams.planning.lines import gib, shown_modes
+from megatron_adams.planning.results import STEP_EFFICIENCY, Kind, Mode, Plan
 
 _WORDS_OF_KINDS = {
     "main_params": "main\nparams",
@@ -17,38 +18,6 @@ _WORDS_OF_KINDS = {
     "exp_avg_sq": "exp_avg_sq",
     "scales": "scales",
 }
-
-
-def gib(num_bytes: float) -> str:
-    """GiB with two decimals, or as many as two digits need."""
-    value = num_bytes / GIB
-    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.2g}"
-
-
-def short(plan: Plan) -> str:
-    """A few lines: the job, and its fullest rank with AdamW and with AdamS."""
-    lines = [_job(plan)]
-    given = plan.data["given"]
-    shown = [mode for mode in plan.modes if mode in _shown_modes(plan) or mode.name == given]
-    for mode in shown:
-        kind = plan.fullest(mode.name)
-        lines.append(
-            f"  {mode.title:<29} {gib(kind.optimizer_bytes(mode.name)):>7} GiB of state, "
-            f"{gib(kind.static_bytes(mode.name)):>7} GiB with weights and gradients"
-            f"{'  <- this job' if mode.name == given else ''}"
-        )
-    lines.append(f"  Activations come on top: {gib(plan.activations)} GiB by Megatron's estimate.")
-    return "\n".join([*lines, *(f"  {note}" for note in plan.data["notes"])])
-
-
-def _job(plan: Plan) -> str:
-    layout = plan.data["layout"]
-    sizes = [f"{name.upper()}{size}" for name, size in layout.items() if size > 1]
-    num_params = plan.data["model"]["num_params"]
-    return (
-        f"Memory plan: {num_params / 1e9:.3g} billion params on {plan.data['num_ranks']:,} ranks "
-        f"({' x '.join(sizes) or 'one GPU'}), the fullest one"
-    )
 
 
 def print_report(plan: Plan, gpu: Gpu | None, console: Console) -> None:
@@ -133,7 +102,7 @@ def _kinds_table(plan: Plan) -> Table:
 def _stages_table(plan: Plan) -> Table:
     """The ranks with the most of each stage."""
     table = _table("Each pipeline stage's fullest rank, GiB")
-    modes = _shown_modes(plan)
+    modes = shown_modes(plan)
     table.add_column("Stages", no_wrap=True)
     for heading in ("Ranks", "Weights", "Grads"):
         table.add_column(heading, justify="right")
@@ -152,12 +121,6 @@ def _stages_table(plan: Plan) -> Table:
 
 def _brief(mode: Mode) -> str:
     return mode.title.replace(", precision-aware", "")
-
-
-def _shown_modes(plan: Plan) -> list[Mode]:
-    """AdamW, AdamS and its 4 bytes, or what there is of them."""
-    names = ("adamw", "adams", "adams_precision_aware_bf16")
-    return [mode for mode in plan.modes if mode.name in names]
 
 
 def _fullest_of_stages(plan: Plan) -> list[tuple[str, int, Kind]]:
@@ -198,7 +161,7 @@ def _stages(stages: Sequence[int], last: int) -> str:
 
 def _dp_table(plan: Plan) -> Table:
     table = _table("State by data-parallel size, GiB")
-    modes = _shown_modes(plan)
+    modes = shown_modes(plan)
     table.add_column("DP", justify="right")
     for mode in modes:
         table.add_column(_brief(mode), justify="right")

@@ -7,7 +7,6 @@ from typing import Any
 from megatron_adams.planning.gpus import Gpu
 from megatron_adams.planning.traffic import bytes_per_param
 
-GIB = 2**30
 # The share of the data sheet's bandwidth that a step reaches. On an H100 a copy reached 3.04 of
 # 3.35 TB/s, and AdamS's step 97% of a copy (docs/measurements.md).
 STEP_EFFICIENCY = 0.97 * 3.04 / 3.35

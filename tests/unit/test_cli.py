@@ -229,9 +229,10 @@ def test_progress_on_a_terminal_is_one_line(monkeypatch, capsys):
     )
 
 
-def test_command_runs_as_a_module_without_megatron():
+def test_command_runs_as_a_module_without_megatron_and_without_the_tables_of_others():
+    # rich draws the tables of plan and doctor; the other subcommands do not wait for it.
     code = (
-        "import runpy, sys; sys.modules['megatron'] = None;"
+        "import runpy, sys; sys.modules['megatron'] = sys.modules['rich'] = None;"
         "sys.argv[1:] = ['precompile', '--help'];"
         "runpy.run_module('megatron_adams.cli', run_name='__main__')"
     )
