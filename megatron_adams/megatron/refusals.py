@@ -280,7 +280,7 @@ def _check_hyperparameters(config: Any) -> None:
             raise ValueError(f"{_with_adams(f'{flag_of(name)} {value}')}: {exc}") from exc
 
 
-def _guards_given(config: Any) -> dict[str, float]:
+def guards_given(config: Any) -> dict[str, float]:
     """The cap or the target of the update RMS, by its flag; Megatron's own config has neither."""
     names = ("adams_max_update_rms", "adams_match_rms")
     values = {flag_of(name): getattr(config, name, None) for name in names}
@@ -289,7 +289,7 @@ def _guards_given(config: Any) -> dict[str, float]:
 
 def _check_guards(config: Any) -> None:
     """Refuse a cap or a target of the update RMS that is none."""
-    given = _guards_given(config)
+    given = guards_given(config)
     try:
         check_guards(given.get("--adams-max-update-rms"), given.get("--adams-match-rms"))
     except ValueError as exc:
@@ -298,7 +298,7 @@ def _check_guards(config: Any) -> None:
 
 def _check_weight_shards(args: Namespace) -> None:
     """Refuse a cap or a target where weights are cut into more shards than tensor parallel ones."""
-    given = _guards_given(args)
+    given = guards_given(args)
     if not given:
         return
     tp_size = args.tensor_model_parallel_size

@@ -19,7 +19,7 @@ import megatron.training
 from packaging.version import Version
 
 import megatron_adams
-from megatron_adams.megatron.names import ADAMS
+from megatron_adams.megatron.names import ADAMS, flag_of
 
 # What Megatron takes for the installed TransformerEngine where it asks for its version: a job's
 # flags may need it, and the process that plans hides it.
@@ -162,7 +162,7 @@ def _check_planned(args: argparse.Namespace) -> None:
 def _check_before(args: argparse.Namespace, num_ranks: int) -> None:
     """Refuse, in words that say what to do, what Megatron's validation would refuse first."""
     _check_planned(args)
-    missing = [f"--{name.replace('_', '-')}" for name in _REQUIRED if getattr(args, name) is None]
+    missing = [flag_of(name) for name in _REQUIRED if getattr(args, name) is None]
     if missing:
         raise RefusedError(
             f"{', '.join(missing)} missing: the flags must describe a model; add them, or name a "

@@ -34,7 +34,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_adams.megatron.config import NO_PRECISION
-from megatron_adams.megatron.names import ADAMS, dtype_name
+from megatron_adams.megatron.names import ADAMS, DEFAULT_BETA2, dtype_name, flag_of
+from megatron_adams.megatron.refusals import guards_given
 from megatron_adams.megatron.training import shapes
 from megatron_adams.megatron.training.job_flags import refusals, validated
 from megatron_adams.optimizer import AdamS
@@ -122,7 +123,7 @@ def _with(args: argparse.Namespace, mode: StateMode) -> argparse.Namespace:
         # validate_args (megatron/training/arguments.py, 0.19): gradients in bf16 are the
         # precision-aware optimizer's.
         other.accumulate_allreduce_grads_in_fp32 = True
-    other.adam_beta2 = 0.95 if mode.optimizer == ADAMS else args.adam_beta2
+    other.adam_beta2 = DEFAULT_BETA2 if mode.optimizer == ADAMS else args.adam_beta2
     return other
 
 
@@ -767,7 +768,7 @@ def _flags(args: argparse.Namespace, mode: StateMode) -> str:
     for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
         dtype = dtypes.get(name) or torch.float32
         if dtype != torch.float32:
-            words.append(f"--{name.replace('_', '-')} {dtype_name(dtype)}")
+            words.append(f"{flag_of(name)} {dtype_name(dtype)}")
     if mode.settings.get("adams_no_param_remainders"):
         words.append("--adams-no-param-remainders")
     return " ".join(words)
@@ -879,8 +880,7 @@ def count(
                 "is_precision_aware": mode.settings["use_precision_aware_optimizer"],
                 "bytes_per_param": stages[0].bytes_per_param(mode.name),
                 "dtypes": _dtypes(args, mode),
-                "is_guarded": mode.optimizer == ADAMS
-                and (args.adams_max_update_rms, args.adams_match_rms) != (None, None),
+                "is_guarded": mode.optimizer == ADAMS and bool(guards_given(args)),
                 "flags": _flags(args, mode),
             }
             for mode in modes

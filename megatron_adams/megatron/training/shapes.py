@@ -77,10 +77,28 @@ class DuplicatedLinear(torch.nn.Module):
 
 
 class _GroupedLinear(torch.nn.Module):
-    """TransformerEngine's GroupedLinear: all experts' weights, then all their biases."""
+    """TransformerEngine's GroupedLinear: all experts' weights, then all their biases.
 
-    def __init__(self, num_gemms: int, weight: tuple[int, int], *, config: Any, bias: bool) -> None:
+    Attributes:
+        split_dim: the dimension of (output_size, input_size) that the expert tp ranks share out.
+    """
+
+    split_dim: int
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        bias: bool,
+        pg_collection: Any,
+        **_: Any,
+    ) -> None:
         super().__init__()
+        weight = [output_size, input_size]
+        weight[self.split_dim] = divide(weight[self.split_dim], pg_collection.expt_tp.size())
         # megatron/core/extensions/transformer_engine.py, TEGroupedLinear, 0.19.
         sizes = config.expert_tensor_parallel_size, config.tensor_model_parallel_size
         is_expert_parallel = config.expert_model_parallel_size > 1 or sizes[0] != sizes[1]
@@ -94,37 +112,13 @@ class _GroupedLinear(torch.nn.Module):
 class GroupedColumnParallelLinear(_GroupedLinear):
     """Each expert's weight is (output_size / etp, input_size)."""
 
-    def __init__(
-        self,
-        num_gemms: int,
-        input_size: int,
-        output_size: int,
-        *,
-        config: Any,
-        bias: bool,
-        pg_collection: Any,
-        **_: Any,
-    ) -> None:
-        part = divide(output_size, pg_collection.expt_tp.size())
-        super().__init__(num_gemms, (part, input_size), config=config, bias=bias)
+    split_dim = 0
 
 
 class GroupedRowParallelLinear(_GroupedLinear):
     """Each expert's weight is (output_size, input_size / etp)."""
 
-    def __init__(
-        self,
-        num_gemms: int,
-        input_size: int,
-        output_size: int,
-        *,
-        config: Any,
-        bias: bool,
-        pg_collection: Any,
-        **_: Any,
-    ) -> None:
-        part = divide(input_size, pg_collection.expt_tp.size())
-        super().__init__(num_gemms, (output_size, part), config=config, bias=bias)
+    split_dim = 1
 
 
 class LocalShapes(BackendSpecProvider):
