@@ -15,12 +15,16 @@ import os
 import shutil
 import sys
 import sysconfig
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from shared.corpus import folder_files, is_binary
+from shared.indexed import indexed_dataset_builder
 
 END_OF_DOCUMENT = 256
 VOCAB_SIZE = 257
@@ -78,11 +82,6 @@ class Dataset:
     statistics: TextStatistics
 
 
-def is_binary(data: bytes) -> bool:
-    """Tell text from other files as git does: a NUL among the first 8,000 bytes."""
-    return b"\0" in data[:8000]
-
-
 def read_file(path: Path) -> bytes:
     """Read a file; a user's unreadable file is a ValueError with its path."""
     try:
@@ -101,16 +100,6 @@ def standard_library_files() -> list[Path]:
         for path in sorted(root.rglob("*.py"))
         if not SKIPPED_STDLIB_FOLDERS.intersection(path.relative_to(root).parts[:-1])
         and not path.name.startswith(SKIPPED_STDLIB_PREFIX)
-    ]
-
-
-def folder_files(folder: Path) -> list[Path]:
-    """List the files below a folder, without hidden files and hidden folders."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
 
 
@@ -244,13 +233,7 @@ def measure(train: list[Document], held_out: list[Document]) -> TextStatistics:
 
 def write_indexed_dataset(prefix: Path, documents: Iterable[Document]) -> None:
     """Write prefix.bin and prefix.idx, one document a file."""
-    # Imported here, because the import takes seconds, and an existing dataset does not need it. It
-    # warns of missing packages that matter only in training.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder = indexed_dataset_builder(prefix, VOCAB_SIZE)
     for document in documents:
         tokens = tokenize(document.data)
         builder.add_document(tokens, [len(tokens)])

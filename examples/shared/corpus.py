@@ -57,11 +57,25 @@ def _open(path: str) -> BinaryIO:
         raise ValueError(f"{path}: cannot be read ({exc.strerror})") from exc
 
 
-def _is_binary(path: str) -> bool:
+def is_binary(data: bytes) -> bool:
     """Tell text from other files as git does: a NUL among the first 8,000 bytes."""
+    return b"\0" in data[:8000]
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """List the files below a folder, without hidden files and hidden folders."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def _begins_as_binary(path: str) -> bool:
     with _open(path) as file:
         try:
-            return b"\0" in file.read(8000)
+            return is_binary(file.read(8000))
         except (OSError, EOFError) as exc:  # gzip's
             raise ValueError(f"{path}: cannot be read as gzip ({exc})") from exc
 
@@ -78,18 +92,13 @@ def list_files(paths: Sequence[Path]) -> Corpus:
     corpus = Corpus()
     for given in paths:
         if given.is_dir():
-            found = [
-                path
-                for path in sorted(given.rglob("*"))
-                if path.is_file()
-                and not any(part.startswith(".") for part in path.relative_to(given).parts)
-            ]
+            found = folder_files(given)
         elif given.is_file():
             found = [given]
         else:
             raise ValueError(f"--text {given}: no such file or folder")
         for path in found:
-            if _is_binary(str(path)):
+            if _begins_as_binary(str(path)):
                 if path == given:
                     raise ValueError(
                         f"--text {given}: is not text (a NUL is among its first 8,000 bytes); "

@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 from shared import tokenizer as tokenizers
 from shared.command import Flags, exit_code_of
 from shared.corpus import Unit, documents, is_held_out, list_files, make_units, num_cores
+from shared.indexed import indexed_dataset_builder
 
 RECORD = "dataset.json"
 SPLITS = ("train", "held_out")
@@ -113,16 +113,6 @@ def dataset_flags(folder: Path) -> Flags:
     return flags | {"tokenizer-model": folder / flags["tokenizer-model"]}
 
 
-def _builder(path: Path, vocab_size: int) -> Any:
-    # Imported here: it takes seconds, and warns of missing packages that matter in training alone.
-    warnings.filterwarnings("ignore", "Could not determine rank")  # there is one process
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    return IndexedDatasetBuilder(f"{path}.bin", dtype=DType.optimal_dtype(vocab_size))
-
-
 @dataclass(frozen=True)
 class _Worker:
     """What a process needs to turn units into parts."""
@@ -141,7 +131,9 @@ class _Worker:
         """Tokenize a unit into a part: an indexed dataset for each split, and then its counts."""
         prefix = self.part(index).with_suffix("")
         builders = {
-            split: _builder(prefix.with_name(f"{prefix.name}-{split}"), self.vocab_size)
+            split: indexed_dataset_builder(
+                prefix.with_name(f"{prefix.name}-{split}"), self.vocab_size
+            )
             for split in SPLITS
         }
         counts = Counts()
@@ -302,7 +294,7 @@ def _merge(worker: _Worker, num_parts: int) -> Counts:
     for part in parts:
         counts.add(part)
     for split in SPLITS:
-        builder = _builder(worker.folder / split, worker.vocab_size)
+        builder = indexed_dataset_builder(worker.folder / split, worker.vocab_size)
         # add_index collects garbage each time, which takes half a second in what torch and Megatron
         # have left in memory: more than the copying.
         gc.freeze()
