@@ -519,7 +519,7 @@ def _check_fsdp_arguments(args: Namespace) -> None:
     if loads_optimizer and not args.strict_fsdp_dtensor_load:
         raise _fsdp_refusal(
             "--no-strict-fsdp-dtensor-load",
-            "momentum that the checkpoint lacks would start anew without a word",
+            "momentum that the checkpoint lacks would silently start at zero",
             "remove the flag, or load the weights alone with --no-load-optim",
         )
     _check_fsdp_dtypes(args)

@@ -1,14 +1,13 @@
 """A driver without a GPU, for tests: nvidia-ml-py itself, on the library of fake_nvml.c."""
 
 import ctypes
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import pynvml
 import pytest
 
-from megatron_adams.kernels.compile import host_compiler
+from tests.harness.c_library import compile_c
 
 GIB = 2**30
 
@@ -43,13 +42,8 @@ NOT_SUPPORTED = "error 3"
 
 def build(folder: Path, *flags: str) -> Path:
     """Compile the library; return it. Skips the test where there is no compiler."""
-    compiler = host_compiler()
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = folder / "libnvidia-ml.so.1"
-    command = [*compiler.command, "-x", "c", "-shared", "-fPIC", *flags, "-o", str(library)]
-    subprocess.run([*command, str(Path(__file__).with_name("fake_nvml.c"))], check=True)
-    return library
+    source = Path(__file__).with_name("fake_nvml.c")
+    return compile_c(source, folder / "libnvidia-ml.so.1", *flags)
 
 
 class FakeDriver:

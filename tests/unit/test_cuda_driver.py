@@ -14,7 +14,8 @@ import torch
 
 from megatron_adams.kernels import Batch, Mode, PointerTable, Scalars
 from megatron_adams.kernels.batch import kernel_arguments
-from megatron_adams.kernels.compile import cubin, host_compiler
+from megatron_adams.kernels.compile import cubin
+from tests.harness.c_library import compile_c
 
 pytest.importorskip("cuda.bindings", reason="cuda.bindings is not installed")
 
@@ -82,11 +83,7 @@ for requested in ("cuda", "auto"):
 @pytest.fixture(scope="module")
 def run_with_fake_driver(tmp_path_factory):
     folder = tmp_path_factory.mktemp("driver")
-    compiler = host_compiler()
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    command = [*compiler.command, "-x", "c", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1")]
-    subprocess.run([*command, str(Path(__file__).parent / "fake_cuda.c")], check=True)
+    compile_c(Path(__file__).with_name("fake_cuda.c"), folder / "libcuda.so.1")
 
     # Not below the fake driver, which cuda.core would ask for more than it can.
     for mode in MODES:
