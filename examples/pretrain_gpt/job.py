@@ -19,10 +19,9 @@ from prepare_data import Dataset
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.append(str(FOLDER.parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from shared.command import (  # noqa: E402  (the folder above is on the path now)
+from shared.command import (
     REPOSITORY,
     WITHOUT_TRANSFORMER_ENGINE,
     Flags,
@@ -35,6 +34,7 @@ from shared.command import (  # noqa: E402  (the folder above is on the path now
 
 __all__ = ["REPOSITORY", "exit_code_of", "num_visible_gpus"]  # train.py and sweep.py take them here
 
+FOLDER = Path(__file__).resolve().parent
 RECIPE = FOLDER / "recipe.toml"
 SCRIPT = FOLDER / "pretrain_gpt.py"
 

@@ -5,10 +5,11 @@ python train.py --model NAME --data FOLDER --out FOLDER [-- more flags of Megatr
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.append(str(FOLDER.parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from shared import launch  # noqa: E402  (the folder above is on the path now)
+from shared import launch
+
+RECIPE = Path(__file__).resolve().with_name("recipe.toml")
 
 if __name__ == "__main__":
-    sys.exit(launch.main(FOLDER / "recipe.toml"))
+    sys.exit(launch.main(RECIPE))

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 UNIT_BYTES = 32 * 2**20
 """How much text a worker takes at once: its progress is kept in steps of this size."""
@@ -52,7 +52,7 @@ def _is_json_lines(path: str) -> bool:
 
 def _open(path: str) -> BinaryIO:
     try:
-        return gzip.open(path) if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+        return cast(BinaryIO, gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
     except OSError as exc:
         raise ValueError(f"{path}: cannot be read ({exc.strerror})") from exc
 

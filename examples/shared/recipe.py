@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from shared.command import WITHOUT_TRANSFORMER_ENGINE, Flags
 
@@ -65,7 +66,7 @@ class Recipe:
                 Megatron's own layers are asked for.
         """
         flags = self.megatron | self.models[model] | self.precision[precision]
-        flags |= self.optimizers[optimizer] | dict(flags[optimizer])  # type: ignore[call-overload]
+        flags |= self.optimizers[optimizer] | cast(Flags, flags[optimizer])
         if transformer_engine:
             flags |= self.transformer_engine
         else:
