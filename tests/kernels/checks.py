@@ -206,6 +206,8 @@ def expected(batch: Batch, scalars: Scalars, *, only_count: bool = False) -> Bat
             step=STEP,
             bias_correction=scalars.correction != 1.0,
             decoupled_weight_decay=scalars.decoupled_weight_decay,
+            nesterov=scalars.nesterov,
+            cautious=scalars.cautious,
             update_sums=None if batch.update_sums is None else batch.update_sums[i],
             update_factor=1.0 if batch.update_factors is None else batch.update_factors[i],
         )
