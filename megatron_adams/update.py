@@ -62,8 +62,8 @@ def adams_update_(
         a = c * exp_avg
         v = beta2 * (a * a) + (1 - beta2) * (g * g)
         exp_avg = beta1 * exp_avg + (1 - beta1) * g
-        n = exp_avg                                         # nesterov: n = beta1 * n + (1 - beta1) * g
-                                                            # cautious: if n * g <= 0, n = 0
+        n = exp_avg                                         # nesterov: beta1 * n + (1 - beta1) * g
+                                                            # cautious: 0, if n * g <= 0
         u = (c * n) / (sqrt(v) + eps)
         u = update_factor * u                               # decoupled: u += weight_decay * param
         param = param - lr * u

@@ -64,10 +64,10 @@ def _update(batch: Batch, indices: list[int], scalars: Scalars, only_count: bool
     squares = torch._foreach_mul(grads, grads)
     torch._foreach_mul_(squares, 1 - beta2)
     torch._foreach_add_(v, squares)
-    moved: Tensors = torch._foreach_mul(grads, 1 - beta1)
+    moved = torch._foreach_mul(grads, 1 - beta1)
     exp_avgs = torch._foreach_mul(exp_avgs, beta1)
     torch._foreach_add_(exp_avgs, moved)
-    numerators = exp_avgs
+    numerators: Tensors = exp_avgs
     if scalars.nesterov:
         numerators = torch._foreach_mul(exp_avgs, beta1)
         torch._foreach_add_(numerators, moved)

@@ -81,6 +81,19 @@ def scalar_cases(device: str = "cpu") -> dict[str, Scalars]:
     }
 
 
+# The forms of the update that are not the paper's.
+FORMS = {
+    "nesterov": replace(SCALARS, nesterov=True),
+    "cautious": replace(SCALARS, cautious=True, decoupled_weight_decay=False),
+    "nesterov_cautious": replace(SCALARS, nesterov=True, cautious=True, grad_scale=0.123),
+}
+
+
+def in_form_of(mode: Mode, scalars: Scalars) -> Scalars:
+    """The same step in the form that a mode's kernel has."""
+    return replace(scalars, nesterov=mode.is_nesterov, cautious=mode.is_cautious)
+
+
 def make_batch(
     mode: Mode,
     sizes: Sequence[int] = SIZES,

@@ -290,8 +290,8 @@ struct Squares {
 };
 
 // A step has two halves. Both work on a number or on a vector of numbers.
-// The first half moves exp_avg and returns v. `divisor_of` makes of v what the update's numerator is
-// divided by, and `numerator_of` makes the numerator of the exp_avg that was moved.
+// The first half moves exp_avg and returns v. `numerator_of` makes the update's numerator of the
+// exp_avg that was moved, and `divisor_of` makes of v what it is divided by.
 template <class Float>
 ADAMS_FUNCTION Float gradient_of(Float grad, Float param, const Scalars& s) {
     const Float g = grad * s.grad_scale;

@@ -121,8 +121,8 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
         group.add_argument(
             "--adams-nesterov",
             action="store_true",
-            help="Let the numerator of updates look ahead by one step: beta1 * exp_avg + (1 - beta1) "
-            "* gradient. Not in the paper; costs no state and no pass.",
+            help="Let the numerator of updates look ahead by one step: beta1 * exp_avg + "
+            "(1 - beta1) * gradient. Not in the paper; costs no state and no pass.",
         )
         group.add_argument(
             "--adams-no-param-remainders",
