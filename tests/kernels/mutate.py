@@ -588,7 +588,12 @@ FAULTS = (
             "divisor = divisors[i / 16];",
             "divisor = divisors[0];",
         ),
-        ("avx2: exp_avg of the first", BF16, "m = moved[i / 16],", "m = moved[0],"),
+        (
+            "avx2: numerator of the first",
+            BF16,
+            "const Sixteen n = numerators[i / 16],",
+            "const Sixteen n = numerators[0],",
+        ),
     ),
     *_faults(
         "table.py",
