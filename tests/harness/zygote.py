@@ -184,6 +184,7 @@ def run_rank(request: dict[str, Any], rank: int, port: int, folder: Path) -> Non
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
+        **request["variables"],
     )
     code = 1
     try:
