@@ -14,6 +14,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also run the tests marked `full`, which the others cover in part (tests/README.md)",
     )
+    parser.addoption(
+        "--only-full", action="store_true", help="run those marked `full`, and no other"
+    )
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -40,18 +43,21 @@ def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start with the long files; leave out what is marked `full`, unless it is asked for.
 
-    It is asked for by --full, or by its own name.
+    It is asked for by --full, by --only-full, or by its own name.
     """
     # Processes take the next file each: with the short ones last, they end at about one time.
     items.sort(key=lambda item: LONG_FILES_FIRST.get(item.path.parent.name, len(LONG_FILES_FIRST)))
     if config.getoption("--full"):
         return
     named = {argument for argument in config.args if "::" in argument}
+    only_full = config.getoption("--only-full")
     left_out = [
         item
         for item in items
-        if item.get_closest_marker("full") and not named & {item.nodeid, item.nodeid.split("[")[0]}
+        if (item.get_closest_marker("full") is None) == only_full
+        and not named & {item.nodeid, item.nodeid.split("[")[0]}
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]

@@ -32,22 +32,20 @@ def apex_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster.close()
 
 
+# Megatron-FSDP does not want it to be 1.
+FSDP = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+
+
 @pytest.fixture(scope="session")
-def fsdp_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def fsdp_cluster(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     """As `cluster`, in the environment that Megatron-FSDP wants."""
-    cluster = Cluster(tmp_path_factory.mktemp("fsdp_cluster"), max_connections=8)
-    yield cluster
-    cluster.close()
+    return cluster.with_variables(tmp_path_factory.mktemp("fsdp_cluster"), **FSDP)
 
 
 @pytest.fixture(scope="session")
-def apex_fsdp_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def apex_fsdp_cluster(apex_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     """As `apex_cluster` and `fsdp_cluster`."""
-    folder = tmp_path_factory.mktemp("apex_fsdp_cluster")
-    apex = Path(__file__).parent / "with_apex"
-    cluster = Cluster(folder, extra_path=apex, max_connections=8)
-    yield cluster
-    cluster.close()
+    return apex_cluster.with_variables(tmp_path_factory.mktemp("apex_fsdp_cluster"), **FSDP)
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,15 @@ import torch
 
 from tests.distributed.cases import describe, run_script
 
-RANKS_PER_NODE = 8
 
-
-def rehearse(words: list[str], kill_at: int | None = None) -> dict[str, Any]:
+def rehearse(
+    words: list[str], kill_at: int | None = None, ranks_of_node: int = 8
+) -> dict[str, Any]:
     """Train with a rehearsal's flags.
 
     Args:
         kill_at: the step that begins when the process kills itself.
+        ranks_of_node: with more ranks, the job has several nodes.
 
     Returns:
         "losses": one a step, on the last pipeline stage; "sizes": of tensor, pipeline and data
@@ -30,8 +31,7 @@ def rehearse(words: list[str], kill_at: int | None = None) -> dict[str, Any]:
     from megatron.core import mpu
     from megatron.training import get_args, training
 
-    # More ranks are several nodes of eight: the processes that fork them stand in for eight GPUs.
-    local_world_size = min(RANKS_PER_NODE, int(os.environ["WORLD_SIZE"]))
+    local_world_size = min(ranks_of_node, int(os.environ["WORLD_SIZE"]))
     os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
     os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % local_world_size)
     if kill_at is not None:

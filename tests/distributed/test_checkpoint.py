@@ -32,7 +32,9 @@ STEPS_DIFFER = "tests.distributed.checkpoint_cases:train_with_steps"
 SAVE_FIRST = "tests.distributed.checkpoint_cases:save_before_first_step"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", thinned(FAMILIES, full=("dp2", "dp2_legacy", "pp2_fully_reshardable"))
+)
 def test_resumed_run_equals_uninterrupted_one(
     cluster: Cluster, checkpoints: Path, family: str
 ) -> None:
@@ -265,7 +267,8 @@ RATE_FAMILIES = (
 
 
 @pytest.mark.parametrize(
-    "family", thinned(RATE_FAMILIES, full=("dp2_bf16_overlap", "plain_bf16", "plain_legacy"))
+    "family",
+    thinned(RATE_FAMILIES, full=("dp2_bf16_overlap", "ep2", "plain_bf16", "plain_legacy")),
 )
 def test_resume_at_another_lr_goes_on_from_the_momentum_if_told_so(
     cluster: Cluster, checkpoints: Path, family: str
@@ -333,7 +336,7 @@ def test_saved_lr_needs_no_flag(cluster: Cluster, checkpoints: Path) -> None:
 @pytest.mark.parametrize("as_they_are", [False, True], ids=["synchronized", "as they are"])
 @pytest.mark.parametrize(
     "family",
-    thinned(["dp2", "dp2_bf16_overlap", "ep2", "dp2_legacy"], full=("dp2_bf16_overlap",)),
+    thinned(["dp2", "dp2_bf16_overlap", "ep2", "dp2_legacy"], full=("dp2", "dp2_bf16_overlap")),
 )
 def test_groups_whose_steps_differ_are_saved_and_loaded_with_one(
     cluster: Cluster, checkpoints: Path, family: str, as_they_are: bool

@@ -20,6 +20,7 @@ from tests.harness.thinning import thinned
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
 AFTER_LOAD = "tests.distributed.from_adam_cases:state_after_load"
+FROM_LOAD = "tests.distributed.from_adam_cases:train_from_load"
 COMMON = "tests.distributed.checkpoint_cases:read_common"
 SAVE_AS = "tests.distributed.from_adam_cases:train_saving_as"
 REFUSALS = "tests.distributed.flag_cases:refusals"
@@ -56,6 +57,17 @@ def adam_run(cluster: Cluster, flags: str, folder: Path) -> Outcome:
     return outcome
 
 
+_switches: dict[tuple[Cluster, str], Outcome] = {}
+
+
+def switched_run(cluster: Cluster, name: str, adam: Path) -> Outcome:
+    """The rest of AdamW's run with AdamS, and what was loaded; each format is switched once."""
+    if (cluster, name) not in _switches:
+        argv = f"{FROM_ADAM} {FORMATS[name]} {STEPS} --load {adam}"
+        _switches[cluster, name] = cluster.run(FROM_LOAD, 2, argv=argv)
+    return _switches[cluster, name]
+
+
 def assert_same_state(parts: list[dict[str, Any]], adam_parts: list[dict[str, Any]]) -> None:
     for part, adam_part in zip(parts, adam_parts, strict=True):
         assert part["shards"]
@@ -71,9 +83,9 @@ def test_momentum_main_params_and_step_are_adams(
     cluster: Cluster, plain_cluster: Cluster, checkpoints: Path, name: str
 ) -> None:
     saved = adam_run(plain_cluster, FORMATS[name], checkpoints)
-    argv = f"{FROM_ADAM} {FORMATS[name]} {STEPS} --load {checkpoints}"
-    loaded = cluster.run(AFTER_LOAD, 2, argv=argv)
-    for rank, adam_rank in zip(loaded.results, saved.results, strict=True):
+    run = switched_run(cluster, name, checkpoints)
+    loaded = [rank["loaded"] for rank in run.results]
+    for rank, adam_rank in zip(loaded, saved.results, strict=True):
         assert_same_state(rank["parts"], adam_rank["parts"])
         assert (rank["iteration"], rank["num_steps"]) == (SAVED_AT, SAVED_AT * 8)
         for part in rank["parts"]:
@@ -82,15 +94,14 @@ def test_momentum_main_params_and_step_are_adams(
                 assert group["betas"] == (0.9, 0.95)
                 assert not {"amsgrad", "fused", "decoupled_weight_decay"} & set(group)
                 assert group["lr"] == 1e-3
-    num_params = [len(part["shards"]) for part in loaded.results[0]["parts"]]
-    assert "adams's own" not in loaded.log
-    lines = [line for line in loaded.logs[0].splitlines() if "goes on from Adam's step" in line]
+    num_params = [len(part["shards"]) for part in loaded[0]["parts"]]
+    assert "adams's own" not in run.log
+    lines = [line for line in run.logs[0].splitlines() if "goes on from Adam's step" in line]
     assert len(lines) == len(num_params)
     for line, number in zip(lines, num_params, strict=True):
         assert f"step {SAVED_AT}: momentum and main params of {number} of {number}" in line
         assert "exp_avg_sq dropped" in line
     # And the run goes on: with the whole batch of steps that is left.
-    run = cluster.run(TRAIN, 2, argv=argv)
     for rank in run.results:
         assert len(rank["grad_norms"]) == NUM_STEPS - SAVED_AT
 
@@ -318,7 +329,9 @@ def test_gathered_state_of_an_earlier_megatron_is_converted(
             assert_same_state(rank["parts"], adam_rank["parts"])
 
 
-@pytest.mark.parametrize("flags", [DISTRIBUTED, "", "--bf16", "--ckpt-format torch"])
+@pytest.mark.parametrize(
+    "flags", thinned([DISTRIBUTED, "", "--bf16", "--ckpt-format torch"], full=["--bf16"])
+)
 def test_learning_rate_may_change_at_the_switch(
     cluster: Cluster, plain_cluster: Cluster, checkpoints: Path, flags: str
 ) -> None:
@@ -359,7 +372,7 @@ def test_converted_checkpoint_resumes_as_with_the_flag(
     assert before == {p: p.read_bytes() for p in adam.rglob("*") if p.is_file()}
     flags = f"{FORMATS[name]} {STEPS}"
     mine = cluster.run(TRAIN, 2, argv=f"--optimizer adams {flags} --load {converted}")
-    theirs = cluster.run(TRAIN, 2, argv=f"{FROM_ADAM} {flags} --load {adam}")
+    theirs = switched_run(cluster, name, adam)
     for my_rank, their_rank in zip(mine.results, theirs.results, strict=True):
         assert my_rank["losses"] == their_rank["losses"]
         for part, their_part in zip(my_rank["parts"], their_rank["parts"], strict=True):
@@ -421,9 +434,11 @@ def test_switch_keeps_the_loss(cluster: Cluster, tmp_path: Path) -> None:
     switch = f"{FROM_ADAM} --lr 5e-4 --override-opt_param-scheduler --load {adam}"
     offload = "--use-precision-aware-optimizer --optimizer-cpu-offload"
     switched = cluster.run(TRAIN, 2, base=base, argv=switch)
-    offloaded = cluster.run(TRAIN, 2, base=base, argv=f"{switch} {offload}")
+    # A bit that differs shows in the losses of the next few steps.
+    stop = f"--exit-interval {num_adam + 20}"
+    offloaded = cluster.run(TRAIN, 2, base=base, argv=f"{switch} {offload} {stop}")
     before, after, same = (run.results[-1]["losses"] for run in (first, switched, offloaded))
-    assert same == after
+    assert same == after[:20]
     assert (len(before), len(after)) == (num_adam, num_adams)
     print(f"last 50 of AdamW {np.mean(before[-50:]):.3f}, next 100 {np.mean(after):.3f}")
     assert np.mean(after) <= np.mean(before[-50:]) + 0.05

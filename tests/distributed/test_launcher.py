@@ -13,9 +13,9 @@ from tests.harness.cluster import REPO
 TIMEOUT_S = 240
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str, num_ranks: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", *arguments]
+    command += ["--nproc-per-node", str(num_ranks), *arguments]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -35,9 +35,11 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def launch(flags: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "megatron_adams.launch", "--cpu-rehearsal"]
-    return torchrun(*launcher, str(script), *TINY_GPT.split(), *flags.split())
+def launch(
+    flags: str, script: Path = SCRIPT, num_ranks: int = 2
+) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "megatron_adams.launch", "--cpu-rehearsal", str(script)]
+    return torchrun(*launcher, *TINY_GPT.split(), *flags.split(), num_ranks=num_ranks)
 
 
 def losses(log: str) -> list[str]:
@@ -97,6 +99,6 @@ def test_death_of_the_checkpoint_worker_ends_the_job(tmp_path: Path) -> None:
 
 
 def test_unsupported_flag_ends_the_job_with_its_sentence() -> None:
-    run = launch("--optimizer adams --train-iters 1 --use-torch-fsdp2")
+    run = launch("--optimizer adams --train-iters 1 --use-torch-fsdp2", num_ranks=1)
     assert run.returncode != 0
     assert "--use-torch-fsdp2 with --optimizer adams: not supported" in run.stderr

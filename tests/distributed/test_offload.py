@@ -67,7 +67,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", thinned(RUNS, full=("fp32", "bf16_tp2")))
+@pytest.mark.parametrize("name", thinned(RUNS, full=("fp32", "bf16_half_overlapped", "bf16_tp2")))
 def test_offloading_changes_no_bit(cluster: Cluster, name: str) -> None:
     flags, offload = RUNS[name]
     base = f"{AWARE} {CLIPPED} {flags}"
@@ -182,13 +182,16 @@ SAVED_MODES = {
 
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [
-        ("remainders", "dp_reshardable"),
-        ("remainders", "fully_reshardable"),
-        ("masters", "torch"),
-        ("fp32", "dp_reshardable"),
-        ("fp16", "fully_reshardable"),
-    ],
+    thinned(
+        [
+            ("remainders", "dp_reshardable"),
+            ("remainders", "fully_reshardable"),
+            ("masters", "torch"),
+            ("fp32", "dp_reshardable"),
+            ("fp16", "fully_reshardable"),
+        ],
+        full=[("remainders", "dp_reshardable")],
+    ),
 )
 def test_resumed_run_equals_uninterrupted_one(
     cluster: Cluster, checkpoints: Path, mode: str, kind: str

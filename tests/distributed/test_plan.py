@@ -11,6 +11,7 @@ from megatron_adams.planning.models import model_flags
 from tests.distributed.cases import TINY_GPT
 from tests.distributed.test_parity import MOE
 from tests.harness.cluster import Cluster
+from tests.harness.thinning import thinned
 
 LIVE = "tests.distributed.plan_cases:live"
 LIVE_TE = "tests.distributed.plan_cases:live_with_transformer_engine"
@@ -105,7 +106,7 @@ def of_mode(kind: dict[str, Any], mode: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", thinned(RUNS, full=("tp2_pp2_dp2_adam", "tp2_pp2_dp2_adams_bf16")))
 def test_plan_equals_live_tensors_on_every_rank(
     cluster: Cluster, planned: dict[str, dict[str, Any]], run: str
 ) -> None:

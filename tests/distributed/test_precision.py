@@ -56,7 +56,10 @@ def test_state_has_the_bytes_of_its_dtypes(cluster: Cluster, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--bf16", "--bf16 --overlap-grad-reduce --overlap-param-gather", FP16]
+    "flags",
+    thinned(
+        ["--bf16", "--bf16 --overlap-grad-reduce --overlap-param-gather", FP16], full=["--bf16"]
+    ),
 )
 def test_main_params_inside_change_no_bit(cluster: Cluster, flags: str) -> None:
     """fp32 main params in the inner optimizer, and in Megatron's."""
@@ -120,13 +123,11 @@ class Reference(NamedTuple):
     losses: list[float]
 
 
-# Each mode and each layout twice.
+# Each mode and each layout once.
 PAIRS = list(product(("remainder_m16", "w16_m16", "remainder_m8", "fp32_m16"), LAYOUTS))
 CHOSEN = (
-    *(("remainder_m16", "dp2"), ("remainder_m16", "tp2_pp2")),
-    *(("w16_m16", "tp2"), ("w16_m16", "tp2_pp2")),
-    *(("remainder_m8", "pp2"), ("remainder_m8", "tp2")),
-    *(("fp32_m16", "dp2"), ("fp32_m16", "pp2")),
+    *(("remainder_m16", "tp2_pp2"), ("w16_m16", "tp2")),
+    *(("remainder_m8", "pp2"), ("fp32_m16", "dp2")),
 )
 
 

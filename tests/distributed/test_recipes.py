@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.recipe_cases import RANKS_PER_NODE
 from tests.harness.cluster import REPO, Cluster
+from tests.harness.thinning import thinned
 
 EXAMPLES = REPO / "examples"
 sys.path.append(str(EXAMPLES))
@@ -25,17 +25,17 @@ CASES = "tests.distributed.recipe_cases"
 GPT2, LLAMA2 = (EXAMPLES / name / "recipe.toml" for name in ("pretrain_gpt2", "pretrain_llama2"))
 MOCK_VOCAB_SIZE = 512
 
-# recipe, model, optimizer, tensor x pipeline x data parallel
-REHEARSALS = [
-    (GPT2, "124m", "adams", (1, 1, 2)),
-    (GPT2, "124m", "adamw", (1, 1, 2)),
-    (GPT2, "350m", "adams", (1, 1, 2)),
-    (GPT2, "774m", "adams", (1, 1, 2)),
-    (GPT2, "1.5b", "adams", (1, 1, 2)),
-    (LLAMA2, "1b", "adams", (1, 1, 2)),
-    (LLAMA2, "7b", "adams", (2, 1, 2)),
-    (LLAMA2, "70b", "adams", (8, 4, 1)),
-]
+# model and optimizer -> recipe, tensor x pipeline x data parallel, ranks of a node
+REHEARSALS = {
+    "124m-adams": (GPT2, (1, 1, 2), 2),
+    "124m-adamw": (GPT2, (1, 1, 2), 2),
+    "350m-adams": (GPT2, (1, 1, 2), 2),
+    "774m-adams": (GPT2, (1, 1, 2), 2),
+    "1.5b-adams": (GPT2, (1, 1, 2), 2),
+    "1b-adams": (LLAMA2, (1, 1, 2), 2),
+    "7b-adams": (LLAMA2, (2, 1, 2), 2),  # on two nodes
+    "70b-adams": (LLAMA2, (8, 4, 1), 8),  # on four
+}
 
 
 def make_job(recipe_path: Path, arguments: str, extra: str = "") -> launch.Job:
@@ -61,27 +61,20 @@ def rehearse(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "model", "optimizer", "layout"),
-    REHEARSALS,
-    ids=[f"{model}-{optimizer}" for _, model, optimizer, _ in REHEARSALS],
+    "name", thinned(REHEARSALS, full=("350m-adams", "774m-adams", "1.5b-adams", "70b-adams"))
 )
 def test_recipe_rehearses_in_its_layout(
-    cluster: Cluster,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    recipe: Path,
-    model: str,
-    optimizer: str,
-    layout: tuple[int, int, int],
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
+    recipe, layout, ranks_of_node = REHEARSALS[name]
+    model, optimizer = name.split("-")
     # Two steps and an evaluation; the tests below save and resume.
     arguments = f"--model {model} --optimizer {optimizer} --out {tmp_path}"
-    if math.prod(layout) > RANKS_PER_NODE:
-        monkeypatch.setenv("PET_NNODES", str(math.prod(layout) // RANKS_PER_NODE))
-        monkeypatch.setenv("PET_NPROC_PER_NODE", str(RANKS_PER_NODE))
-    job, outcome = rehearse(
-        cluster, recipe, arguments, "--train-iters 3 --exit-interval 2 --eval-interval 1"
-    )
+    if math.prod(layout) > ranks_of_node:
+        monkeypatch.setenv("PET_NNODES", str(math.prod(layout) // ranks_of_node))
+        monkeypatch.setenv("PET_NPROC_PER_NODE", str(ranks_of_node))
+    extra = "--train-iters 3 --exit-interval 2 --eval-interval 1"
+    job, outcome = rehearse(cluster, recipe, arguments, extra, ranks_of_node=ranks_of_node)
     assert job.num_ranks == math.prod(layout)
     for result in outcome.results:
         assert result["sizes"] == layout
@@ -124,15 +117,16 @@ def test_killed_rehearsal_resumes_to_the_bits_of_an_uninterrupted_one(
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", thinned(["1b", "13b"], full=["13b"]))
 def test_sigterm_to_train_py_saves_a_checkpoint_that_resumes(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, tmp_path: Path, model: str
 ) -> None:
-    """The real thing: train.py, torchrun, eight processes, TP 2 x PP 2 x DP 2, and a signal."""
+    """The real thing: train.py, torchrun, two processes or eight, and a signal."""
     out = tmp_path / "interrupted"
     # A save before the signal: what it spawned must live until the last one.
     flags = "--train-iters 1000 --save-interval 3 --eval-interval 1000"
     command = [sys.executable, str(LLAMA2.parent / "train.py")]
-    command += ["--model", "13b", "--cpu-rehearsal", "--no-plan", "--out", str(out)]
+    command += ["--model", model, "--cpu-rehearsal", "--no-plan", "--out", str(out)]
     with (tmp_path / "log.txt").open("w+") as log:
         process = subprocess.Popen(
             [*command, "--", *flags.split()], stdout=log, stderr=subprocess.STDOUT
@@ -157,9 +151,11 @@ def test_sigterm_to_train_py_saves_a_checkpoint_that_resumes(
     assert list((out / "logs").rglob("stdout.log"))
 
     # Two more steps from there, and the same steps at a stretch.
-    arguments, stop = "--model 13b --out {}", f"{flags} --exit-interval {step + 2}"
-    _, resumed = rehearse(cluster, LLAMA2, arguments.format(out), stop)
-    _, stretch = rehearse(cluster, LLAMA2, arguments.format(tmp_path / "stretch"), stop)
+    stop = f"{flags} --exit-interval {step + 2}"
+    resumed, stretch = (
+        rehearse(cluster, LLAMA2, f"--model {model} --out {folder}", stop)[1]
+        for folder in (out, tmp_path / "stretch")
+    )
     losses = [outcome.results[-1]["losses"] for outcome in (resumed, stretch)]
     assert losses[0] == losses[1][step:]
     assert digests(resumed.results) == digests(stretch.results)

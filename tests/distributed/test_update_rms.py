@@ -164,7 +164,8 @@ def test_matched_and_capped_updates_have_the_same_bits_sharded_over_dp_or_not(
 
 
 @pytest.mark.parametrize(
-    "name", ["dp2", "tp2_dp2", "dp2_plain_bf16", "precision_aware", "scaled_state"]
+    "name",
+    thinned(["dp2", "tp2_dp2", "dp2_plain_bf16", "precision_aware", "scaled_state"], full=["dp2"]),
 )
 def test_a_cap_that_never_bites_changes_no_bit(
     cluster: Cluster, runs: dict[str, Outcome], name: str
@@ -241,7 +242,7 @@ def matched(cluster: Cluster) -> dict[str, Any]:
     return rank
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", thinned(MODULES, full=["tp2"]))
 def test_matched_updates_of_a_layout_are_those_of_one_process(
     cluster: Cluster, matched: dict[str, Any], name: str
 ) -> None:
@@ -347,7 +348,7 @@ FSDP_EXACT = f"{ADAMS} {COMMON} --clip-grad 0 --micro-batch-size 4 --bf16"
 FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy"
 
 
-@pytest.mark.parametrize("guard", ["", MATCH, "--adams-max-update-rms 0.4"])
+@pytest.mark.parametrize("guard", thinned(["", MATCH, CAP], full=[CAP]))
 def test_updates_under_megatron_fsdp_are_those_of_the_distributed_optimizer(
     fsdp_cluster: Cluster, guard: str
 ) -> None:

@@ -9,6 +9,7 @@ tests/unit/test_harness.py checks that every name in the tests is there.
 What goes to the ranks, and what comes back, is data: arguments as JSON, results as a pickle.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -42,8 +43,6 @@ class Cluster:
         folder: where logs and results are kept, a numbered subfolder for each run.
         flags: for zygote.py.
         extra_path: a folder of packages that the ranks find before the installed ones.
-        max_connections: CUDA_DEVICE_MAX_CONNECTIONS, which Megatron wants to be 1 with tensor
-            parallelism, and not to be 1 with Megatron-FSDP.
     """
 
     def __init__(
@@ -52,15 +51,15 @@ class Cluster:
         flags: Sequence[str] = (),
         *,
         extra_path: Path | None = None,
-        max_connections: int = 1,
     ) -> None:
         self._folder = folder
         self._num_runs = 0
+        self._variables: dict[str, str] = {}
         path = [extra_path, REPO, os.environ.get("PYTHONPATH")]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "CUDA_DEVICE_MAX_CONNECTIONS": str(max_connections),
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # which Megatron wants with tensor parallelism
             "LOCAL_WORLD_SIZE": "8",  # the rehearsal's devices, before a case says its number
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": os.pathsep.join(str(entry) for entry in path if entry),
@@ -87,6 +86,18 @@ class Cluster:
             raise RuntimeError(f"the process that forks the ranks ended:\n{log[-4000:]}")
         return line
 
+    def with_variables(self, folder: Path, **variables: str) -> "Cluster":
+        """Ranks of the same process that see other environment variables; not to be closed.
+
+        Args:
+            folder: where its logs and results are kept.
+        """
+        other = copy.copy(self)
+        other._folder = folder
+        other._num_runs = 0
+        other._variables = variables
+        return other
+
     def run(
         self,
         case: str,
@@ -108,6 +119,7 @@ class Cluster:
             "num_ranks": num_ranks,
             "timeout_s": timeout_s,
             "folder": str(folder),
+            "variables": self._variables,
             "kwargs": kwargs,
         }
         assert self._process.stdin is not None

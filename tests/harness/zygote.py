@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +62,7 @@ def import_megatron(*, register: bool, transformer_engine: bool) -> None:
     for module in IMPORTED_BY_EVERY_RANK:
         importlib.import_module(module)
     remember_help_of_flags()
-    remember_shuffles()
+    remember_mock_data()
     remember_entry_points()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -89,14 +90,34 @@ def remember_help_of_flags() -> None:
     add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
-def remember_shuffles() -> None:
-    """Have the sets of --mock-data shuffled here: three times two million samples."""
-    from megatron.core.datasets import gpt_dataset
+def remember_mock_data() -> None:
+    """Have the sets of --mock-data cut into samples and shuffled here: two million samples each."""
+    from megatron.core.datasets import gpt_dataset, helpers
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
 
-    build = gpt_dataset._build_shuffle_index
+    gpt_dataset._build_shuffle_index = remembered_shuffles(gpt_dataset._build_shuffle_index)
+    helpers.build_sample_idx = remembered_samples(helpers.build_sample_idx)
+    # As of the runs with cases.TINY_GPT and of the recipes' rehearsals; ranks make others.
+    for sequence_length, split in ((32, "1,1,1"), (64, "1,1,1")):
+        config = gpt_dataset.GPTDatasetConfig(
+            random_seed=1234,
+            sequence_length=sequence_length,
+            split=split,
+            tokenizer=SimpleNamespace(vocab_size=128, eod=127, pad=127, unique_identifiers={}),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            mid_level_dataset_surplus=0.005,
+        )
+        BlendedMegatronDatasetBuilder(
+            gpt_dataset.MockGPTDataset, [8, 8, 8], lambda: True, config
+        ).build()
+
+
+def remembered_shuffles(build: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """A builder of shuffles that builds each once, and leaves the generator as if it had drawn."""
     known: dict[tuple[Any, ...], tuple[np.ndarray, Any]] = {}
 
     def remembered(num_samples: int, size: int, random: np.random.RandomState) -> np.ndarray:
@@ -110,21 +131,21 @@ def remember_shuffles() -> None:
         random.set_state(after)
         return index
 
-    gpt_dataset._build_shuffle_index = remembered
-    # As of the runs with cases.TINY_GPT; others are shuffled by their ranks.
-    config = gpt_dataset.GPTDatasetConfig(
-        random_seed=1234,
-        sequence_length=32,
-        split="1,1,1",
-        tokenizer=SimpleNamespace(vocab_size=128, eod=127, pad=127, unique_identifiers={}),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        mid_level_dataset_surplus=0.005,
-    )
-    BlendedMegatronDatasetBuilder(
-        gpt_dataset.MockGPTDataset, [8, 8, 8], lambda: True, config
-    ).build()
+    return remembered
+
+
+def remembered_samples(build: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """A builder of samples, which are places in documents, that builds each set's once."""
+    known: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def remembered(sizes: np.ndarray, documents: np.ndarray, *how: Any) -> np.ndarray:
+        key = (sizes.tobytes(), documents.tobytes(), *how)
+        if key not in known:
+            known[key] = build(sizes, documents, *how)
+            known[key].flags.writeable = False
+        return known[key]
+
+    return remembered
 
 
 def remember_entry_points() -> None:
@@ -163,6 +184,7 @@ def run_rank(request: dict[str, Any], rank: int, port: int, folder: Path) -> Non
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
+        **request["variables"],
     )
     code = 1
     try:

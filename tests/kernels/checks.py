@@ -6,7 +6,7 @@ mutation check and, with another device, by tests/gpu.
 
 import itertools
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,8 +34,26 @@ DTYPES = {
     "e4m3": torch.float8_e4m3fn,
     "e5m2": torch.float8_e5m2,
 }
-# Every param, exp_avg and main with one gradient, another each time.
-THIRD = tuple(mode for i, mode in enumerate(ALL_MODES) if (i // 3 + i) % 3 == 0)
+
+
+def pairs_of(mode: Mode) -> set[tuple[tuple[int, str], ...]]:
+    """Every two of a mode's dtypes, each with its place."""
+    return set(itertools.combinations(enumerate(mode[:4]), 2))
+
+
+def covering_pairs(modes: Iterable[Mode]) -> tuple[Mode, ...]:
+    """Few modes that have every pair of dtypes that is in `modes`."""
+    modes, chosen = tuple(modes), []
+    missing = set().union(*map(pairs_of, modes))
+    while missing:
+        # max() takes the first of several that are as good.
+        chosen.append(max(modes, key=lambda mode: len(pairs_of(mode) & missing)))
+        missing -= pairs_of(chosen[-1])
+    return tuple(chosen)
+
+
+PAIRS = covering_pairs(ALL_MODES)
+OTHERS = tuple(mode for mode in ALL_MODES if mode not in PAIRS)
 # Around a vector, a block's stride and a chunk; nothing at all; a chunk and a tail.
 SIZES = (0, 1, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 1023, 4096, 0, CHUNK - 1, CHUNK, CHUNK + 5, 0)
 # Offsets that align the tensors of one index in different ways.

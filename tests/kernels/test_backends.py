@@ -19,8 +19,8 @@ from tests.harness.thinning import thinned
 from tests.kernels.checks import (
     FORMS,
     MISALIGNED,
+    OTHERS,
     SIZES,
-    THIRD,
     check,
     check_all,
     make_batch,
@@ -49,7 +49,7 @@ def run_host(batch, scalars):
 
 every_mode = pytest.mark.parametrize(
     "mode",
-    thinned(ALL_MODES, full=[mode for mode in ALL_MODES if mode not in THIRD]),
+    thinned(ALL_MODES, full=OTHERS),
     ids=lambda mode: mode.name,
 )
 BACKENDS = {"host": run_host, "foreach": foreach.run, "emulated": run_emulated}

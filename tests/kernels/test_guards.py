@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_adams.kernels import Batch, PointerTable, cuda, foreach, host, multi_tensor_adams
-from megatron_adams.kernels.modes import Mode
+from megatron_adams.kernels.modes import ALL_MODES, Mode
 from megatron_adams.kernels.table import CHUNK, POINTERS
 from megatron_adams.update import (
     adams_update_,
@@ -24,8 +24,8 @@ from tests.kernels import batteries
 from tests.kernels.checks import (
     FORMS,
     MISALIGNED,
+    OTHERS,
     SCALARS,
-    THIRD,
     differences,
     expected,
     make_batch,
@@ -62,7 +62,7 @@ def check_kind(mode, kind, scalars, sizes=batteries.SMALL_SIZES, **options):
         assert not differences(batch, want), name
 
 
-@pytest.mark.parametrize("mode", THIRD, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", thinned(ALL_MODES, full=OTHERS), ids=lambda mode: mode.name)
 @torch.no_grad()
 def test_every_mode_gives_the_bits_of_the_oracle(mode):
     cases = scalar_cases()

@@ -9,23 +9,18 @@ from cuda.bindings import nvrtc
 from cuda.core import ProgramOptions
 
 from megatron_adams.kernels import compile as compiling
-from megatron_adams.kernels.modes import ALL_MODES, Mode
+from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.tuning import tuning_of
 from tests.harness.thinning import thinned
 from tests.kernels import sass
-from tests.kernels.checks import THIRD
+from tests.kernels.checks import OTHERS, PAIRS
 
 if sass.cuobjdump() is None:
     pytest.skip("no triton, whose wheel has cuobjdump", allow_module_level=True)
 
-NINTH = THIRD[::3]
-OTHERS = tuple(mode for mode in ALL_MODES if mode not in THIRD)
-COMPILED = [*product(sass.ARCHS, (THIRD, OTHERS))]
+COMPILED = [*product(sass.ARCHS, (PAIRS, OTHERS))]
 # Reading the machine code of one takes longer than compiling it.
-DISASSEMBLED = [
-    *(("sm_80", NINTH), ("sm_90", NINTH), ("sm_100", NINTH)),
-    ("sm_90", tuple(mode for mode in THIRD if mode not in NINTH)),
-]
+DISASSEMBLED = [*product(sass.ARCHS, (PAIRS[::2], PAIRS[1::2]))]
 
 
 def name_of(value: object) -> str:
@@ -60,23 +55,22 @@ def test_nothing_is_spilled_and_registers_are_few(cubins, arch, modes):
             assert registers <= MAX_REGISTERS, (mode.name, entry_point, registers)
 
 
-GUARDED_THIRD = tuple(mode._replace(is_guarded=True) for mode in THIRD)
-GUARDED = {
-    "sm_80": GUARDED_THIRD[::3],
-    "sm_90": GUARDED_THIRD,
-    "sm_100": GUARDED_THIRD[::3],
-}
+def guarded(modes):
+    return tuple(mode._replace(is_guarded=True) for mode in modes)
 
 
-@pytest.fixture(scope="module")
-def guarded_cubins(_own_cache):
-    return {arch: sass.compile_all(modes, arch) for arch, modes in GUARDED.items()}
+GUARDED = guarded(PAIRS)
+OTHERS_GUARDED = guarded(OTHERS)
+COUNTING = [
+    *(("sm_80", GUARDED[::3]), ("sm_90", GUARDED), ("sm_100", GUARDED[::3])),
+    ("sm_90", OTHERS_GUARDED),
+]
 
 
-@pytest.mark.parametrize("arch", GUARDED)
+@pytest.mark.parametrize(("arch", "modes"), thinned(COUNTING, full=COUNTING[3:]), ids=name_of)
 @pytest.mark.timeout(600)
-def test_kernels_that_count_and_scale_spill_nothing(guarded_cubins, arch):
-    for mode, image in guarded_cubins[arch].items():
+def test_kernels_that_count_and_scale_spill_nothing(cubins, arch, modes):
+    for mode, image in cubins(modes, arch).items():
         used = sass.resources(image)
         assert used.keys() == {*mode.entry_points, *mode.count_entry_points}, mode.name
         for entry_point, (registers, stack, local) in used.items():
@@ -85,9 +79,9 @@ def test_kernels_that_count_and_scale_spill_nothing(guarded_cubins, arch):
 
 
 @pytest.mark.timeout(600)
-def test_counting_loads_groups_and_stores_no_tensor(guarded_cubins):
-    for mode in GUARDED["sm_90"][::2]:
-        image = guarded_cubins["sm_90"][mode]
+def test_counting_loads_groups_and_stores_no_tensor(cubins):
+    for mode in GUARDED:
+        image = cubins(GUARDED, "sm_90")[mode]
         # Those of an update; but master weights only where L2 decay is asked for.
         assert sass.found_accesses(image, "adams_rms").loads >= _wide(
             sass.expected_accesses(mode, "adams_rms").loads
@@ -103,7 +97,7 @@ def _wide(accesses):
 
 
 @pytest.mark.parametrize(
-    ("arch", "modes"), thinned(DISASSEMBLED, full=DISASSEMBLED[3:]), ids=name_of
+    ("arch", "modes"), thinned(DISASSEMBLED, full=DISASSEMBLED[1::2]), ids=name_of
 )
 @pytest.mark.timeout(600)
 def test_a_group_is_moved_in_as_few_accesses_as_there_can_be(cubins, arch, modes):
@@ -111,7 +105,7 @@ def test_a_group_is_moved_in_as_few_accesses_as_there_can_be(cubins, arch, modes
         for entry_point in mode.entry_points[:2] if arch == "sm_90" else ("adams_update",):
             if entry_point == "adams_finish":
                 continue
-            image = cubins(THIRD, arch)[mode]
+            image = cubins(PAIRS, arch)[mode]
             found = sass.found_accesses(image, entry_point)
             want = sass.expected_accesses(mode, entry_point)
             # The table's pointers are loaded in 64 bits, too; and the compiler may write the loop

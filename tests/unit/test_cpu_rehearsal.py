@@ -1,7 +1,5 @@
 """What the stand-in for torch.cuda promises; each script runs in a process of its own."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -11,8 +9,8 @@ import pytest
 import torch
 
 from megatron_adams.cpu_rehearsal import STAND_INS, RehearsalError, install, rehearsal_flags
+from tests.harness.forked import run_forked
 
-REPOSITORY = Path(__file__).parents[2]
 NEEDED = [
     *("--distributed-backend", "gloo", "--transformer-impl", "local"),
     *("--no-gradient-accumulation-fusion", "--no-persist-layer-norm"),
@@ -39,14 +37,7 @@ cpu_rehearsal.install()
 
 def rehearse(script: str, **environment: str) -> None:
     """Run a script of assertions with the stand-in installed."""
-    result = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + script],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+    run_forked(PREAMBLE + script, **environment)
 
 
 def test_every_name_is_replaced_by_an_object_of_its_own() -> None:
@@ -258,8 +249,14 @@ def test_can_be_forced_where_a_gpu_is_visible() -> None:
         "torch.cuda.is_available = lambda: True\ncpu_rehearsal.install(force=True)",
     )
     script += "assert real_device(torch.ones(2, device='cuda')) == 'cpu'"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    run_forked(script)
+
+
+def test_a_script_that_fails_fails_its_test() -> None:
+    with pytest.raises(AssertionError, match="assert real_device"):
+        rehearse("assert real_device(torch.ones(2)) == 'cuda'")
+    with pytest.raises(AssertionError, match="exit code 3"):
+        rehearse("import os; os._exit(3)")
 
 
 @pytest.mark.usefixtures("untouched_torch")

@@ -86,16 +86,17 @@ pytest_plugins = ["pytester"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "num_passed"),
+    ("arguments", "num_passed", "num_left_out"),
     [
-        ((), 2),
-        (("--full",), 3),
-        (("test_it.py::test_case[b]",), 1),
-        (("test_it.py::test_case",), 2),
+        ((), 2, 1),
+        (("--full",), 3, 0),
+        (("--only-full",), 1, 2),
+        (("test_it.py::test_case[b]",), 1, 0),
+        (("test_it.py::test_case",), 2, 0),
     ],
 )
 def test_full_cases_run_when_they_are_asked_for(
-    pytester: pytest.Pytester, arguments: tuple[str, ...], num_passed: int
+    pytester: pytest.Pytester, arguments: tuple[str, ...], num_passed: int, num_left_out: int
 ) -> None:
     pytester.makeconftest((TESTS / "conftest.py").read_text("utf-8"))
     pytester.makeini("[pytest]\nmarkers = full: left out")
@@ -112,7 +113,7 @@ def test_full_cases_run_when_they_are_asked_for(
         """
     )
     run = pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
-    run.assert_outcomes(passed=num_passed, deselected=0 if arguments else 1)
+    run.assert_outcomes(passed=num_passed, deselected=num_left_out)
 
 
 def a_run(num_steps: int = 4) -> list[Rank]:

@@ -1,8 +1,7 @@
 """AdamS outside Megatron: a plain PyTorch loop, a Hugging Face Trainer, an Accelerate script."""
 
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -159,13 +158,13 @@ def test_accelerate_script_saves_and_resumes(tmp_path):
     ("script", "pattern"),
     [("minimal.py", r"loss (\d\.\d+)"), ("trainer.py", r"'loss': '?(\d\.\d+)")],
 )
-def test_example_learns(tmp_path, script, pattern):
+def test_example_learns(tmp_path, monkeypatch, capfd, script, pattern):
     if script == "trainer.py":
         pytest.importorskip("transformers", reason="transformers is not installed")
         pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
-    example = Path(__file__).parents[2] / "examples" / script
-    run = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    losses = [float(loss) for loss in re.findall(pattern, run.stdout)]
-    assert len(losses) == 4, run.stdout
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / script), run_name="__main__")
+    said = capfd.readouterr().out
+    losses = [float(loss) for loss in re.findall(pattern, said)]
+    assert len(losses) == 4, said
     assert losses[-1] < losses[0] / 20, losses
