@@ -49,15 +49,21 @@ if __name__ == "__main__":
         print(pool.apply(work, (Result(1, 2),)).values)
 """
 
-# Megatron takes seconds to import, so most of these tests leave registration out.
-# test_registers_before_the_script_runs takes the real one.
+# Megatron takes seconds to import, so most of these tests leave registration out, and what imports
+# torch where nothing is rehearsed. test_registers_before_the_script_runs takes the real modules.
 WITHOUT_MEGATRON = """
+import os
 import sys
 import types
 
-fake = types.ModuleType("megatron_adams.megatron")
-fake.register = lambda: None
-sys.modules["megatron_adams.megatron"] = fake
+def fake(name, **contents):
+    sys.modules[name] = module = types.ModuleType(name)
+    vars(module).update(contents)
+
+fake("megatron_adams.megatron", register=lambda: None)
+if "TEST_REHEARSES" not in os.environ:
+    fake("megatron_adams.optimizer", AdamS=None)
+    fake("megatron_adams.cpu_rehearsal.stand_ins", STAND_INS=(), StandIn=None, install=None)
 """
 
 
@@ -88,6 +94,8 @@ def python(
 
 
 def launch(folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    if "--force-cpu-rehearsal" in args:
+        environment["TEST_REHEARSES"] = "1"
     return python(folder, "-m", "megatron_adams.launch", *args, **environment)
 
 
