@@ -269,13 +269,17 @@ def test_an_interrupted_run_leaves_no_process(tmp_path: Path) -> None:
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
 
 
-def test_recipe_gives_both_optimizers_the_same_settings() -> None:
+def test_recipe_gives_all_optimizers_the_same_settings() -> None:
     recipe = job.Recipe.load()
-    adams, adamw = (recipe.flags(name, num_gpus=0) for name in ("adams", "adamw"))
-    assert (adams["optimizer"], adamw["optimizer"]) == ("adams", "adam")
-    differing = {key for key in adams.keys() | adamw.keys() if adams.get(key) != adamw.get(key)}
-    assert differing <= {"optimizer", "lr", "min-lr"}
-    steps, interval = int(str(adams["train-iters"])), int(str(adams["eval-interval"]))
+    assert set(train.COMPARED) < recipe.optimizers.keys() == train.LABELS.keys()
+    adamw = recipe.flags("adamw", num_gpus=0)
+    assert adamw["optimizer"] == "adam"
+    for name in ("adams", "adams-paper"):
+        adams = recipe.flags(name, num_gpus=0)
+        differing = {key for key in adams.keys() | adamw.keys() if adams.get(key) != adamw.get(key)}
+        form = {"adams-cautious"} if name == "adams" else set()
+        assert differing == {"optimizer", "lr", "min-lr"} | form
+    steps, interval = int(str(adamw["train-iters"])), int(str(adamw["eval-interval"]))
     assert steps % interval, "the last evaluation would run twice"
 
 
@@ -347,7 +351,7 @@ def test_summary_shows_the_losses_and_the_bytes_of_the_moments(tmp_path: Path) -
         ),
     }
     lines = train.summary_lines(results, statistics)
-    assert " ".join(lines[1].split()) == "AdamS 1.875 nats 4.00 MiB exp_avg 4.00 MiB 61 s"
+    assert " ".join(lines[1].split()) == "AdamS cautious 1.875 nats 4.00 MiB exp_avg 4.00 MiB 61 s"
     assert lines[2].split()[:5] == ["AdamW", "2.125", "nats", "8.00", "MiB"]
     assert f"{statistics.bigram_entropy:.3f}" in lines[3]
     train.write_summary(results, statistics, tmp_path)
@@ -365,4 +369,4 @@ def test_sweep_table_marks_the_best_of_each_optimizer(tmp_path: Path) -> None:
     sweep.write_results(points, 120, job.Recipe.load(), tmp_path, num_gpus=0)
     assert sweep.read_points(tmp_path / "lr_sweep.csv") == sorted(points)
     rows = (tmp_path / "lr_sweep.md").read_text().splitlines()[-2:]
-    assert rows == ["| 0.0005 | 2.250 |  |", "| 0.001 | **2.000** | **2.125** |"]
+    assert rows == ["| 0.0005 | 2.250 |  |  |", "| 0.001 | **2.000** |  | **2.125** |"]
