@@ -4,6 +4,7 @@
     megatron-adams convert /checkpoints/adamw /checkpoints/adams
     megatron-adams plan --model llama2-13b --tp 2 --pp 2 --dp 64
     megatron-adams doctor --expect-gpus 8
+    megatron-adams tune -- torchrun ... -m megatron_adams.launch pretrain_gpt.py ...
 
 It must not import Megatron at its top, and needs no GPU.
 """
@@ -12,9 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_adams.commands import convert, doctor, plan, precompile
+from megatron_adams.commands import convert, doctor, plan, precompile, tune
 
-_COMMANDS = (plan, doctor, precompile, convert)
+_COMMANDS = (plan, doctor, precompile, convert, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

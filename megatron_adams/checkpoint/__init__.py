@@ -1,8 +1,9 @@
 """From Adam to AdamS: optimizer state, and whole checkpoints of Megatron, without Megatron.
 
-from_adam.py turns an Adam's groups and state into AdamS's, files.py knows the formats on disk, and
-conversion.py writes a checkpoint of Adam's as one of AdamS. Called by megatron/ while a checkpoint
-is loaded, and by `megatron-adams convert`.
+from_adam.py turns an Adam's groups and state into AdamS's, files.py knows the formats on disk,
+conversion.py writes a checkpoint of Adam's as one of AdamS, and moments.py takes the size of both
+optimizers' updates from one. Called by megatron/ while a checkpoint is loaded, and by the commands
+`megatron-adams convert` and `megatron-adams tune`.
 """
 
 from megatron_adams.checkpoint.conversion import Conversion, convert
@@ -24,10 +25,12 @@ from megatron_adams.checkpoint.from_adam import (
     state_dict_from_adam,
     unfit_for_adams,
 )
+from megatron_adams.checkpoint.moments import AdamMoments, read_moments
 
 __all__ = [
     "METADATA_WRITTEN_LAST",
     "TRACKER",
+    "AdamMoments",
     "Conversion",
     "DamagedCheckpointError",
     "continued_from_adam",
@@ -38,6 +41,7 @@ __all__ = [
     "is_adam_group",
     "is_fsdp_dtensor",
     "is_legacy",
+    "read_moments",
     "saved_arguments",
     "shifted_message",
     "state_dict_from_adam",

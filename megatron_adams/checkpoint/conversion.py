@@ -19,6 +19,7 @@ from megatron_adams.checkpoint.files import (
     METADATA_WRITTEN_LAST,
     TRACKER,
     DamagedCheckpointError,
+    checkpoint_in,
     damage,
     is_common_state,
     is_fsdp_dtensor,
@@ -76,7 +77,7 @@ def convert(
         OSError: it cannot be read, or the new one cannot be written.
         ImportError: the source contains objects of Megatron, and Megatron is not installed.
     """
-    folder = _checkpoint_of(source)
+    folder = checkpoint_in(source)
     if (found := damage(folder)) is not None:
         raise DamagedCheckpointError(f"{folder}: {found}; the checkpoint is incomplete")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -102,21 +103,6 @@ def convert(
     step = folder.name.removeprefix("iter_")
     (destination / TRACKER).write_text(str(int(step)) if step.isdecimal() else step)
     return Conversion(target, _size(folder), _size(target))
-
-
-def _checkpoint_of(source: Path) -> Path:
-    tracker = source / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text().strip()
-        source = source / (f"iter_{int(text):07d}" if text.isdecimal() else text)
-    if not source.is_dir() or not (
-        is_legacy(source) or any(source.glob("*.distcp")) or (source / ".metadata").exists()
-    ):
-        raise ValueError(
-            f"{source}: must be a checkpoint folder of Megatron (iter_0001000, in the format "
-            f"torch_dist or torch), or the folder with {TRACKER} beside it"
-        )
-    return source
 
 
 def _size(folder: Path) -> int:

@@ -6,6 +6,7 @@ Imports torch; unpickling a checkpoint imports what its arguments are made of.
 import io
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 METADATA_WRITTEN_LAST = "metadata.json"
 # Where Megatron before 0.19 has what is in common_state since, in the format torch_dist.
 COMMON_FILE = "common.pt"
-# The key of Megatron's arguments in the format fsdp_dtensor.
-_FSDP_ARGUMENTS = "args"
+# The key of Megatron's arguments, in every format.
+_ARGUMENTS = "args"
 # What unpickling raises on bytes that are no pickle, or half of one (Python's documentation).
 _UNREADABLE = (
     pickle.UnpicklingError,
@@ -49,7 +50,7 @@ def is_fsdp_dtensor(folder: Path) -> bool:
     except (FileNotFoundError, *_UNREADABLE):
         return False
     # The format torch_dist has them inside an object; it may have lost METADATA_WRITTEN_LAST.
-    return _FSDP_ARGUMENTS in metadata.state_dict_metadata
+    return _ARGUMENTS in metadata.state_dict_metadata
 
 
 def damage(folder: Path) -> str | None:
@@ -89,30 +90,60 @@ def _damage_of_legacy(folder: Path) -> str | None:
     return None
 
 
+def checkpoint_in(source: Path) -> Path:
+    """The folder of a checkpoint, from that itself or from the one with the tracker file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tracker = source / TRACKER
+    if tracker.is_file():
+        text = tracker.read_text().strip()
+        source = source / (f"iter_{int(text):07d}" if text.isdecimal() else text)
+    if not source.is_dir() or not (
+        is_legacy(source) or any(source.glob("*.distcp")) or (source / ".metadata").exists()
+    ):
+        raise ValueError(
+            f"{source}: must be a checkpoint folder of Megatron (iter_0001000, in the format "
+            f"torch_dist or torch), or the folder with {TRACKER} beside it"
+        )
+    return source
+
+
 def saved_arguments(folder: Path, *, weights_only: bool = True) -> Any:
     """Megatron's arguments of the run that saved a checkpoint, None where it has none.
+
+    Args, Raises: as `common_state`.
+    """
+    return common_state(folder, weights_only=weights_only).get(_ARGUMENTS)
+
+
+def common_state(folder: Path, *, weights_only: bool = True) -> Mapping[str, Any]:
+    """What all ranks have saved alike: "args", "iteration" and others, empty where there is none.
 
     Args:
         folder: of a checkpoint that is whole.
         weights_only: as of torch.load, which then unpickles only what Megatron has registered;
             False: anything, so that Megatron need not have been started.
+    Returns:
+        Of the format fsdp_dtensor "args" alone.
     Raises:
         ImportError, AttributeError: they are made of objects of a Megatron that is not installed.
         pickle.UnpicklingError: of objects that are not registered.
     """
     if is_legacy(folder):
         path = min(folder.glob("mp_rank_*/model_optim_rng.pt"))
-        return load(path, weights_only=weights_only).get("args")
+        return dict(load(path, weights_only=weights_only))
     if (folder / COMMON_FILE).is_file():
-        return load(folder / COMMON_FILE, weights_only=weights_only).get("args")
+        return dict(load(folder / COMMON_FILE, weights_only=weights_only))
     metadata = FileSystemReader(folder).read_metadata()
     for index, stored in metadata.storage_data.items():
-        if index.fqn == _FSDP_ARGUMENTS:
-            return read(folder, stored, weights_only=weights_only)
+        if index.fqn == _ARGUMENTS:
+            return {_ARGUMENTS: read(folder, stored, weights_only=weights_only)}
         if is_common_state(index.fqn):
             (state,) = read(folder, stored, weights_only=weights_only)
-            return state.get("args")
-    return None
+            return dict(state)
+    return {}
 
 
 def load(path: Path, *, weights_only: bool = False) -> Any:

@@ -15,6 +15,7 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from megatron.core.utils import log_single_rank
 
 from megatron_adams.checkpoint import continued_from_adam, is_adam_group, state_dict_from_adam
+from megatron_adams.megatron.adamw_shadow import attach_shadow
 from megatron_adams.megatron.callers import asks_for_adams
 from megatron_adams.megatron.config import AdamSOptimizerConfig, built_as_adam
 from megatron_adams.megatron.distributed import (
@@ -96,6 +97,8 @@ def adopt(
         if part.optimizer is not None:
             part.optimizer = _adams_from(part.optimizer, config)
             part.init_state_fn = init_state
+            if config.adams_log_adamw_rms is not None:
+                attach_shadow(part.optimizer, config.adams_log_adamw_rms)
             if config.adams_from_adam:
                 part.optimizer.register_load_state_dict_pre_hook(take_from_adam)
             part.optimizer.register_load_state_dict_pre_hook(keep_own_form)

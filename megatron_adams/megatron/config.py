@@ -45,6 +45,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
     adams_kernel: str = KERNELS[0]
     """What computes the step: one of KERNELS."""
 
+    adams_log_adamw_rms: float | None = None
+    """AdamW's beta2: log the RMS of the update that AdamW would make, beside AdamS's."""
+
     adams_max_update_rms: float | None = None
     """Scale a tensor's update down where its RMS, before lr and weight decay, is larger."""
 

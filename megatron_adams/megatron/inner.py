@@ -82,6 +82,9 @@ class InnerAdamS(Protocol):
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
         """Register a function that is called before each step, as in torch."""
 
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> Any:
+        """Register a function that is called after each step, as in torch."""
+
     def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         """Register a function that is called with what is about to be loaded, as in torch."""
 

@@ -13,6 +13,8 @@ from megatron_adams.kernels import BACKENDS
 ADAMS = "adams"
 KERNELS = ("auto", *BACKENDS)
 DEFAULT_BETA2 = 0.95
+# AdamW's in --adams-log-adamw-rms, where none is given: usual for large language models.
+ADAMW_BETA2 = 0.95
 
 # Megatron's keys of a param group for the scheduler.
 RATES = ("max_lr", "min_lr")

@@ -59,6 +59,7 @@ def check_config(config: Any) -> None:
     _check_guards(config)
     _check_form(config)
     _check_graph(config)
+    _check_shadow(config)
     _check_hyperparameters(config)
 
 
@@ -304,6 +305,27 @@ def _check_form(config: Any) -> None:
         given, other = map(flag_of, names)
         rule = "not supported, the correction is not that of a numerator that looks ahead"
         raise refusal(f"{_with_adams(given)} and {other}", rule, _ONE_OF_TWO)
+
+
+def _check_shadow(config: Any) -> None:
+    """Refuse AdamW's shadow where it cannot follow the steps, or would follow another AdamW."""
+    beta2 = getattr(config, "adams_log_adamw_rms", None)
+    if beta2 is None:
+        return
+    given = f"--adams-log-adamw-rms {beta2}"
+    if not 0 < beta2 < 1:
+        raise refusal(
+            _with_adams(given), "must be in (0, 1), AdamW's beta2", "give AdamW's --adam-beta2"
+        )
+    if config.optimizer_cuda_graph:
+        rule = "a CUDA graph would repeat the first step's bias correction"
+        raise refusal(f"{given} with {GRAPH_FLAG}", rule, _ONE_OF_TWO)
+    if config.optimizer_cpu_offload:
+        rule = "the shadow would take the GPU memory that the offload saves"
+        raise refusal(f"{given} with --optimizer-cpu-offload", rule, _ONE_OF_TWO)
+    if not getattr(config, "decoupled_weight_decay", True):
+        rule = "must be True: AdamW's weight decay is no part of its gradients"
+        raise refusal(f"{given} with decoupled_weight_decay=False", rule, _ONE_OF_TWO)
 
 
 def _check_weight_shards(args: Namespace) -> None:

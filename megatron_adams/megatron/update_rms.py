@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.layers import param_is_not_gtp_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
+from megatron_adams.megatron.adamw_shadow import shadow_of
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.megatron.inner import InnerAdamS
 from megatron_adams.update import update_rms
@@ -112,11 +113,13 @@ class UpdateStats:
             None if the step was skipped.
         num_scaled: how many tensors' updates had a factor other than 1.
         num_tensors: the number of tensors. A tensor that is split over tp counts once.
+        adamw_rms: as `rms`, of the updates that AdamW would have made; None without its shadow.
     """
 
     rms: float | None
     num_scaled: int
     num_tensors: int
+    adamw_rms: float | None = None
 
     @classmethod
     def of(cls, optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> Self:
@@ -144,11 +147,13 @@ class UpdateStats:
     @classmethod
     def _from(cls, total: Tensor) -> Self:
         counts = _Counts(*total.cpu())
-        rms = update_rms(torch.stack([counts.squares, counts.num_not_finite]), counts.numel)
+        adams = torch.stack([counts.squares, counts.num_not_finite])
+        adamw = torch.stack([counts.adamw_squares, counts.adamw_num_not_finite])
         return cls(
-            rms=rms.item() if counts.num_parts else None,
+            rms=update_rms(adams, counts.numel).item() if counts.num_parts else None,
             num_scaled=int(counts.num_scaled),
             num_tensors=int(counts.num_tensors),
+            adamw_rms=update_rms(adamw, counts.numel).item() if counts.num_shadows else None,
         )
 
 
@@ -162,6 +167,8 @@ class _Counts(NamedTuple):
         num_scaled: tensors whose update had another factor than 1.
         num_tensors: all tensors.
         num_parts: parts whose last step has counted.
+        adamw_squares, adamw_num_not_finite: as the first two, of AdamW's shadow.
+        num_shadows: parts whose shadow has counted.
     """
 
     squares: Any = 0
@@ -170,9 +177,12 @@ class _Counts(NamedTuple):
     num_scaled: Any = 0
     num_tensors: Any = 0
     num_parts: Any = 0
+    adamw_squares: Any = 0
+    adamw_num_not_finite: Any = 0
+    num_shadows: Any = 0
 
     def stacked(self) -> Tensor:
-        """Return them as one tensor, (6,) int64 on the current device."""
+        """Return them as one tensor, (9,) int64 on the current device."""
         device = torch.cuda.current_device()
         return torch.stack(
             [torch.as_tensor(each, dtype=torch.int64, device=device) for each in self]
@@ -205,6 +215,8 @@ def _count(part: Any) -> Tensor:
     counted = torch.tensor(counts, dtype=torch.bool, device=device)
     is_head = torch.tensor(heads, dtype=torch.bool, device=device)
     squares, num_not_finite = part.optimizer.update_sums().to(device)[counted].sum(dim=0)
+    shadow = shadow_of(part.optimizer)
+    shadow_sums = None if shadow is None else shadow.sums(part.optimizer, device)
     return _Counts(
         squares=squares,
         num_not_finite=num_not_finite,
@@ -212,7 +224,20 @@ def _count(part: Any) -> Tensor:
         num_scaled=((part.optimizer.update_factors().to(device) != 1) & is_head).sum(),
         num_tensors=sum(heads),
         num_parts=1,
+        **_of_shadow(shadow_sums, counted),
     ).stacked()
+
+
+def _of_shadow(sums: Tensor | None, counted: Tensor) -> dict[str, Any]:
+    """What AdamW's shadow adds to `_Counts`, from the sums of all params: (num_params, 2)."""
+    if sums is None:
+        return {}
+    squares, num_not_finite = sums[counted].sum(dim=0)
+    return {
+        "adamw_squares": squares,
+        "adamw_num_not_finite": num_not_finite,
+        "num_shadows": 1,
+    }
 
 
 def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
@@ -227,6 +252,10 @@ def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
     sums = part.optimizer.update_sums()
     assert part.optimizer.reduce_update_sums is not None
     part.optimizer.reduce_update_sums(sums)
+    shadow = shadow_of(part.optimizer)
+    shadow_sums = None if shadow is None else shadow.sums(part.optimizer, sums.device)
+    if shadow_sums is not None:
+        part.optimizer.reduce_update_sums(shadow_sums)
     counts = [
         not any(param.device_mesh.get_coordinate())
         and (param.device_mesh.ndim > 1 or _tp_group(part, param).rank() == 0)
@@ -241,6 +270,7 @@ def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
         num_scaled=((part.optimizer.update_factors() != 1) & counted).sum(),
         num_tensors=sum(counts),
         num_parts=1,
+        **_of_shadow(shadow_sums, counted),
     ).stacked()
 
 

@@ -308,6 +308,18 @@ REFUSED = {
         "--use-precision-aware-optimizer --optimizer-cpu-offload --adams-kernel cuda",
         "--adams-kernel cuda with --optimizer-cpu-offload: no param stays on the GPU",
     ),
+    "shadow_beta2": (
+        "--adams-log-adamw-rms 1",
+        "--adams-log-adamw-rms 1.0 with --optimizer adams: must be in (0, 1), AdamW's beta2",
+    ),
+    "shadow_in_a_cuda_graph": (
+        "--adams-log-adamw-rms --optimizer-cuda-graph",
+        "--adams-log-adamw-rms 0.95 with --optimizer-cuda-graph: a CUDA graph would repeat",
+    ),
+    "shadow_of_offloaded_params": (
+        "--adams-log-adamw-rms --use-precision-aware-optimizer --optimizer-cpu-offload",
+        "--adams-log-adamw-rms 0.95 with --optimizer-cpu-offload: the shadow would take",
+    ),
     "torch_fsdp2": ("--use-torch-fsdp2", "--use-torch-fsdp2"),
     "torch_dcp": ("--ckpt-format torch_dcp", "--ckpt-format torch_dcp"),
     "fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "--ckpt-format fsdp_dtensor"),

@@ -22,10 +22,11 @@ TOP = {
     "megatron": {"__init__", "checkpoint", "kernels", "nvml", "optimizer", "update"},
     "nvml": set(),
     "doctor": {"__init__", "cpu_rehearsal", "kernels", "nvml"},
-    "commands": {"checkpoint", "kernels", "planning"},
+    "commands": {"checkpoint", "kernels", "planning", "tuning"},
     "cli": {"commands"},
     "cpu_rehearsal": set(),
     "planning": set(),
+    "tuning": set(),
     "launch": {"__init__", "cpu_rehearsal"},
 }
 LAZY = {

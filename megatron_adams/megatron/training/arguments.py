@@ -21,7 +21,13 @@ from megatron_adams.megatron.config import (
     AdamSOptimizerConfig,
     stated_as_adam,
 )
-from megatron_adams.megatron.names import ADAMS, DEFAULT_BETA2, KERNELS, dtype_name
+from megatron_adams.megatron.names import (
+    ADAMS,
+    ADAMW_BETA2,
+    DEFAULT_BETA2,
+    KERNELS,
+    dtype_name,
+)
 from megatron_adams.megatron.refusals import (
     check_arguments,
     check_own_flags,
@@ -103,6 +109,17 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             default=KERNELS[0],
             help="What computes the step: a CUDA kernel, the same kernel compiled for the CPU, or "
             "PyTorch operations; auto is the first of them that the parameters' device has.",
+        )
+        group.add_argument(
+            "--adams-log-adamw-rms",
+            type=float,
+            nargs="?",
+            const=ADAMW_BETA2,
+            metavar="BETA2",
+            help="Log, beside the update RMS, that of the update that AdamW would make of the same "
+            "gradients: for megatron-adams tune. Keeps AdamW's exp_avg_sq for it, which takes "
+            "4 bytes a parameter, sharded as the optimizer's state, and a pass over the gradients. "
+            f"BETA2 is AdamW's; by default {ADAMW_BETA2}.",
         )
         group.add_argument(
             "--adams-match-rms",

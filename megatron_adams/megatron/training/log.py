@@ -112,6 +112,9 @@ def _write(args: Any, iteration: int, stats: UpdateStats) -> None:
         return
     line += f" update RMS: {stats.rms:.6E} |"
     scalars = {"adams/update-rms": stats.rms}
+    if stats.adamw_rms is not None:
+        line += f" AdamW's would be: {stats.adamw_rms:.6E} |"
+        scalars["adams/adamw-update-rms"] = stats.adamw_rms
     # Megatron's chain has no configuration on a rank without params.
     config = getattr(_log.chain, "config", None)
     match_rms = getattr(config, "adams_match_rms", None)
