@@ -19,6 +19,8 @@ _DROPPED = (
     *("--save", "--tensorboard-dir"),
     *("--wandb-project", "--wandb-exp-name", "--wandb-save-dir", "--wandb-entity"),
 )
+# With them, updates have another size, and the best rate is nearer to AdamW's.
+_OTHER_FORMS = ("--adams-cautious", "--adams-nesterov")
 _RATES = ("--lr", "--min-lr", "--decoupled-lr", "--decoupled-min-lr", "--lr-warmup-init")
 _NUM_LOGGED = 40
 _TAIL_LINES = 25
@@ -123,6 +125,13 @@ def trial_of(
             "started through megatron_adams.launch, or add --adams-log-adamw-rms to the job and "
             "give its log with --log"
         )
+    for flag in _OTHER_FORMS:
+        if flag in words:
+            raise TuneError(
+                f"{flag}: must not be there, the rule has been tried for the paper's update alone; "
+                "remove it from the trial, or sweep around AdamW's learning rate with it "
+                "(docs/hyperparameters.md)"
+            )
     if "--adams-from-adam" in words:
         raise TuneError(
             "--adams-from-adam: must not be there, a trial is of a job's first steps; give AdamW's "

@@ -105,6 +105,7 @@ def test_last_step_of_a_trial_is_logged_and_enough_of_those_before(num_steps: in
         (["bash", "job.sh"], 200, "has no --optimizer: must have --optimizer adams on it; give"),
         (["x", "--optimizer", "adams"], 200, "has no --lr: must be AdamW's learning rate; add"),
         ([*JOB, "--adams-from-adam"], 200, "--adams-from-adam: must not be there, a trial"),
+        ([*JOB, "--adams-cautious"], 200, "--adams-cautious: must not be there, the rule has been"),
         ([*JOB, "--lr", "$LR"], 200, r"--lr \$LR: must be a number; write"),
     ],
 )
