@@ -9,17 +9,22 @@ RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 BIN := $(if $(VENV),$(VENV)/bin/)
 # TransformerEngine's Python code, which only some tests see: tests/distributed/with_te.
 WITH_TE := $(if $(VENV),$(VENV)/transformer-engine/.complete,)
+# The versions of Megatron beside the installed one, and what runs on each: docs/versions.md.
+VERSIONS ?= $(patsubst tests/versions/%.txt,%,$(wildcard tests/versions/*.txt))
+OLDEST = $(if $(VENV),$(VENV)/megatron/$(firstword $(sort $(VERSIONS)))/.complete,)
+VERSION_TESTS := $(addprefix tests/distributed/test_,$(addsuffix .py,versions register patches parity \
+  checkpoint precision from_adam update_rms fsdp offload fused_step cuda_graph module))
 CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/*.h
 
 # Two tests at a time on two cores. More than four hold up each other: each test may start processes.
 # A file's tests stay together, as they share runs.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test test-all lint sweep bench image docs clean
+.PHONY: help setup train test test-all test-versions lint sweep bench image docs clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
-setup: $(SETUP) $(WITH_TE)  ## create the environment alone
+setup: $(SETUP) $(WITH_TE) $(OLDEST)  ## create the environment alone
 
 $(VENV)/.complete: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
@@ -29,6 +34,13 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Another version of Megatron, as tests/versions names it: in front of the installed one.
+$(VENV)/megatron/%/.complete: tests/versions/%.txt | $(SETUP)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --target $(@D) --requirement $<
 	@touch $@
 
 $(VENV)/transformer-engine/.complete: tests/distributed/with_te/requirements.txt | $(SETUP)
@@ -46,11 +58,20 @@ sweep: $(SETUP)  ## the learning-rate sweep behind the recipe's defaults
 bench: $(SETUP)  ## time AdamS's step against other optimizers and the memory stream
 	$(RUN) benchmarks/step.py $(ARGS)
 
-test: lint $(WITH_TE)  ## lint, type-check and run the tests
+test: lint $(WITH_TE) $(OLDEST)  ## lint, type-check and run the tests
 	$(RUN) -m pytest $(PARALLEL) $(ARGS)
 
-test-all: lint $(WITH_TE)  ## the same with the cases that others cover in part
+test-all: lint $(WITH_TE) $(OLDEST)  ## the same with the cases that others cover in part
 	$(RUN) -m pytest $(PARALLEL) --full $(ARGS)
+
+# MEGATRON names a checkout of Megatron-LM, which is tested in the place of VERSIONS, also where its
+# version is not supported.
+test-versions: $(if $(MEGATRON),,$(VERSIONS:%=$(VENV)/megatron/%/.complete))  ## the matrix of Megatron's versions
+	@for tree in $(or $(MEGATRON),$(VERSIONS:%=$(VENV)/megatron/%)); do \
+	  echo "Megatron of $$tree"; \
+	  PYTHONPATH=$$tree MEGATRON_ADAMS_TEST_ANY_MEGATRON=$(MEGATRON) \
+	    $(RUN) -m pytest $(PARALLEL) $(VERSION_TESTS) $(ARGS) || exit 1; \
+	done
 
 lint: $(SETUP)
 	$(RUN) -m ruff check .

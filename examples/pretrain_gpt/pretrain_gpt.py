@@ -205,7 +205,9 @@ def train_valid_test_datasets_provider(
 
 def refuse_unsupported_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that need another kind of batch or loss."""
-    given = [f"--{name.replace('_', '-')}" for name in UNSUPPORTED_FLAGS if getattr(args, name)]
+    # Not every version of Megatron has all of them.
+    names = [name for name in UNSUPPORTED_FLAGS if getattr(args, name, False)]
+    given = [f"--{name.replace('_', '-')}" for name in names]
     if given:
         raise ValueError(
             f"{', '.join(given)}: this example trains on plain token sequences only; use "

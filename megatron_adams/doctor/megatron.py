@@ -108,8 +108,8 @@ def _import_checks(answer: dict[str, Any], probe: Probe) -> Iterator[Check]:
         yield problem(
             name,
             f"--optimizer adams cannot be registered: {answer['refused']}",
-            'pip install "megatron-core[training]>=0.19,<0.20", or take the other Megatron off '
-            "PYTHONPATH",
+            f'pip install "megatron-core[training]{answer["supported"]}", or take the other '
+            "Megatron off PYTHONPATH",
         )
     else:
         yield ok(name, f"Megatron-Core {answer['version']} imports, --optimizer adams registers")

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.utils import log_single_rank
 
 from megatron_adams.checkpoint import (
@@ -29,6 +28,13 @@ from megatron_adams.megatron.fused_step import (
 from megatron_adams.megatron.inner import InnerAdamS, params_of
 from megatron_adams.megatron.names import ADAMS, RATES
 from megatron_adams.megatron.refusals import rates_refusal, refusal
+from megatron_adams.megatron.versions import (
+    IDENTIFIER_KEYS,
+    groups_as_given,
+    reset_param_sync_dispatch_state,
+    set_groups,
+    with_bucket_padding,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +51,6 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
     The precision-aware optimizer keeps main params there, too. A checkpoint has both in full
     (fp32), in whatever dtypes they are kept, so that it can be loaded into any precision.
     """
-
-    optimizer_state_keys = ("exp_avg",)
 
     # Set while Adam's state is loaded: the params that have not got theirs.
     _params_to_restore: set[Any] | None = None
@@ -91,6 +95,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         init_state(self.optimizer)
         with self.optimizer.state_left_out():
             super().load_state_dict({**state_dict, "optimizer": {"param_groups": groups}})
+        set_groups(self.optimizer, groups)
         if "param_state" in state_dict:
             self._finish_loading()
 
@@ -120,7 +125,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
             for model_chunk in self.model_chunks:
                 model_chunk.start_param_sync(force_sync=True)
                 # The forward pass does not count on it.
-                model_chunk.reset_param_sync_dispatch_state()
+                reset_param_sync_dispatch_state(model_chunk)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A stub, which a rank without trainable parameters has, has nothing to save."""
@@ -214,7 +219,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
         """The gathered state, for fully_reshardable with the padding between buckets.
 
-        Upstream drops that padding, which the legacy format expects, but slices a
+        Upstream drops that padding, which the legacy format expects, but up to 0.19 slices a
         fully_reshardable save by `param_index_map`, which counts it: behind a padded bucket
         every parameter would be saved shifted.
         """
@@ -222,8 +227,8 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
         if state is not None and self._keep_bucket_padding:
             for gbuf_idx, buffer in enumerate(self.buffers):
                 for world_tensors in state[gbuf_idx].values():
-                    for key in ("param", *self.optimizer_state_keys):
-                        world_tensors[key] = _with_bucket_padding(world_tensors[key], buffer)
+                    keys = ("param", *self.optimizer_state_keys)
+                    with_bucket_padding(world_tensors, keys, buffer)
         return state
 
     def sharded_param_state_dp_reshardable(self, *args: Any, **kwargs: Any) -> Any:
@@ -278,10 +283,14 @@ class AdamSChainedOptimizer(FusedStepChain):
             state_dict = regroup_parts(state_dict, len(self.chained_optimizers))
         is_one = len(self.chained_optimizers) == 1
         states = [state_dict] if is_one else _in_order(state_dict)
-        for part, state in zip(self.chained_optimizers, states, strict=False):
-            if part.optimizer is not None and not isinstance(part, DistributedOptimizer):
-                _match_groups_of(part, state)
-        super().load_state_dict(state_dict)
+        paired = [
+            part
+            for part, state in zip(self.chained_optimizers, states, strict=False)
+            if part.optimizer is not None and not isinstance(part, DistributedOptimizer)
+            if _match_groups_of(part, state)
+        ]
+        with groups_as_given(paired):
+            super().load_state_dict(state_dict)
 
 
 def _in_order(state_dict: Any) -> list[Any]:
@@ -289,19 +298,23 @@ def _in_order(state_dict: Any) -> list[Any]:
     return _numbered_parts(state_dict) if isinstance(state_dict, dict) else state_dict
 
 
-def _match_groups_of(part: Any, state: dict[str, Any]) -> None:
+def _match_groups_of(part: Any, state: dict[str, Any]) -> bool:
     """Prepare a state dict for an optimizer that is no distributed one, which pairs groups, too.
 
     Megatron's pairing wants equal learning rates and tells of others by the key of a dict.
+
+    Returns:
+        Whether the saved groups are in the order of the current ones: not if their numbers differ.
     """
     saved = state.get("optimizer", state).get("param_groups", ())
     current = part.optimizer.param_groups
     if len(saved) != len(current):
-        return  # Megatron's to say.
+        return False  # Megatron's to say.
     takes_own_rates = part.config.override_opt_param_scheduler
     matched = match_param_groups(current, saved, takes_own_rates=takes_own_rates)
     params = [group["params"] for group in saved]
     saved[:] = [{**group, "params": own} for group, own in zip(matched, params, strict=True)]
+    return True
 
 
 def regroup_parts(state_dict: dict[Any, Any], num_parts: int) -> dict[Any, Any]:
@@ -354,7 +367,7 @@ def match_param_groups(
 ) -> list[dict[str, Any]]:
     """Find for every current param group the saved one that it continues.
 
-    Groups are the same if Megatron's `param_group_identifier_keys` are; failing that, if they
+    Groups are the same if their `IDENTIFIER_KEYS` are; failing that, if they
     are the same but for `is_expert_parallel`, which changes with the expert parallel size; failing
     that, for Adam's groups, or with `takes_own_rates`, if they are the same but for that and the
     learning rates too.
@@ -371,7 +384,7 @@ def match_param_groups(
     def identity(group: dict[str, Any], keys: Iterable[str]) -> tuple[Any, ...]:
         return tuple(group.get(key, group.get(f"pre_{key}")) for key in keys)
 
-    all_keys = tuple(param_group_identifier_keys)
+    all_keys = IDENTIFIER_KEYS
     dense_keys = tuple(key for key in all_keys if key != "is_expert_parallel")
     # The two optimizers want different learning rates, and the scheduler sets them once it is
     # loaded: of groups that differ in nothing else any one will do.
@@ -396,17 +409,6 @@ def match_param_groups(
         own = {key: group[key] for key in ("is_expert_parallel", *RATES) if key in group}
         matched.append({**found, **own})
     return matched
-
-
-def _with_bucket_padding(unpadded: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """(buffer.numel_unpadded,) without -> (buffer.numel,) with each bucket's end padding."""
-    padded = unpadded.new_zeros(buffer.numel)
-    start = 0
-    for bucket in buffer.buckets:
-        end = start + bucket.numel_unpadded
-        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = unpadded[start:end]
-        start = end
-    return padded
 
 
 def _is_placeholder(entry: dict[str, Any]) -> bool:

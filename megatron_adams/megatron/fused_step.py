@@ -18,12 +18,13 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_adams.megatron import cuda_graph
 from megatron_adams.megatron.inner import InnerAdamS
 from megatron_adams.megatron.refusals import check_graph_chain
+from megatron_adams.megatron.versions import ExpAvgOptimizer, norm_skips_no_step
 from megatron_adams.optimizer import AdamS, fp8_memory
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 _NOT_DISTRIBUTED = "the optimizer is not a distributed one"
 
 
-class FusedStepOptimizer(DistributedOptimizer):
+class FusedStepOptimizer(ExpAvgOptimizer):
     """Megatron's DistributedOptimizer (0.19), whose inner step also scales and copies.
 
     An existing object is assigned this class, so there is no constructor. `prepare_step` is called
@@ -189,6 +190,11 @@ class FusedStepChain(ChainedOptimizer):
         """Step as upstream does. The functions that it calls are wrapped below."""
         if self._captured is not None:
             self._captured.note(self.param_groups)
+            with norm_skips_no_step(self.chained_optimizers):
+                return self._step_with_own_passes()
+        return self._step_with_own_passes()
+
+    def _step_with_own_passes(self) -> Any:
         with cuda_graph.norm_on_device(self.is_captured):
             if why_gradients_are_scaled(self) is not None:
                 return super().step()

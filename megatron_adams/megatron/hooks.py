@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SUPPORTED_MEGATRON = ">=0.19,<0.20"
+SUPPORTED_MEGATRON = ">=0.18,<0.20"
 
 _MISSING: Any = object()
 _WRAPPED_MARK = "__megatron_adams_original__"

@@ -334,17 +334,19 @@ def _check_weight_shards(args: Namespace) -> None:
     if not given:
         return
     tp_size = args.tensor_model_parallel_size
-    for flag, num_shards, size in (
-        ("--tensor-parallel-num-weight-shards", args.tensor_parallel_num_weight_shards, tp_size),
+    # A Megatron without these flags has no such shards.
+    for name, size in (
+        ("tensor_parallel_num_weight_shards", tp_size),
         (
-            "--expert-tensor-parallel-num-weight-shards",
-            args.expert_tensor_parallel_num_weight_shards,
+            "expert_tensor_parallel_num_weight_shards",
             args.expert_tensor_parallel_size or tp_size,
         ),
     ):
+        num_shards = getattr(args, name, None)
         if num_shards is not None and num_shards > size:
             raise refusal(
-                f"{_words_of(given)} with {flag} {num_shards} and tensor parallel size {size}",
+                f"{_words_of(given)} with {flag_of(name)} {num_shards} and tensor parallel size "
+                f"{size}",
                 "not supported, the RMS would be that of a shard",
                 _ONE_OF_TWO,
             )
@@ -490,6 +492,9 @@ def check_fsdp_model(config: Any, model_chunks: Sequence[Any]) -> None:
     Raises:
         ValueError: naming the setting.
     """
+    version = getattr(model_chunks[0].ddp_config, "megatron_fsdp_version", 1)
+    if version != 1:
+        raise _fsdp_version_refusal(f"megatron_fsdp_version={version}")
     if len(model_chunks) > 1:
         raise refusal(
             f"{len(model_chunks)} model chunks with Megatron-FSDP",
@@ -510,8 +515,15 @@ def _fsdp_refusal(given: str, rule: str, remedy: str) -> ValueError:
     return refusal(f"{given} with --use-megatron-fsdp", rule, remedy)
 
 
+def _fsdp_version_refusal(given: str) -> ValueError:
+    return refusal(given, "must be 1, the other's optimizer is another class", "give 1")
+
+
 def _check_fsdp_arguments(args: Namespace) -> None:
     """Refuse flags that Megatron-FSDP contradicts, or drops without a word."""
+    # Up to 0.19 there is one version, and no flag.
+    if (version := getattr(args, "megatron_fsdp_version", 1)) != 1:
+        raise _fsdp_version_refusal(_with_adams(f"--megatron-fsdp-version {version}"))
     if args.ckpt_format != FSDP_FORMAT:
         raise _fsdp_refusal(
             f"--ckpt-format {args.ckpt_format}",

@@ -19,7 +19,6 @@ _HYBRID_OPTIMIZER = f"{_OFFLOADING}.hybrid_optimizer.HybridDeviceOptimizer"
 # What AdamSDistributedOptimizer, AdamSFsdpOptimizer, AdamSChainedOptimizer and HybridAdamS override
 # or call, and what this package's modules import by name.
 _RELIED_ON = (
-    Symbol(f"{_DISTRIBUTED_OPTIMIZER}.optimizer_state_keys"),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.state_dict", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.load_state_dict", ("self", "state_dict")),
     Symbol(
@@ -70,8 +69,8 @@ _RELIED_ON = (
     Symbol(f"{_OPTIMIZERS}.ChainedOptimizer._synchronize_steps", ("self",)),
     Symbol("megatron.core.optimizer.clip_grads.multi_tensor_scale_tensor_impl"),
     Symbol(f"{_OPTIMIZERS}.param_group_identifier_keys"),
+    Symbol("megatron.core.dist_checkpointing.mapping.ShardedTensor"),
     Symbol(f"{_DDP}.start_param_sync", ("self",)),
-    Symbol(f"{_DDP}.reset_param_sync_dispatch_state", ("self",)),
     Symbol(
         f"{_HYBRID_OPTIMIZER}.__init__",
         (
@@ -96,13 +95,14 @@ _RELIED_ON = (
     Symbol(f"{_HYBRID_OPTIMIZER}._register_load_state_dict_hooks", ("self",)),
     Symbol(f"{_HYBRID_OPTIMIZER}.sub_optimizers"),
     Symbol(f"{_OFFLOADING}.HybridDeviceOptimizer"),
+    Symbol(f"{_OPTIMIZERS}.MegatronOptimizer._filter_and_reorder_param_groups"),
     Symbol("megatron.core.optimizer.ChainedOptimizer"),
     Symbol("megatron.core.optimizer.DistributedOptimizer"),
     Symbol(
         "megatron.core.tensor_parallel.param_is_not_tensor_parallel_duplicate",
-        ("param", "tp_group", "expert_tp_group"),
+        ("param", "tp_group"),
     ),
-    Symbol("megatron.core.tensor_parallel.layers.param_is_not_gtp_duplicate", ("param",)),
+    Symbol("megatron.core.parallel_state.get_expert_tensor_parallel_group"),
     Symbol("megatron.core.transformer.module.param_is_not_shared", ("param",)),
     Symbol(f"{_OPTIMIZERS}.MegatronOptimizer.get_grad_stats_parallel_group", ("self",)),
     Symbol("megatron.core.models.mimo.model.base.MimoModel"),
@@ -249,12 +249,21 @@ def register() -> None:
     if with_training:
         require(_RELIED_ON_IN_TRAINING, version)
         hooks += _training_hooks()
+    differences = _differences()
     attached = attach(hooks, version)
     if attached and os.environ.get("RANK", "0") == "0":
         where = "megatron.core and megatron.training" if with_training else "megatron.core alone"
         logger.info(
-            "registered --optimizer adams with %s %s (wrapped: %s)",
+            "registered --optimizer adams with %s %s (wrapped: %s%s)",
             where,
             version,
             ", ".join(attached),
+            f"; bridged: {', '.join(differences)}" if differences else "",
         )
+
+
+def _differences() -> list[str]:
+    # It imports Megatron's optimizers, which `require` has looked at by now.
+    from megatron_adams.megatron.versions import describe_differences
+
+    return describe_differences()

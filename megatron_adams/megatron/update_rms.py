@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.tensor_parallel.layers import param_is_not_gtp_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_adams.megatron.adamw_shadow import shadow_of
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.megatron.inner import InnerAdamS
+from megatron_adams.megatron.versions import is_counted_here, mark_experts, tp_group_of
 from megatron_adams.update import update_rms
 
 
@@ -41,6 +40,7 @@ def connect_update_sums(part: Any) -> None:
     else:
         pairs = {param: param for param in inner_params}
         whole, shards = list(inner_params), []
+    mark_experts(part, pairs)
     part.optimizer.whole_numels = {
         inner: param.numel() * _tp_size(part, param) for inner, param in pairs.items()
     }
@@ -54,7 +54,7 @@ def _splits(part: Any, whole: Sequence[Any]) -> list[tuple[Any, Sequence[int]]]:
     rows: dict[Any, list[int]] = {}
     for index, param in enumerate(whole):
         if _is_split(param) and _tp_size(part, param) > 1:
-            rows.setdefault(_tp_group(part, param), []).append(index)
+            rows.setdefault(tp_group_of(part, param), []).append(index)
     return list(rows.items())
 
 
@@ -196,20 +196,13 @@ def _count(part: Any) -> Tensor:
         return _Counts().stacked()
     params = _params_of(part)
     tp_rank = {
-        group: group.rank() for group in dict.fromkeys(_tp_group(part, param) for param in params)
+        group: group.rank() for group in dict.fromkeys(tp_group_of(part, param) for param in params)
     }
     starts = _starts(part)
-    counts = [
-        param_is_not_shared(param)
-        and param_is_not_gtp_duplicate(param)
-        and param_is_not_tensor_parallel_duplicate(
-            param, tp_group=part.tp_group, expert_tp_group=part.expert_tp_group
-        )
-        for param in params
-    ]
+    counts = [param_is_not_shared(param) and is_counted_here(part, param) for param in params]
     # A tensor counts on the rank that has its first element.
     heads = [
-        count and param in starts and tp_rank[_tp_group(part, param)] == 0
+        count and param in starts and tp_rank[tp_group_of(part, param)] == 0
         for param, count in zip(params, counts, strict=True)
     ]
     counted = torch.tensor(counts, dtype=torch.bool, device=device)
@@ -258,7 +251,7 @@ def _count_whole(part: AdamSFsdpOptimizer) -> Tensor:
         part.optimizer.reduce_update_sums(shadow_sums)
     counts = [
         not any(param.device_mesh.get_coordinate())
-        and (param.device_mesh.ndim > 1 or _tp_group(part, param).rank() == 0)
+        and (param.device_mesh.ndim > 1 or tp_group_of(part, param).rank() == 0)
         for param in params
     ]
     counted = torch.tensor(counts, dtype=torch.bool, device=sums.device)
@@ -304,14 +297,8 @@ def _is_split(param: Any) -> bool:
     return bool(getattr(param, "tensor_model_parallel", False))
 
 
-def _tp_group(part: Any, param: Any) -> Any:
-    """Choose as megatron.core.tensor_parallel's param_is_not_tensor_parallel_duplicate (0.19)."""
-    is_expert = not getattr(param, "allreduce", True)
-    return part.expert_tp_group if is_expert and part.expert_tp_group else part.tp_group
-
-
 def _tp_size(part: Any, param: Any) -> int:
-    return int(_tp_group(part, param).size()) if _is_split(param) else 1
+    return int(tp_group_of(part, param).size()) if _is_split(param) else 1
 
 
 def inner_optimizers(optimizer: ChainedOptimizer | AdamSFsdpOptimizer) -> list[InnerAdamS]:

@@ -1,3 +1,5 @@
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +59,27 @@ def te_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(folder, ["--with-transformer-engine"])
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="session")
+def oldest_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """As `cluster`, with the oldest version of Megatron that is supported."""
+    requirements = min((Path(__file__).parents[1] / "versions").glob("*.txt"), key=_number)
+    folder = Path(os.environ.get("MEGATRON_ADAMS_TEST_MEGATRONS", Path(sys.prefix) / "megatron"))
+    installed = (folder / requirements.stem).resolve()
+    if not (installed / "megatron").is_dir():
+        pytest.skip(
+            f"no Megatron in {installed}: python -m pip install --no-deps --target {installed} "
+            f"--requirement {requirements} (make setup does it), or name another parent folder in "
+            "MEGATRON_ADAMS_TEST_MEGATRONS"
+        )
+    cluster = Cluster(tmp_path_factory.mktemp("oldest_cluster"), extra_path=installed)
+    yield cluster
+    cluster.close()
+
+
+def _number(requirements: Path) -> list[int]:
+    return [int(part) for part in requirements.stem.split(".")]
 
 
 @pytest.fixture

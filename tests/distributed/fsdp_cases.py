@@ -7,6 +7,7 @@ import torch
 
 from megatron_adams.optimizer import AdamS
 from tests.distributed.cases import TINY_GPT, run_script
+from tests.distributed.flag_cases import parse
 
 
 def train(argv: str, base: str = TINY_GPT) -> dict[str, Any]:
@@ -122,3 +123,23 @@ def state_after_load(argv: str) -> dict[str, Any]:
 
 class _LoadedError(Exception):
     """Everything is loaded, and has been looked at."""
+
+
+def refusals_of_versions(argv: str) -> dict[str, str | None]:
+    """What a command line is refused with, by the version of Megatron-FSDP that it asks for.
+
+    Up to Megatron 0.19 there is no flag for it, so it is put among the arguments.
+    """
+    from megatron_adams.megatron.refusals import check_arguments
+
+    args = parse(argv)
+    answers: dict[str, str | None] = {}
+    for version in (1, 2):
+        args.optimizer, args.megatron_fsdp_version = "adams", version
+        try:
+            check_arguments(args)
+        except ValueError as exc:
+            answers[str(version)] = str(exc)
+        else:
+            answers[str(version)] = None
+    return answers

@@ -151,6 +151,7 @@ PADDED = {
     ),
 }
 UPSTREAMS_WARNING = "param range exceeds"
+DIFFERENCES = "tests.distributed.version_cases:differences"
 
 
 @pytest.mark.parametrize("size", PADDED)
@@ -163,7 +164,9 @@ def test_saved_tensors_are_the_live_ones_behind_padded_buckets(
     stock = plain_cluster.run(
         TRAIN, num_ranks, argv=f"{base} --optimizer adam --save {tmp_path / 'stock'}"
     )
-    assert UPSTREAMS_WARNING in stock.log, "no longer the sizes that trigger it"
+    # A Megatron that takes the padding out has no warning: test_versions.py looks at the sizes.
+    bridged = cluster.run(DIFFERENCES).results[0]["differences"]
+    assert (UPSTREAMS_WARNING in stock.log) is ("bucket padding" not in bridged)
     ranks = cluster.run(PLACE, num_ranks, argv=f"{base} {ADAMS} --save {tmp_path / 'adams'}")
     assert UPSTREAMS_WARNING not in ranks.log
     saved = cluster.run(LOAD, checkpoint=folder_of(tmp_path / "adams", SAVED_AT)).results[0]

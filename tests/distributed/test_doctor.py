@@ -90,6 +90,7 @@ def judged(found: dict[str, Any], **answer: Any) -> dict[str, Status]:
     """The checks that the doctor makes of an answer."""
     whole = {
         "version": "0.19.2",
+        "supported": ">=0.18,<0.20",
         "refused": None,
         "transformer_engine": "missing",
         "apex": "missing",

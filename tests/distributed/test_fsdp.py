@@ -19,6 +19,7 @@ TRAIN = "tests.distributed.fsdp_cases:train"
 TRAIN_WITHOUT = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
 REFUSALS = "tests.distributed.flag_cases:refusals"
+WITH_VERSION = "tests.distributed.fsdp_cases:refusals_of_versions"
 
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 NUM_STEPS, SAVED = 4, 2
@@ -519,6 +520,19 @@ def test_flags_that_agree_are_taken(fsdp_cluster: Cluster) -> None:
         )
     ]
     assert fsdp_cluster.run(REFUSALS, 1, commands=commands).results[0] == [None] * len(commands)
+
+
+def test_version_2_is_refused(fsdp_cluster: Cluster) -> None:
+    from megatron_adams.megatron.config import AdamSOptimizerConfig
+    from megatron_adams.megatron.refusals import check_model
+
+    ddp_config = SimpleNamespace(use_megatron_fsdp=True, megatron_fsdp_version=2)
+    with pytest.raises(ValueError, match=r"^megatron_fsdp_version=2: must be 1, .*; give 1$"):
+        check_model(AdamSOptimizerConfig(lr=1e-3), [SimpleNamespace(ddp_config=ddp_config)])
+    argv = f"--optimizer adams {fsdp('optim')}"
+    answers = fsdp_cluster.run(WITH_VERSION, 1, argv=argv).results[0]
+    assert answers["1"] is None
+    assert answers["2"].startswith("--megatron-fsdp-version 2 with --optimizer adams: must be 1")
 
 
 def test_configuration_that_the_model_does_not_have_is_refused() -> None:

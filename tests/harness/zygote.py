@@ -6,6 +6,7 @@ no tensor operation itself: threads of OpenMP do not survive a fork.
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import importlib
@@ -27,6 +28,8 @@ from typing import Any
 import numpy as np
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tests.harness import other_megatron
+
 IMPORTED_BY_EVERY_RANK = (
     "megatron.training.training",
     "megatron.core.datasets.blended_megatron_dataset_builder",
@@ -46,6 +49,8 @@ def import_megatron(*, register: bool, transformer_engine: bool) -> None:
     from megatron_adams import cpu_rehearsal
 
     cpu_rehearsal.install()
+    if os.environ.get("MEGATRON_ADAMS_TEST_ANY_MEGATRON"):
+        take_any_version()
     if transformer_engine:
         from tests.distributed import with_te
 
@@ -60,7 +65,10 @@ def import_megatron(*, register: bool, transformer_engine: bool) -> None:
         # Compiled in the wheel, which has no Makefile: Megatron would exit. The plugin minds it.
         utils.compile_helpers = lambda: None
     for module in IMPORTED_BY_EVERY_RANK:
-        importlib.import_module(module)
+        # Other versions of Megatron have them elsewhere: a rank imports those itself.
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
+    other_megatron.install()
     remember_help_of_flags()
     remember_mock_data()
     remember_entry_points()
@@ -71,6 +79,13 @@ def import_megatron(*, register: bool, transformer_engine: bool) -> None:
     filesystem_async.get_write_results_queue = functools.partial(
         filesystem_async.get_write_results_queue, mp_mode="fork"
     )
+
+
+def take_any_version() -> None:
+    """Let `register()` try a version that is not supported yet: to find out whether it can be."""
+    from megatron_adams.megatron import hooks
+
+    hooks.SUPPORTED_MEGATRON = ">=0"
 
 
 def remember_help_of_flags() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_adams.megatron.hooks import (
+    SUPPORTED_MEGATRON,
     Hook,
     Symbol,
     UnsupportedMegatronError,
@@ -50,16 +51,18 @@ BUILD = Hook(Symbol(f"{HOME}.build", ("config", "chunks")), louder)
 CHECK = Hook(Symbol(f"{HOME}.check"), louder)
 
 
-@pytest.mark.parametrize("version", ["0.19.0", "0.19.2", "0.19.2+abc123", "0.19.0rc1", "0.19.10"])
+@pytest.mark.parametrize(
+    "version", ["0.18.0", "0.19.2", "0.19.2+abc123", "0.19.0rc1", "0.19.10", "0.18.9+abc"]
+)
 def test_supported_version_is_accepted(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.18.0", "0.18.9+abc", "0.20.0", "0.20.0rc0", "1.0"])
+@pytest.mark.parametrize("version", ["0.17.1", "0.17.9+abc", "0.20.0", "0.20.0rc0", "1.0"])
 def test_other_version_is_refused_with_path_and_range(version: str) -> None:
     with pytest.raises(UnsupportedMegatronError) as refused:
         check_version(version)
-    for part in ("megatron.core:", version, ">=0.19,<0.20", "pip install"):
+    for part in ("megatron.core:", version, SUPPORTED_MEGATRON, "pip install"):
         assert part in str(refused.value)
 
 
@@ -108,7 +111,7 @@ def test_missing_or_changed_symbol_is_refused_before_anything_is_wrapped(
     home, user = modules
     with pytest.raises(UnsupportedMegatronError) as refused:
         attach([BUILD, Hook(symbol, louder)], VERSION)
-    for part in (symbol.path, what, VERSION, ">=0.19,<0.20"):
+    for part in (symbol.path, what, VERSION, SUPPORTED_MEGATRON):
         assert part in str(refused.value)
     assert home.build("a") == user.build("a") == "a 1"
     with pytest.raises(UnsupportedMegatronError, match=symbol.path):

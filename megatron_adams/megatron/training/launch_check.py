@@ -18,7 +18,7 @@ from typing import Any
 
 import megatron.core
 
-from megatron_adams.megatron.hooks import UnsupportedMegatronError
+from megatron_adams.megatron.hooks import SUPPORTED_MEGATRON, UnsupportedMegatronError
 from megatron_adams.megatron.names import dtype_name
 from megatron_adams.megatron.register import register
 
@@ -53,7 +53,8 @@ def check_megatron() -> dict[str, Any]:
     """Import Megatron as a job does, and register AdamS.
 
     Returns:
-        "version"; "refused": why AdamS cannot be registered, None where it was;
+        "version"; "supported": the range of versions; "refused": why AdamS cannot be registered,
+        None where it was;
         "transformer_engine", "apex": "imported", "missing", or why it cannot be imported.
     """
     refused = None
@@ -63,6 +64,7 @@ def check_megatron() -> dict[str, Any]:
         refused = str(exc)
     return {
         "version": megatron.core.__version__,
+        "supported": SUPPORTED_MEGATRON,
         "refused": refused,
         "transformer_engine": _state_of("transformer_engine.pytorch"),
         "apex": _state_of("apex"),

@@ -1,0 +1,107 @@
+"""The example's script, which is written for Megatron 0.19, on an older one.
+
+The tests of Megatron's versions train with one script. Where Megatron lacks a function that it
+calls, `install` puts one there that does the same with the means of that version. A user of an
+older Megatron has that version's own pretrain_gpt.py in its place.
+"""
+
+import inspect
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+
+def install() -> None:
+    """Complete the installed Megatron. Nothing is done where nothing is missing."""
+    import megatron.training
+    from megatron.core import utils
+    from megatron.training import argument_utils, training
+
+    if hasattr(argument_utils, "gpt_config_from_args"):
+        return
+    argument_utils.gpt_config_from_args = lambda args: None
+    utils.get_batch_on_this_tp_rank = _with_older_names(utils.get_batch_on_this_tp_rank)
+    pretrain = _building_by_a_function(training.pretrain)
+    megatron.training.pretrain = training.pretrain = pretrain
+
+
+def _building_by_a_function(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's `pretrain` of 0.18, which is given a function that builds the model."""
+
+    def pretrain(
+        container: Any, datasets: Callable[..., Any], model_type: Any, forward_step: Any
+    ) -> Any:
+        return original(container, datasets, build_gpt, model_type, forward_step)
+
+    return pretrain
+
+
+def _with_older_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's get_batch_on_this_tp_rank of 0.18."""
+
+    def get_batch_on_this_tp_rank(batch: Any, *, has_cu_seqlens: bool, **others: Any) -> Any:
+        return original(batch, is_sft=has_cu_seqlens, **others)
+
+    return get_batch_on_this_tp_rank
+
+
+def build_gpt(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> Any:
+    """Build the model of Megatron's arguments, as the pretrain_gpt.py of 0.18 does."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(args, config, vp_stage),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def _layer_spec(args: Namespace, config: Any, vp_stage: int | None) -> Any:
+    from megatron.core.models.gpt import gpt_layer_specs as specs
+
+    with_te = args.transformer_impl == "transformer_engine"
+    if args.num_experts:
+        return specs.get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=with_te,
+            normalization=args.normalization,
+            qk_l2_norm=args.qk_l2_norm,
+            vp_stage=vp_stage,
+        )
+    build = (
+        specs.get_gpt_layer_with_transformer_engine_spec
+        if with_te
+        else specs.get_gpt_layer_local_spec
+    )
+    given = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
+        "normalization": args.normalization,
+        "qk_l2_norm": config.qk_l2_norm,
+    }
+    known = inspect.signature(build).parameters
+    return build(**{name: value for name, value in given.items() if name in known})
