@@ -130,7 +130,7 @@ class ChangedAdam(Optimizer):
 
 
 def build(variant: Variant, params_by_kind: dict[str, list[Tensor]], lr: float) -> Optimizer:
-    """Build a variant's optimizer. Norms have no weight decay; a mask acts only on matrices.
+    """Build a variant's optimizer. Norms have no weight decay.
 
     Args:
         params_by_kind: a list of fp32 params for each of gpt.KINDS.
@@ -139,9 +139,10 @@ def build(variant: Variant, params_by_kind: dict[str, list[Tensor]], lr: float) 
         {
             "params": params,
             "weight_decay": 0.0 if kind == "norms" else WEIGHT_DECAY,
-            "cautious": variant.cautious and kind == "matrices",
+            "cautious": variant.cautious and kind in variant.cautious_kinds,
         }
         for kind, params in params_by_kind.items()
+        if params  # a tied model has no head
     ]
     betas = (BETA1, variant.beta2)
     if variant.cautious or variant.nesterov:
