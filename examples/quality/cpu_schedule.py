@@ -53,6 +53,7 @@ SETTINGS = {
     for setting in (
         Setting("2k", 2048, origin=None),
         Setting("512", 512, upward=False),
+        Setting("4k", 4096),
         Setting("8k", 8192),
         Setting("tied", 2048, tied=True, upward=False),
         Setting("wide", 2048, num_layers=2, width=96, upward=False),
@@ -60,7 +61,7 @@ SETTINGS = {
     )
 }
 # The settings that differ only in the tokens a step. They decide.
-BATCH_SIZES = ("512", "2k", "8k")
+BATCH_SIZES = ("512", "2k", "4k", "8k")
 
 ADAMW = Variant("AdamW", "adamw", (rate(4), rate(6)))
 ADAMW_99 = Variant("AdamW beta2 0.99", "adamw", (rate(4), rate(6)), beta2=0.99)
@@ -97,19 +98,20 @@ class Part:
 PARTS = (
     Part("2k", CORE),
     Part("512", CORE),
-    Part("tied", (ADAMW, ADAMS), seeds=()),
-    Part("wide", (ADAMW, ADAMS), seeds=()),
-    Part("2k", (ADAMW_99,)),
     Part("512", (ADAMW_99,)),
-    Part("8k", CORE, fine=False),
-    Part("2k", CHANGED_ADAMW),
+    Part("tied", (ADAMW, ADAMS), fine=False, seeds=()),
+    Part("4k", CORE, fine=False),
+    Part("2k", (ADAMW_99,)),
+    Part("wide", (ADAMW, ADAMS), fine=False, seeds=()),
     Part("512", CHANGED_ADAMW),
+    Part("2k", CHANGED_ADAMW),
     Part("long", CORE, fine=False, seeds=()),
+    Part("8k", CORE, fine=False),
     Part("tied", CORE),
-    Part("2k", CORE, seeds=(4, 5)),
     Part("512", CORE, seeds=(4, 5)),
+    Part("2k", CORE, seeds=(4, 5)),
     Part("2k", (ADAMS_99,)),
-    Part("8k", (ADAMW_99, *CHANGED_ADAMW), fine=False),
+    Part("4k", (ADAMW_99, *CHANGED_ADAMW), fine=False),
     Part("long", CORE, fine=False),
 )
 
