@@ -162,9 +162,10 @@ def _wishes(losses: Losses, parts: Sequence[Part]) -> Iterator[Run]:
                 yield Run(part.setting, variant.name, lr, seed)
 
 
-def next_run(losses: Losses, num_parts: int = len(PARTS)) -> Run | None:
-    """Return the next run of the plan's first parts, or None if they are complete."""
-    return next((run for run in _wishes(losses, PARTS[:num_parts]) if run not in losses), None)
+def next_run(losses: Losses, num_parts: int | None = None) -> Run | None:
+    """Return the next run of the first `num_parts` parts (all); None if they are complete."""
+    parts = PARTS if num_parts is None else PARTS[:num_parts]
+    return next((run for run in _wishes(losses, parts) if run not in losses), None)
 
 
 def compare(losses: Losses, setting: str, variant: Variant, other: Variant) -> Paired | None:
@@ -229,11 +230,13 @@ def recommended(losses: Losses) -> Variant | None:
 
 def decide(losses: Losses) -> str:
     """Return in sentences what the rule of PLAN-CPU.md decides from the finished runs."""
+    verdicts = {candidate: judge(losses, candidate) for candidate in CANDIDATES}
+    if not any(verdicts.values()):
+        return "Nothing is decided yet: it takes two batch sizes with two seeds from 1 on."
     sentences = []
-    for candidate in CANDIDATES:
-        found = judge(losses, candidate)
+    for candidate, found in verdicts.items():
         if found is None:
-            sentences.append(f"{candidate.name}: not decided; it takes two batch sizes, two seeds.")
+            sentences.append(f"{candidate.name}: not decided yet.")
             continue
         better = "is better than" if found.improves else "is not shown to be better than"
         to_adamw = {True: "level with", False: "behind", None: "undecided against"}[found.level]

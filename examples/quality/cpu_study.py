@@ -101,7 +101,11 @@ def study(args: argparse.Namespace) -> None:
             say(f"{run}  held-out {losses[run]:.4f} nats a byte  {row['seconds']:.1f} s")
         else:
             say("end: every run of the chosen parts is done")
-    print(cpu_schedule.decide(losses))
+    if losses:
+        import cpu_plot
+
+        print(cpu_plot.write(args.out))
+        print(f"The picture: {args.out / 'quality.png'}")
 
 
 def model_name(setting: Setting) -> str:
