@@ -104,10 +104,10 @@ def test_an_uneven_grid_keeps_its_places() -> None:
 def test_the_rule(
     cautious: float, nesterov: float, level: bool | None, chosen: schedule.Variant | None
 ) -> None:
-    losses, _ = pretend(by_variant(adams=0.1, cautious=cautious, nesterov=nesterov), num_parts=5)
+    losses, _ = pretend(by_variant(adams=0.1, cautious=cautious, nesterov=nesterov), num_parts=2)
     verdict = cpu_schedule.judge(losses, CAUTIOUS)
     assert verdict is not None
-    assert verdict.settings == ("512", "2k", "4k")
+    assert verdict.settings == ("512", "2k")
     assert verdict.improves == (cautious < 0.1)
     assert verdict.level is level
     if chosen is CAUTIOUS and cautious == nesterov:
@@ -119,10 +119,10 @@ def test_the_rule(
 
 def test_one_bad_batch_size_is_enough_against_a_candidate() -> None:
     def offset_of(run: Run) -> float:
-        bad = run.axis == "4k" and run.variant == CAUTIOUS.name
+        bad = run.axis == "512" and run.variant == CAUTIOUS.name
         return by_variant(adams=0.1, cautious=0.2 if bad else 0.0, nesterov=0.2)(run)
 
-    losses, _ = pretend(offset_of, num_parts=5)
+    losses, _ = pretend(offset_of, num_parts=2)
     verdict = cpu_schedule.judge(losses, CAUTIOUS)
     assert verdict is not None and not verdict.improves and verdict.level is False
     assert cpu_schedule.recommended(losses) is None
