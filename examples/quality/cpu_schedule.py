@@ -100,7 +100,7 @@ PARTS = (
     Part("512", CORE),
     Part("512", (ADAMW_99,)),
     Part("tied", (ADAMW, ADAMS), fine=False, seeds=()),
-    Part("512", CORE, seeds=(4, 5, 6, 7, 8)),
+    Part("512", (*CORE, ADAMW_99), seeds=(4, 5, 6, 7, 8)),
     Part("wide", (ADAMW, ADAMS), fine=False, seeds=()),
     Part("4k", (ADAMW, ADAMS), fine=False, seeds=()),
     Part("2k", CORE, seeds=(4, 5, 6, 7, 8)),
