@@ -31,6 +31,8 @@ def adams_update_(
     step: int,
     bias_correction: bool = False,
     decoupled_weight_decay: bool = True,
+    nesterov: bool = False,
+    cautious: bool = False,
     update_sums: Tensor | None = None,
     update_factor: float | Tensor = 1.0,
 ) -> None:
@@ -44,6 +46,14 @@ def adams_update_(
     v_t and m_t in p_t are both multiplied by 1 / (1 - beta1^t); the stored exp_avg is not. With
     `decoupled_weight_decay=False`, weight_decay * p_{t-1} is added to g_t instead (L2).
 
+    Two changes of the numerator m_t are not in the paper. Neither needs state or a further pass:
+
+        nesterov: n_t = beta1 * m_t + (1 - beta1) * g_t takes the place of m_t, so that the newest
+            gradient counts more. Source: Dozat 2016, "Incorporating Nesterov momentum into Adam".
+        cautious: the numerator is 0 where its product with g_t is not above 0. The element then
+            moves by weight decay alone. Source: Liang et al. 2024, arXiv:2411.16085, without their
+            rescaling of the other elements, which would need a sum over the tensor.
+
     Every operation below is rounded on its own (no fused multiply-add) and acts on each element
     alone, so any split of a tensor into shards gives the same bits. A kernel must keep this order:
 
@@ -52,7 +62,9 @@ def adams_update_(
         a = c * exp_avg
         v = beta2 * (a * a) + (1 - beta2) * (g * g)
         exp_avg = beta1 * exp_avg + (1 - beta1) * g
-        u = (c * exp_avg) / (sqrt(v) + eps)
+        n = exp_avg                                         # nesterov: beta1 * n + (1 - beta1) * g
+                                                            # cautious: 0, if n * g <= 0
+        u = (c * n) / (sqrt(v) + eps)
         u = update_factor * u                               # decoupled: u += weight_decay * param
         param = param - lr * u
 
@@ -73,12 +85,17 @@ def adams_update_(
         step: the number of this step, from 1; read only with `bias_correction`.
         bias_correction: the authors' released form (True) or the paper's (False).
         decoupled_weight_decay: AdamW's weight decay (True) or L2 (False).
+        nesterov: the numerator looks ahead by one step; not together with `bias_correction`, whose
+            factor does not fit it.
+        cautious: an element stays where its update would move it against its gradient.
         update_sums: (2,) int64; `count_squares(u)` is added to it, for u before update_factor.
         update_factor: what u is multiplied by, in fp32; 1 changes no bit. See `update_factors`.
 
     Raises:
-        ValueError: shapes differ, or exp_avg has another dtype than `exp_avg_dtype(param)`.
+        ValueError: shapes differ, exp_avg has another dtype than `exp_avg_dtype(param)`, or
+            `nesterov` is given with `bias_correction`.
     """
+    check_numerator(nesterov=nesterov, bias_correction=bias_correction)
     if not param.shape == grad.shape == exp_avg.shape:
         raise ValueError(
             f"param {tuple(param.shape)}, grad {tuple(grad.shape)}, exp_avg "
@@ -104,8 +121,12 @@ def adams_update_(
 
     old_exp_avg = exp_avg * correction
     v = (old_exp_avg * old_exp_avg).mul_(beta2).add_((grad * grad).mul_(1 - beta2))
-    exp_avg.mul_(beta1).add_(grad * (1 - beta1))
-    update = (exp_avg * correction).div_(_sqrt(v).add_(eps))
+    moved = grad * (1 - beta1)
+    exp_avg.mul_(beta1).add_(moved)
+    numerator = (exp_avg * beta1).add_(moved) if nesterov else exp_avg
+    if cautious:
+        numerator = keep_aligned(numerator, grad)
+    update = (numerator * correction).div_(_sqrt(v).add_(eps))
     if update_sums is not None:
         update_sums.add_(count_squares(update))
     if isinstance(update_factor, Tensor):
@@ -125,6 +146,29 @@ def _sqrt(v: Tensor) -> Tensor:
     The double result is off, too, but by too little to round to another fp32 number.
     """
     return v.double().sqrt().to(v.dtype) if v.device.type == "cpu" else v.sqrt()
+
+
+def keep_aligned(numerator: Tensor, grad: Tensor) -> Tensor:
+    """Return the numerator, with 0 where it does not have the gradient's sign.
+
+    Args:
+        numerator: any shape, floating; a NaN stays, so that it is not hidden.
+        grad: numerator's shape and dtype.
+    """
+    return torch.where(numerator * grad <= 0, 0.0, numerator)
+
+
+def check_numerator(*, nesterov: bool, bias_correction: bool) -> None:
+    """Refuse two changes of the numerator that do not fit each other.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if nesterov and bias_correction:
+        raise ValueError(
+            "nesterov=True with bias_correction=True: must be one of the two, as the correction of "
+            "exp_avg is not that of a numerator that looks ahead; leave one out"
+        )
 
 
 def count_squares(update: Tensor) -> Tensor:
@@ -210,14 +254,23 @@ def bias_correction_factor(beta1: float, step: int | Tensor) -> float | Tensor:
 
 
 def update_bound(
-    *, beta1: float, beta2: float, step: int = 1, bias_correction: bool = False
+    *,
+    beta1: float,
+    beta2: float,
+    step: int = 1,
+    bias_correction: bool = False,
+    nesterov: bool = False,
 ) -> float:
-    """Return the largest |m_t / (sqrt(v_t) + eps)| that any gradients can produce, in units of lr.
+    """Return the largest |n_t / (sqrt(v_t) + eps)| that any gradients can produce, in units of lr.
 
-    The bound follows from the Cauchy-Schwarz inequality for m_t and v_t. It is 1.026 for betas
-    (0.9, 0.95), and 3.29 for (0.9, 0.999). `step` matters only with `bias_correction`, which
-    enlarges the first steps. In fp32 the bound needs eps >= 2**-63, because smaller squares
-    underflow.
+    n_t is m_t, or what `nesterov` makes of it. The bound follows from the Cauchy-Schwarz inequality
+    for n_t and v_t. It is 1.026 for betas (0.9, 0.95), 3.29 for (0.9, 0.999), and 1.189 for (0.9,
+    0.95) with `nesterov`. `step` matters only with `bias_correction`, which enlarges the first
+    steps. `cautious` changes no bound. In fp32 the bound needs eps >= 2**-63, because smaller
+    squares underflow.
     """
+    check_numerator(nesterov=nesterov, bias_correction=bias_correction)
     correction = bias_correction_factor(beta1, step) if bias_correction else 1.0
-    return math.sqrt(beta1**2 / beta2 + (correction * (1 - beta1)) ** 2 / (1 - beta2))
+    # How much of the numerator is m_{t-1}; the rest is g_t.
+    old = beta1**2 if nesterov else beta1
+    return math.sqrt(old**2 / beta2 + (correction * (1 - old)) ** 2 / (1 - beta2))

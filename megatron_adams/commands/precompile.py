@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import os
 import re
 import time
@@ -58,7 +59,8 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         metavar="NAME",
         help="the dtypes of gradient, param, exp_avg and main params, such as g32-pb16-m32-w32; a "
         "name with -rms at the end is the kernel that logs the update RMS, which --optimizer adams "
-        f"needs, too; by default all {len(ALL_MODES)} modes, with and without -rms",
+        "needs, too; before it stand -nesterov and -cautious for the flags of these names; by "
+        f"default all {len(ALL_MODES)} modes, with and without -rms, for the paper's update",
     )
     parser.add_argument(
         "--cache-dir",
@@ -103,7 +105,12 @@ def _archs(names: Sequence[str], *, host: bool) -> list[str]:
 
 
 def _mode(name: str) -> Mode:
-    modes = {mode.name: mode for mode in (*ALL_MODES, *GUARDED_MODES)}
+    modes = {
+        mode.name: mode
+        for plain in (*ALL_MODES, *GUARDED_MODES)
+        for is_nesterov, is_cautious in itertools.product((False, True), repeat=2)
+        for mode in [plain._replace(is_nesterov=is_nesterov, is_cautious=is_cautious)]
+    }
     if name not in modes:
         raise ValueError(
             f"--mode {name}: must be g<gradient>-p<param>-m<exp_avg>-w<main param>; the "

@@ -93,6 +93,13 @@ def modes_of(args: Mapping[str, Any]) -> tuple[Mode, ...]:
         plain = [Mode("fp32", "fp32", exp_avg, "none")]
     else:
         plain = [Mode("fp32", half, exp_avg, "fp32")]
+    plain = [
+        mode._replace(
+            is_nesterov=bool(args.get("adams_nesterov")),
+            is_cautious=bool(args.get("adams_cautious")),
+        )
+        for mode in plain
+    ]
     scales = args.get("adams_match_rms") or args.get("adams_max_update_rms")
     guarded = [mode._replace(is_guarded=True) for mode in plain]
     # The steps that are logged count their updates, and the others do not.

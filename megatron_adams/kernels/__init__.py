@@ -70,6 +70,8 @@ def multi_tensor_adams(
     step: int,
     bias_correction: bool | Tensor = False,
     decoupled_weight_decay: bool = True,
+    nesterov: bool = False,
+    cautious: bool = False,
     grad_scale: float | Tensor = 1.0,
     found_inf: Tensor | None = None,
     exp_avg_scales: Sequence[Tensor] | None = None,
@@ -99,7 +101,8 @@ def multi_tensor_adams(
             (`megatron_adams.precision.split_master`). None: params are the main params.
         lr: a number or a tensor with one element. Here and below, such a tensor is read on the
             device when the kernel runs.
-        beta1, beta2, eps, weight_decay, step, decoupled_weight_decay: as in `adams_update_`.
+        beta1, beta2, eps, weight_decay, step, decoupled_weight_decay, nesterov, cautious: as in
+            `adams_update_`.
         bias_correction: as in `adams_update_`, or a one-element fp32 tensor that holds
             1 / (1 - beta1^step). CUDA graphs need the tensor, because they cannot count steps.
         grad_scale: the gradients are multiplied by it: the loss scale's inverse times the clip
@@ -141,6 +144,8 @@ def multi_tensor_adams(
         eps=eps,
         weight_decay=weight_decay,
         decoupled_weight_decay=decoupled_weight_decay,
+        nesterov=nesterov,
+        cautious=cautious,
     )
     run(batch, scalars, backend, PointerTable() if table is None else table)
 

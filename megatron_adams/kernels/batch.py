@@ -237,6 +237,12 @@ class Scalars:
     eps: float
     weight_decay: float
     decoupled_weight_decay: bool
+    nesterov: bool = False
+    cautious: bool = False
+
+    def kernel_of(self, mode: Mode) -> Mode:
+        """Return the mode with the code that these scalars ask for."""
+        return mode._replace(is_nesterov=self.nesterov, is_cautious=self.cautious)
 
     def check(self) -> None:
         """Refuse tensors that are not scalars.

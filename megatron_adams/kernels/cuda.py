@@ -191,10 +191,10 @@ def launch(
         if not table.is_of(stream) and not driver.is_capturing(table.device):
             table.record_stream(stream)
     arguments = kernel_arguments(table, scalars)
-    mode = table.mode
+    mode = scalars.kernel_of(table.mode)
     entry_points = mode.count_entry_points if only_count else mode.entry_points
     for entry_point in entry_points:
         per_tensor = entry_point == "adams_finish"
         num_threads = driver.tuning(mode).block
         num_blocks = -(-table.num_tensors // num_threads) if per_tensor else table.num_chunks
-        driver.launch(table.mode, entry_point, num_blocks, arguments.values, table.device)
+        driver.launch(mode, entry_point, num_blocks, arguments.values, table.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_adams.kernels.batch import Batch, Scalars
 from megatron_adams.precision import read_stored, to_fp8, write_stored_
-from megatron_adams.update import count_squares, exp_avg_dtype
+from megatron_adams.update import count_squares, exp_avg_dtype, keep_aligned
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -64,10 +64,16 @@ def _update(batch: Batch, indices: list[int], scalars: Scalars, only_count: bool
     squares = torch._foreach_mul(grads, grads)
     torch._foreach_mul_(squares, 1 - beta2)
     torch._foreach_add_(v, squares)
-    torch._foreach_mul_(grads, 1 - beta1)
+    moved = torch._foreach_mul(grads, 1 - beta1)
     exp_avgs = torch._foreach_mul(exp_avgs, beta1)
-    torch._foreach_add_(exp_avgs, grads)
-    updates = torch._foreach_mul(exp_avgs, correction)
+    torch._foreach_add_(exp_avgs, moved)
+    numerators: Tensors = exp_avgs
+    if scalars.nesterov:
+        numerators = torch._foreach_mul(exp_avgs, beta1)
+        torch._foreach_add_(numerators, moved)
+    if scalars.cautious:
+        numerators = [keep_aligned(n, g) for n, g in zip(numerators, grads, strict=True)]
+    updates = torch._foreach_mul(numerators, correction)
     torch._foreach_div_(updates, _denominators(v, scalars.eps))
     if batch.update_sums is not None:
         for i, update in zip(indices, updates, strict=True):

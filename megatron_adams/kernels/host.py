@@ -43,10 +43,10 @@ def repeat(
 
 def launch(table: PointerTable, scalars: Scalars, *, only_count: bool = False) -> None:
     """Run on what `table` describes, on torch's number of threads, at most one per chunk."""
-    library = load(table.mode)
+    mode = scalars.kernel_of(table.mode)
+    library = load(mode)
     arguments = kernel_arguments(table, scalars)
     num_threads = max(1, min(torch.get_num_threads(), table.num_chunks))
-    mode = table.mode
     entry_points = mode.count_entry_points if only_count else mode.entry_points
     for entry_point in entry_points:
         library[entry_point](*arguments.values, ctypes.c_int(num_threads))

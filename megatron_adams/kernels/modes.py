@@ -30,6 +30,8 @@ class Mode(NamedTuple):
             tensor, or "remainder" (the low 16 bits of an fp32 main param; param is the high half).
         is_guarded: whether the kernel also counts the squares of updates and multiplies updates by
             a factor. Kernels without guards have no code for it.
+        is_nesterov: whether the numerator of updates looks ahead by one step.
+        is_cautious: whether elements stay that would move against their gradient.
     """
 
     grad: str
@@ -37,13 +39,21 @@ class Mode(NamedTuple):
     exp_avg: str
     main: str
     is_guarded: bool = False
+    is_nesterov: bool = False
+    is_cautious: bool = False
 
     @property
     def name(self) -> str:
         """The name that `megatron-adams precompile --mode` takes, such as g32-pb16-m32-w32."""
         main = {"none": "0", "remainder": "r"}.get(self.main) or _TOKENS[self.main]
         name = f"g{_TOKENS[self.grad]}-p{_TOKENS[self.param]}-m{_TOKENS[self.exp_avg]}-w{main}"
-        return f"{name}-rms" if self.is_guarded else name
+        for suffix, is_there in (
+            ("nesterov", self.is_nesterov),
+            ("cautious", self.is_cautious),
+            ("rms", self.is_guarded),
+        ):
+            name += f"-{suffix}" if is_there else ""
+        return name
 
     @property
     def entry_points(self) -> tuple[str, ...]:
@@ -72,6 +82,8 @@ class Mode(NamedTuple):
             "ADAMS_MAIN": _CODECS[self.main],
             "ADAMS_SCALED": str(int(self.is_scaled)),
             "ADAMS_GUARDED": str(int(self.is_guarded)),
+            "ADAMS_NESTEROV": str(int(self.is_nesterov)),
+            "ADAMS_CAUTIOUS": str(int(self.is_cautious)),
         }
 
 

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Hyperparameters that a param group can carry for both optimizers; Megatron's MuP sets eps.
 _SHARED_WITH_ADAM = {"lr", "betas", "eps", "weight_decay"}
+# AdamS's arguments that flags of adams's own set: --adams-bias-correction and so on.
+_FORM = ("bias_correction", "nesterov", "cautious")
 
 
 def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,6 +98,7 @@ def adopt(
             part.init_state_fn = init_state
             if config.adams_from_adam:
                 part.optimizer.register_load_state_dict_pre_hook(take_from_adam)
+            part.optimizer.register_load_state_dict_pre_hook(keep_own_form)
             if isinstance(part, AdamSFsdpOptimizer):
                 part.prepare_inner()
                 connect_update_sums(part)
@@ -156,7 +159,7 @@ def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> In
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
         adam_w_mode=config.decoupled_weight_decay,
-        bias_correction=config.adams_bias_correction,
+        **{name: getattr(config, f"adams_{name}") for name in _FORM},
         kernel=config.adams_kernel,
         max_update_rms=config.adams_max_update_rms,
         match_update_rms=config.adams_match_rms,
@@ -181,6 +184,26 @@ def _storage(config: AdamSOptimizerConfig) -> dict[str, Any]:
             "store_param_remainders": config.store_param_remainders and is_fp32,
         }
     return storage
+
+
+def keep_own_form(optimizer: AdamS, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hook of AdamS's load_state_dict: the form of the update is that of this run's flags.
+
+    None of them needs state, so each can be changed at a resume. Without this hook the checkpoint's
+    would be taken, and the flag dropped in silence.
+    """
+    own = {name: optimizer.defaults[name] for name in _FORM}
+    changed = {
+        f"{name} is {value} here and {group[name]} in the checkpoint"
+        for group in state_dict["param_groups"]
+        for name, value in own.items()
+        if group.get(name, value) != value
+    }
+    if changed:
+        words = f"{ADAMS}: {', '.join(sorted(changed))}; the update has the form that is asked here"
+        log_single_rank(logger, logging.INFO, words)
+    groups = [{**group, **own} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
 
 
 def take_from_adam(optimizer: AdamS, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
     adams_bias_correction: bool = False
     """Divide the old and the new exp_avg by 1 - beta1^step (the authors' released code)."""
 
+    adams_cautious: bool = False
+    """Leave an element where its update would move it against its gradient."""
+
     adams_from_adam: bool = False
     """Take over an AdamW checkpoint: momentum and main params; exp_avg_sq is dropped."""
 
@@ -47,6 +50,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
 
     adams_match_rms: float | None = None
     """Scale every tensor's update to this RMS, before lr and weight decay."""
+
+    adams_nesterov: bool = False
+    """Let the numerator of updates look ahead by one step."""
 
     override_opt_param_scheduler: bool = False
     """Load a checkpoint that was saved at other learning rates; Megatron's flag of this name."""

@@ -17,10 +17,10 @@ from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
 from megatron_adams.megatron.refusals import GRAPH_FLAG, refusal
-from megatron_adams.optimizer import AdamS
+from megatron_adams.optimizer import SWITCHES, AdamS
 
 # The numbers that a step takes from a param group. A graph repeats those of the capture.
-_CAPTURED = ("weight_decay", "betas", "eps", "bias_correction", "adam_w_mode", "maximize")
+_CAPTURED = ("weight_decay", "betas", "eps", *SWITCHES)
 
 
 class GradKeeper:

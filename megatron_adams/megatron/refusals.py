@@ -57,6 +57,7 @@ def check_config(config: Any) -> None:
     _check_precision(config)
     _check_offload(config)
     _check_guards(config)
+    _check_form(config)
     _check_graph(config)
     _check_hyperparameters(config)
 
@@ -294,6 +295,15 @@ def _check_guards(config: Any) -> None:
         check_guards(given.get("--adams-max-update-rms"), given.get("--adams-match-rms"))
     except ValueError as exc:
         raise ValueError(f"{_with_adams(_words_of(given))}: {exc}") from exc
+
+
+def _check_form(config: Any) -> None:
+    """Refuse two forms of the update that do not fit each other."""
+    names = ("adams_nesterov", "adams_bias_correction")  # Megatron's own config has neither
+    if all(getattr(config, name, False) for name in names):
+        given, other = map(flag_of, names)
+        rule = "not supported, the correction is not that of a numerator that looks ahead"
+        raise refusal(f"{_with_adams(given)} and {other}", rule, _ONE_OF_TWO)
 
 
 def _check_weight_shards(args: Namespace) -> None:

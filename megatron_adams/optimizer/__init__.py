@@ -9,6 +9,7 @@ update; it must not import Megatron, TransformerEngine or Apex.
 from megatron_adams.optimizer.adams import AdamS
 from megatron_adams.optimizer.hyperparameters import (
     HYPERPARAMETERS,
+    SWITCHES,
     check_guards,
     check_hyperparameters,
 )
@@ -16,6 +17,7 @@ from megatron_adams.optimizer.tensors import fp8_memory, is_quantized, local_par
 
 __all__ = [
     "HYPERPARAMETERS",
+    "SWITCHES",
     "AdamS",
     "check_guards",
     "check_hyperparameters",

@@ -133,6 +133,10 @@ class AdamS(Optimizer):
             paper's (0.447 lr). They agree after about 50 steps.
         adam_w_mode: decoupled weight decay.
         maximize: the objective is maximized: the step is the one of the negated gradients.
+        nesterov: the numerator of an update looks ahead by one step; not in the paper, and not with
+            `bias_correction`. An update is then at most 1.189 lr at (0.9, 0.95).
+        cautious: an element stays, but for weight decay, where its update would move it against
+            its gradient; not in the paper.
         foreach, fused: torch's arguments. `foreach=True` is `kernel="foreach"`. `fused=True` is the
             kernel of the params' device, "cuda" or "host", by its name: where it cannot be had
             that is an error; GradScaler then leaves unscaling and skipping to `step`, see there.
@@ -211,6 +215,8 @@ class AdamS(Optimizer):
         bias_correction: bool = False,
         adam_w_mode: bool = True,
         maximize: bool = False,
+        nesterov: bool = False,
+        cautious: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         kernel: str = "auto",
@@ -254,6 +260,8 @@ class AdamS(Optimizer):
             "bias_correction": bias_correction,
             "adam_w_mode": adam_w_mode,
             "maximize": maximize,
+            "nesterov": nesterov,
+            "cautious": cautious,
         }
         check_hyperparameters(defaults)
         take_plain_numbers(defaults)
@@ -364,13 +372,14 @@ class AdamS(Optimizer):
             CompileError: the backend asked for by name has no compiler, or it fails.
             ValueError: that backend is another device's.
         """
-        for param in self._params():
-            mode = self._mode(param, grad_dtype or param.dtype)
-            if mode is None:
-                continue
-            for is_guarded in {self.scales_updates, self.scales_updates or counts_updates}:
-                guarded_mode = mode._replace(is_guarded=is_guarded)
-                self._choose_backend(param.device, guarded_mode)
+        for group in self.param_groups:
+            for param in group["params"]:
+                mode = self._mode(param, grad_dtype or param.dtype)
+                if mode is None:
+                    continue
+                mode = mode._replace(is_nesterov=group["nesterov"], is_cautious=group["cautious"])
+                for is_guarded in {self.scales_updates, self.scales_updates or counts_updates}:
+                    self._choose_backend(param.device, mode._replace(is_guarded=is_guarded))
 
     def _choose_backend(self, device: torch.device, mode: Mode) -> str:
         """The backend for tensors of a mode on a device, compiled.

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_adams.kernels import BACKENDS
 from megatron_adams.optimizer.tensors import is_quantized
+from megatron_adams.update import check_numerator
 
-SWITCHES = ("bias_correction", "adam_w_mode", "maximize")
+SWITCHES = ("bias_correction", "adam_w_mode", "maximize", "nesterov", "cautious")
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", *SWITCHES)
 # Below it, squares that underflow in fp32 are no longer covered by eps, and the update has no
 # bound.
@@ -161,8 +162,10 @@ def check_capturable(params: Sequence[Tensor]) -> None:
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Refuse numbers outside their range: lr, betas, eps and weight_decay of a group.
+    """Refuse numbers outside their range, and switches that do not fit each other, in a group.
 
+    Args:
+        group: lr, betas, eps and weight_decay, and the switches that it has.
     Raises:
         ValueError: naming the first of them.
     """
@@ -191,6 +194,9 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
     )
     _check_number(
         "weight_decay", group["weight_decay"], lambda x: 0 <= x < math.inf, "finite and >= 0"
+    )
+    check_numerator(
+        nesterov=group.get("nesterov", False), bias_correction=group.get("bias_correction", False)
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,14 @@ class Pass(Enum):
 
 # What says which tensors go into one launch: its backend, and what they have in common.
 type Key = tuple[str, Any]
+
+
+class Kind(NamedTuple):
+    """What the kernels of a pass over a group do besides the paper's step, as `Mode` has it."""
+
+    is_guarded: bool
+    is_nesterov: bool
+    is_cautious: bool
 
 
 @dataclass
@@ -118,9 +126,7 @@ class ParamTensors:
             [*map(Tensor.data_ptr, one_element)],
         ]
 
-    def key(
-        self, row: int, choose_backend: Callable[[torch.device, Mode], str], *, is_guarded: bool
-    ) -> Key:
+    def key(self, row: int, choose_backend: Callable[[torch.device, Mode], str], kind: Kind) -> Key:
         """Say which launch one param goes into: params with equal keys share one."""
         written, grad, exp_avg = self.written[row], self.grads[row], self.exp_avgs[row]
         main_param = self.main_params[row]
@@ -138,7 +144,7 @@ class ParamTensors:
             # fp64, tensors with holes or of unlike layouts, subclasses of Tensor, values that
             # are not what is in memory. Named by the dtypes, as one call takes one of each.
             return "foreach", (device, *(tensor.dtype for tensor in tensors))
-        mode = mode._replace(is_guarded=is_guarded)
+        mode = mode._replace(**kind._asdict())
         return choose_backend(device, mode), (device, mode)
 
     def batch(self, rows: Sequence[int], what: Pass, guards: UpdateGuards | None) -> Batch:
@@ -278,6 +284,8 @@ def advance(group: dict[str, Any], grad_scale: float | Tensor, found_inf: Tensor
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         decoupled_weight_decay=group["adam_w_mode"],
+        nesterov=group["nesterov"],
+        cautious=group["cautious"],
     )
 
 
@@ -302,11 +310,13 @@ class Plan:
 
     Attributes:
         signature: of its tensors; None: it has no tables for all of them.
+        kind: of its kernels.
         tables: of each launch.
         rows: which params of `ParamTensors` the table of a launch lists.
     """
 
     signature: list[object] | None = None
+    kind: Kind | None = None
     tables: dict[Key, PointerTable] = field(default_factory=dict)
     rows: dict[Key, list[int]] = field(default_factory=dict)
 
@@ -332,7 +342,8 @@ def launch_pass(
     for index, (tensors, scalars) in enumerate(zip(step.tensors, step.scalars, strict=True)):
         plan = plans.setdefault((index, what), Plan())
         signature = tensors.signature
-        if signature is not None and signature == plan.signature:
+        kind = Kind(what is not Pass.UPDATE, scalars.nesterov, scalars.cautious)
+        if signature is not None and (signature, kind) == (plan.signature, plan.kind):
             pointers = tensors.grad_pointers
             for key, table in plan.tables.items():
                 rows = plan.rows[key]
@@ -341,9 +352,9 @@ def launch_pass(
                 used += (table.rows, table.amax)
             continue
         # None until all is launched: a step that fails half way has no tables for the rest.
-        plan.signature = None
+        plan.signature, plan.kind = None, kind
         tables, plan.tables = plan.tables, {}
-        plan.rows = _sort(tensors, choose_backend, is_guarded=what is not Pass.UPDATE)
+        plan.rows = _sort(tensors, choose_backend, kind)
         for key, rows in plan.rows.items():
             table = plan.tables[key] = tables.get(key) or PointerTable()
             batch = tensors.batch(rows, what, step.guards)
@@ -355,15 +366,12 @@ def launch_pass(
 
 
 def _sort(
-    tensors: ParamTensors,
-    choose_backend: Callable[[torch.device, Mode], str],
-    *,
-    is_guarded: bool,
+    tensors: ParamTensors, choose_backend: Callable[[torch.device, Mode], str], kind: Kind
 ) -> dict[Key, list[int]]:
     """Sort a group's params into launches."""
     rows: dict[Key, list[int]] = {}
     for row in range(len(tensors.params)):
-        rows.setdefault(tensors.key(row, choose_backend, is_guarded=is_guarded), []).append(row)
+        rows.setdefault(tensors.key(row, choose_backend, kind), []).append(row)
     return rows
 
 

@@ -306,6 +306,23 @@ def test_resume_at_another_lr_goes_on_from_the_momentum_if_told_so(
     assert num_shards > 0
 
 
+@pytest.mark.parametrize("family", ["dp2", "plain_legacy"])
+def test_form_of_the_update_is_that_of_the_run_not_of_the_checkpoint(
+    cluster: Cluster, checkpoints: Path, family: str
+) -> None:
+    flags = "--adams-nesterov --adams-cautious"
+    base = f"{FAMILIES[family]} {STEPS}"
+    whole = cluster.run(TRAIN, 2, argv=f"{base} {flags} --save {checkpoints}").results
+    load = choose(checkpoints, SAVED_AT)
+    assert_continues(cluster.run(TRAIN, 2, argv=f"{base} {flags} {load}").results, whole)
+    changed = cluster.run(TRAIN, 2, argv=f"{base} {load}")
+    assert "cautious is False here and True in the checkpoint" in changed.log
+    assert "nesterov is False here and True in the checkpoint" in changed.log
+    for rank in changed.results:
+        for group in (group for part in rank["parts"] for group in part["groups"]):
+            assert (group["nesterov"], group["cautious"]) == (False, False)
+
+
 def test_saved_lr_needs_no_flag(cluster: Cluster, checkpoints: Path) -> None:
     base = f"{DISTRIBUTED} {ONE_MORE}"
     cluster.run(TRAIN, 2, argv=f"{base} --exit-interval {SAVED_AT} --save {checkpoints}")

@@ -155,6 +155,31 @@ def test_bias_correction_changes_the_first_update(cluster: Cluster) -> None:
         assert {group["bias_correction"] for group in step["groups"]} == {bool(flag)}
 
 
+FORMS = {
+    "paper": "",
+    "nesterov": "--adams-nesterov",
+    "cautious": "--adams-cautious",
+    "both": "--adams-nesterov --adams-cautious",
+}
+
+
+def test_forms_of_the_update_reach_the_optimizer_and_shard_to_the_same_bits(
+    cluster: Cluster,
+) -> None:
+    base = f"--bf16 --train-iters 4 {UNCLIPPED}"
+    models = {}
+    for name, flags in FORMS.items():
+        sharded = cluster.run(TRAIN, 2, argv=f"{DISTRIBUTED} {base} {flags}")
+        assert {(g["nesterov"], g["cautious"]) for g in groups(sharded.results[0])} == {
+            ("--adams-nesterov" in flags, "--adams-cautious" in flags)
+        }
+        models[name] = sharded.results[0]["model"]
+        plain = cluster.run(TRAIN, 2, argv=f"{ADAMS} {base} {flags}")
+        assert_same(sharded, plain, "losses", "model")
+    for one, other in itertools.combinations(models.values(), 2):
+        assert not any(torch.equal(one[name], other[name]) for name in one if "weight" in name)
+
+
 def test_mup_scales_adams_as_adam(cluster: Cluster) -> None:
     mup = "--use-mup --mup-base-hidden-size 16 --train-iters 1"
     adam = cluster.run(OBSERVE, 1, argv=f"--optimizer adam {mup}").results[0]["steps"][0]
@@ -301,6 +326,10 @@ REFUSED = {
         "--main-grads-dtype bf16 --use-precision-aware-optimizer --fp16",
         "--main-grads-dtype bf16 with --optimizer adams: concerns training in bf16",
     ),
+    "nesterov_with_bias_correction": (
+        "--adams-nesterov --adams-bias-correction",
+        "--adams-nesterov with --optimizer adams and --adams-bias-correction: not supported",
+    ),
     "eps": ("--adam-eps 0", "--adam-eps 0.0 with --optimizer adams: eps=0.0: must be"),
     "beta1": ("--adam-beta1 1", "--adam-beta1 1.0 with --optimizer adams: beta1=1.0"),
     "beta2": ("--adam-beta2 0", "--adam-beta2 0.0 with --optimizer adams: beta2=0.0"),
@@ -430,11 +459,13 @@ def test_other_optimizers_run_as_without_the_plugin(
     own = {name: mine.pop(name) for name in mine.keys() - theirs.keys()}
     assert own == {
         "adams_bias_correction": "False",
+        "adams_cautious": "False",
         "adams_from_adam": "False",
         "adams_kernel": "auto",
         "adams_log_gpu_memory": "None",
         "adams_match_rms": "None",
         "adams_max_update_rms": "None",
+        "adams_nesterov": "False",
         "adams_no_param_remainders": "False",
     }
     assert mine == theirs

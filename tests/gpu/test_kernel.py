@@ -16,6 +16,7 @@ from megatron_adams.kernels.modes import ALL_MODES, Mode
 from megatron_adams.kernels.table import CHUNK
 from tests.kernels.batteries import SMALL_SIZES
 from tests.kernels.checks import (
+    FORMS,
     MISALIGNED,
     SCALARS,
     check,
@@ -57,6 +58,14 @@ def test_every_mode_gives_the_bits_of_the_oracle(mode):
 def test_every_way_of_asking_for_a_step_gives_the_bits_of_the_oracle(mode, case):
     batch = make_batch(mode, device="cuda", seed=3)
     assert not check(run, batch, scalar_cases("cuda")[case])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@REPRESENTATIVE
+@torch.no_grad()
+def test_every_form_of_the_update_gives_the_bits_of_the_oracle(mode, form):
+    batch = make_batch(mode, device="cuda", special=True, seed=6)
+    assert not check(run, batch, FORMS[form], steps=1)
 
 
 @REPRESENTATIVE

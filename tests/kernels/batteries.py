@@ -28,6 +28,7 @@ from tests.kernels.checks import (
     check,
     differences,
     expected,
+    in_form_of,
     make_batch,
     scalar_cases,
     with_guards,
@@ -70,7 +71,8 @@ def check_steps(subject: Subject, mode: Mode) -> None:
         )
     ):
         batch = make_batch(mode, SMALL_SIZES, offsets=offsets, special=special, seed=number)
-        found = check(subject.emulate(number), batch, cases[name], steps=1 if special else 2)
+        scalars = in_form_of(mode, cases[name])
+        found = check(subject.emulate(number), batch, scalars, steps=1 if special else 2)
         assert not found, (name, found)
 
 
@@ -84,7 +86,7 @@ def check_host(subject: Subject, mode: Mode) -> None:
         found = check(
             lambda batch, scalars: subject.run_host(batch, scalars, subject.new_table()),
             batch,
-            cases[name],
+            in_form_of(mode, cases[name]),
             steps=1 if special else 2,
         )
         assert not found, (name, found)

@@ -81,6 +81,19 @@ def scalar_cases(device: str = "cpu") -> dict[str, Scalars]:
     }
 
 
+# The forms of the update that are not the paper's.
+FORMS = {
+    "nesterov": replace(SCALARS, nesterov=True),
+    "cautious": replace(SCALARS, cautious=True, decoupled_weight_decay=False),
+    "nesterov_cautious": replace(SCALARS, nesterov=True, cautious=True, grad_scale=0.123),
+}
+
+
+def in_form_of(mode: Mode, scalars: Scalars) -> Scalars:
+    """The same step in the form that a mode's kernel has."""
+    return replace(scalars, nesterov=mode.is_nesterov, cautious=mode.is_cautious)
+
+
 def make_batch(
     mode: Mode,
     sizes: Sequence[int] = SIZES,
@@ -206,6 +219,8 @@ def expected(batch: Batch, scalars: Scalars, *, only_count: bool = False) -> Bat
             step=STEP,
             bias_correction=scalars.correction != 1.0,
             decoupled_weight_decay=scalars.decoupled_weight_decay,
+            nesterov=scalars.nesterov,
+            cautious=scalars.cautious,
             update_sums=None if batch.update_sums is None else batch.update_sums[i],
             update_factor=1.0 if batch.update_factors is None else batch.update_factors[i],
         )

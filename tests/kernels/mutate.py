@@ -46,6 +46,10 @@ SCALED = Mode("fp32", "e4m3", "fp16", "fp16")
 FP16_STATE = Mode("bf16", "bf16", "fp16", "fp16")
 E5M2 = Mode("bf16", "e5m2", "e4m3", "fp32")
 FP32_GRAD_REMAINDER = Mode("fp32", "bf16", "bf16", "remainder")
+NESTEROV = FP32._replace(is_nesterov=True)
+CAUTIOUS = FP32._replace(is_cautious=True)
+NESTEROV_BF16 = BF16._replace(is_nesterov=True)
+CAUTIOUS_REMAINDER = REMAINDER._replace(is_cautious=True)
 GUARDED = FP32._replace(is_guarded=True)
 GUARDED_BF16 = BF16._replace(is_guarded=True)
 GUARDED_FP32_GRAD = FP32_GRAD._replace(is_guarded=True)
@@ -108,12 +112,28 @@ FAULTS = (
         (
             "exp_avg: beta1 and 1 - beta1 swapped",
             FP32,
-            "s.beta1 + g * s.one_minus_beta1",
-            "s.one_minus_beta1 + g * s.beta1",
+            "exp_avg = exp_avg * s.beta1 + g * s.one_minus_beta1",
+            "exp_avg = exp_avg * s.one_minus_beta1 + g * s.beta1",
+        ),
+        (
+            "nesterov: beta1 and 1 - beta1 swapped",
+            NESTEROV,
+            "? exp_avg * s.beta1 + g * s.one_minus_beta1",
+            "? exp_avg * s.one_minus_beta1 + g * s.beta1",
+        ),
+        ("nesterov: not asked for", NESTEROV, "(is_nesterov || is_cautious) n", "(is_cautious) n"),
+        ("cautious: not asked for", CAUTIOUS, "(is_nesterov || is_cautious) n", "(is_nesterov) n"),
+        ("cautious: moved without a gradient", CAUTIOUS, "n * g <= Float{}", "n * g < Float{}"),
+        ("cautious: NaN hidden", CAUTIOUS, "<= Float{} ? Float{} : n)", "> Float{} ? n : Float{})"),
+        (
+            "cautious: gradient without L2's decay",
+            CAUTIOUS,
+            "gradient_of(grad, param, s);\n    const Float n",
+            "grad * s.grad_scale;\n    const Float n",
         ),
         ("eps inside the root", FP32, "square_root(v) + s.eps", "square_root(v + s.eps)"),
         ("no eps", FP32, "square_root(v) + s.eps", "square_root(v)"),
-        ("no correction in the update", FP32, "(exp_avg * s.correction) /", "exp_avg /"),
+        ("no correction in the update", FP32, "(numerator * s.correction) /", "numerator /"),
         ("no correction in v", FP32, "exp_avg * s.correction;", "exp_avg;"),
         ("grad_scale ignored", FP32, "grad * s.grad_scale", "grad"),
         ("L2 decay as decoupled", FP32, "s.decay == L2 ?", "s.decay == DECOUPLED ?"),
@@ -446,6 +466,12 @@ FAULTS = (
             "process_block<PASS>(count,",
             "process_block<PASS>(BLOCK,",
         ),
+        (
+            "host: pairs: exp_avg for the numerator",
+            NESTEROV_BF16,
+            "numerator_of(m_high, g_high, p_high, s)",
+            "m_high",
+        ),
         ("host: pairs: L2 without its param", FP16_STATE, "if (s.decay == L2) {", "if (false) {"),
         (
             "host: pairs: remainder not written",
@@ -516,7 +542,24 @@ FAULTS = (
         ("avx2: NaN rounded", FP32_GRAD, "if (__builtin_expect(has_nan(p), 0)) {", "if (false) {"),
         ("avx2: NaN's low half", FP32_GRAD_REMAINDER, "? 0x7fff0000 :", "? 0x7fffffff :"),
         ("avx2: NaN of even index only", FP32_GRAD, "ps(x.even, x.odd,", "ps(x.even, x.even,"),
-        ("avx2: exp_avg's NaN rounded", FP32_GRAD, "with_nans_as(m, 0x7fc00000)", "m"),
+        (
+            "avx2: exp_avg's NaN rounded",
+            FP32_GRAD,
+            "with_nans_as(moved[i / 16], 0x7fc00000)",
+            "moved[i / 16]",
+        ),
+        (
+            "avx2: numerator for exp_avg",
+            CAUTIOUS_REMAINDER,
+            "with_nans_as(moved[i / 16],",
+            "with_nans_as(numerators[i / 16],",
+        ),
+        (
+            "avx2: exp_avg for the numerator",
+            NESTEROV_BF16,
+            "numerator_of(m.odd, g.odd, p.odd, s)",
+            "m.odd",
+        ),
         ("avx2: remainder's sign ignored", REMAINDER, "_mm256_srai_epi32(", "_mm256_srli_epi32("),
         (
             "avx2: remainder: param truncated",
@@ -545,7 +588,12 @@ FAULTS = (
             "divisor = divisors[i / 16];",
             "divisor = divisors[0];",
         ),
-        ("avx2: exp_avg of the first", BF16, "m = moved[i / 16],", "m = moved[0],"),
+        (
+            "avx2: numerator of the first",
+            BF16,
+            "const Sixteen n = numerators[i / 16],",
+            "const Sixteen n = numerators[0],",
+        ),
     ),
     *_faults(
         "table.py",
@@ -596,6 +644,7 @@ FAULTS = (
     *_faults(
         "cuda.py",
         ("launch: counted by an update", GUARDED, "if only_count else", "if False else"),
+        ("launch: of the paper's form", NESTEROV, "scalars.kernel_of(table.mode)", "table.mode"),
     ),
     *_faults(
         "batch.py",

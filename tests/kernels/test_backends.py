@@ -1,5 +1,7 @@
 """Every backend gives the bits of update.py: host, foreach, and the GPU's kernel, emulated."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from megatron_adams.kernels.compile import (
 from megatron_adams.kernels.modes import ALL_MODES, Mode
 from tests.harness.thinning import thinned
 from tests.kernels.checks import (
+    FORMS,
     MISALIGNED,
     SIZES,
     THIRD,
@@ -80,6 +83,40 @@ def test_special_numbers_give_the_bits_of_the_oracle(mode):
 def test_every_way_of_asking_for_a_step_gives_the_bits_of_the_oracle(mode, case):
     scalars = scalar_cases()[case]
     assert not check_all(BACKENDS, lambda: make_batch(mode, seed=3), scalars)
+
+
+# Each mode with one of the three forms; --full: with all.
+FORMS_OF_MODES = list(zip(REPRESENTATIVES, itertools.cycle(FORMS)))
+EVERY_FORM = [*itertools.product(REPRESENTATIVES, FORMS)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    thinned(EVERY_FORM, full=[each for each in EVERY_FORM if each not in FORMS_OF_MODES]),
+    ids=lambda value: getattr(value, "name", value),
+)
+@torch.no_grad()
+def test_every_form_of_the_update_gives_the_bits_of_the_oracle(mode, form):
+    for special in (False, True):
+        wrong = check_all(
+            BACKENDS,
+            lambda special=special: make_batch(mode, offsets=MISALIGNED, special=special, seed=6),
+            FORMS[form],
+            steps=1 if special else 2,
+        )
+        assert not wrong, special
+
+
+@torch.no_grad()
+def test_the_loops_for_avx2_have_every_form(monkeypatch):
+    arch = "x86-64-v3" if host_arch() in HOST_ARCHS[1:] else host_arch()
+    for form, main in (("nesterov", "remainder"), ("cautious", "none"), ("cautious", "remainder")):
+        mode, scalars = Mode("bf16", "bf16", "bf16", main), FORMS[form]
+        recipe = host_recipe(scalars.kernel_of(mode), arch, host_compiler())
+        library = load_library(KernelCache().get(*recipe), mode.name)
+        monkeypatch.setattr(host, "load", lambda _, library=library: library)
+        batch = make_batch(mode, offsets=MISALIGNED, special=True, seed=7)
+        assert not check(run_host, batch, scalars, steps=1), (form, main)
 
 
 @pytest.mark.parametrize("main", ["none", "remainder"])

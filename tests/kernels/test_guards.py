@@ -19,8 +19,10 @@ from megatron_adams.update import (
     update_factors,
     update_rms,
 )
+from tests.harness.thinning import thinned
 from tests.kernels import batteries
 from tests.kernels.checks import (
+    FORMS,
     MISALIGNED,
     SCALARS,
     THIRD,
@@ -31,7 +33,7 @@ from tests.kernels.checks import (
     with_guards,
 )
 from tests.kernels.emulator import EmulatedDriver
-from tests.kernels.test_backends import REPRESENTATIVES
+from tests.kernels.test_backends import EVERY_FORM, FORMS_OF_MODES, REPRESENTATIVES
 
 FP32 = Mode("fp32", "fp32", "fp32", "none")
 BACKENDS = {
@@ -74,6 +76,17 @@ def test_every_mode_gives_the_bits_of_the_oracle(mode):
 @torch.no_grad()
 def test_every_way_of_asking_gives_the_bits_of_the_oracle(mode, case, kind):
     check_kind(mode, kind, scalar_cases()[case], sizes=(0, 5, 4099, CHUNK + 5), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    thinned(EVERY_FORM, full=[each for each in EVERY_FORM if each not in FORMS_OF_MODES]),
+    ids=lambda value: getattr(value, "name", value),
+)
+@torch.no_grad()
+def test_what_is_counted_and_scaled_is_the_update_in_its_form(mode, form):
+    for kind in ("count", "scale_and_count"):
+        check_kind(mode, kind, FORMS[form], special=True, seed=8)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

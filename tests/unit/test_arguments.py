@@ -45,10 +45,12 @@ def test_from_config_keeps_every_field() -> None:
     )
     own = {
         "adams_bias_correction": True,
+        "adams_cautious": False,
         "adams_from_adam": False,
         "adams_kernel": "host",
         "adams_max_update_rms": None,
         "adams_match_rms": 0.2,
+        "adams_nesterov": False,
         "override_opt_param_scheduler": False,
         "use_checkpoint_opt_param_scheduler": False,
     }
@@ -77,6 +79,11 @@ def test_bounds_of_the_update_rms_that_are_none_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         AdamSOptimizerConfig(lr=1e-3, **fields)  # type: ignore[arg-type]
+
+
+def test_nesterov_with_bias_correction_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^--adams-nesterov with --optimizer adams and --adams-b"):
+        AdamSOptimizerConfig(lr=1e-3, adams_nesterov=True, adams_bias_correction=True)
 
 
 def test_config_is_printed_as_adams_while_stated_as_adam() -> None:

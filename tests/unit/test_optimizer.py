@@ -96,6 +96,66 @@ def test_groups_with_overrides_follow_the_oracle(dtype, bias_correction, adam_w_
         assert torch.equal(optimizer.state[param]["exp_avg"], exp_avg)
 
 
+FORMS = [{}, {"nesterov": True}, {"cautious": True}, {"nesterov": True, "cautious": True}]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "foreach"])
+def test_each_group_has_its_own_form_of_the_update(kernel):
+    params = parameters(*[(3, 5)] * len(FORMS))
+    groups = [{"params": [p], **form} for p, form in zip(params, FORMS, strict=True)]
+    optimizer = AdamS(groups, lr=0.01, kernel=kernel)
+    copies = [(p.detach().clone(), torch.zeros(p.shape)) for p in params]
+    for step in range(1, 8):
+        set_grads(params, seed=step)
+        if step == 5:
+            # Nothing has moved since the last step: the tables are the same, the kernels are not.
+            for group, form in zip(optimizer.param_groups, reversed(FORMS), strict=True):
+                group.update({"nesterov": False, "cautious": False, **form})
+        forms = FORMS if step < 5 else [*reversed(FORMS)]
+        for param, (copied, exp_avg), form in zip(params, copies, forms, strict=True):
+            adams_update_(
+                copied, param.grad, exp_avg, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8,
+                weight_decay=0.0, step=step, **form,
+            )  # fmt: skip
+        optimizer.step()
+        for param, (copied, exp_avg) in zip(params, copies, strict=True):
+            assert torch.equal(param, copied)
+            assert torch.equal(optimizer.state[param]["exp_avg"], exp_avg)
+
+
+def test_kernels_of_each_groups_form_are_compiled_before_the_first_step(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(AdamS, "_choose_backend", lambda _, __, mode: compiled.append(mode))
+    params = parameters(*[(3,)] * len(FORMS))
+    groups = [{"params": [p], **form} for p, form in zip(params, FORMS, strict=True)]
+    AdamS(groups).compile_kernels()
+    assert [mode.name.removeprefix("g32-p32-m32-w0") for mode in compiled] == [
+        *("", "-nesterov", "-cautious", "-nesterov-cautious"),
+    ]
+
+
+def test_nesterov_with_bias_correction_is_refused_in_a_group_and_in_a_checkpoint():
+    message = "nesterov=True with bias_correction=True: must be one of the two"
+    with pytest.raises(ValueError, match=message):
+        AdamS(parameters((3,)), nesterov=True, bias_correction=True)
+    optimizer = AdamS(parameters((3,)), nesterov=True)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": parameters((4,)), "bias_correction": True})
+    corrected = AdamS(parameters((3,)), bias_correction=True).state_dict()
+    del corrected["param_groups"][0]["nesterov"]
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(corrected)
+
+
+def test_checkpoint_without_the_forms_of_the_update_leaves_them_as_they_are():
+    optimizer = AdamS(parameters((3,)), nesterov=True, cautious=True)
+    earlier = AdamS(parameters((3,))).state_dict()
+    for name in ("nesterov", "cautious"):
+        del earlier["param_groups"][0][name]
+    optimizer.load_state_dict(earlier)
+    assert optimizer.param_groups[0]["nesterov"] is optimizer.param_groups[0]["cautious"] is True
+
+
 def test_state_is_exp_avg_alone_and_lazy():
     used, unused = parameters((4,), (4,))
     optimizer = AdamS([used, unused])
@@ -265,7 +325,7 @@ def test_from_param_groups_adopts_dicts_views_and_foreign_keys():
     assert groups[0] == {
         "params": [shard, view_of_leaf], "wd_mult": 1.0, "max_lr": 0.5, "weight_decay": 0.25,
         "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "bias_correction": True,
-        "adam_w_mode": True, "maximize": False, "step": 0,
+        "adam_w_mode": True, "maximize": False, "nesterov": False, "cautious": False, "step": 0,
     }  # fmt: skip
     assert groups[1]["is_expert_parallel"] is True
     assert groups[1]["step"] == 7
@@ -640,7 +700,8 @@ def test_state_dict_names_what_is_saved_and_nothing_else():
     assert state_dict["param_groups"] == [
         {
             "params": [0], "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0,
-            "bias_correction": False, "adam_w_mode": True, "maximize": False, "step": 1,
+            "bias_correction": False, "adam_w_mode": True, "maximize": False, "nesterov": False,
+            "cautious": False, "step": 1,
         }
     ]  # fmt: skip
     elements = sum(s["exp_avg"].numel() for s in state_dict["state"].values())

@@ -13,16 +13,30 @@ from megatron_adams.update import adams_update_, exp_avg_dtype, update_bound
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FORMS = [(correction, decoupled) for correction in (False, True) for decoupled in (True, False)]
+NUMERATORS = [
+    {"nesterov": nesterov, "cautious": cautious}
+    for nesterov in (False, True)
+    for cautious in (False, True)
+]
 
 
-def paper_step(p, m, g, t, *, lr, beta1, beta2, eps, weight_decay, correct, decoupled):
-    """One step of arXiv:2505.16363, Algorithm 1, in NumPy float64; returns the new (p, m)."""
+def paper_step(
+    p, m, g, t, *, lr, beta1, beta2, eps, weight_decay, correct, decoupled, nesterov=False,
+    cautious=False,
+):  # fmt: skip
+    """One step of arXiv:2505.16363, Algorithm 1, in NumPy float64; returns the new (p, m).
+
+    nesterov and cautious change its numerator (Dozat 2016; arXiv:2411.16085).
+    """
     if not decoupled:
         g = g + weight_decay * p
     c = 1 - beta1**t if correct else 1.0
     v = beta2 * (m / c) ** 2 + (1 - beta2) * g**2
     m = beta1 * m + (1 - beta1) * g
-    direction = (m / c) / (np.sqrt(v) + eps)
+    numerator = beta1 * m + (1 - beta1) * g if nesterov else m
+    if cautious:
+        numerator = numerator * (np.sign(numerator) == np.sign(g))
+    direction = (numerator / c) / (np.sqrt(v) + eps)
     if decoupled:
         direction = direction + weight_decay * p
     return p - lr * direction, m
@@ -104,6 +118,68 @@ def test_documented_order_of_operations_gives_these_bits(correct, decoupled, wei
     np.testing.assert_array_equal(exp_avg.numpy(), m)
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("numerator", NUMERATORS, ids=str)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_step_of_every_numerator_matches_numpy_float64(numerator, decoupled, dtype, rtol):
+    rng = np.random.default_rng(2)
+    p, m, g = rng.normal(size=(3, 5003)).astype(np.float32).astype(np.float64)
+    g[:100], m[50:150] = 0, 0
+    scalars = {"lr": 3e-3, "beta1": BETA1, "beta2": BETA2, "eps": EPS, "weight_decay": 0.1}
+    want_p, want_m = paper_step(
+        p, m, g, 1, correct=False, decoupled=decoupled, **numerator, **scalars
+    )
+    param, exp_avg = run(
+        torch.tensor(p, dtype=dtype),
+        [torch.tensor(g, dtype=dtype)],
+        exp_avg=torch.tensor(m, dtype=dtype),
+        decoupled_weight_decay=decoupled,
+        **numerator,
+        **scalars,
+    )
+    np.testing.assert_allclose(exp_avg.double().numpy(), want_m, rtol=0, atol=4 * rtol)
+    # Where rounding decides the sign of a numerator near 0, its update is near 0, too.
+    np.testing.assert_allclose(param.double().numpy(), want_p, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_cautious_elements_move_as_without_it_or_by_weight_decay_alone(nesterov, decoupled):
+    param, grad, exp_avg = torch.randn(3, 4001, generator=torch.Generator().manual_seed(3))
+    grad[:100], exp_avg[50:150] = 0, 0
+
+    def moved(**options):
+        return run(
+            param, [grad], exp_avg=exp_avg.clone(), nesterov=nesterov,
+            decoupled_weight_decay=decoupled, **options,
+        )  # fmt: skip
+
+    (free, momentum), (kept, same_momentum) = moved(), moved(cautious=True)
+    against = (free - param).sign() != -grad.sign()
+    assert 0.1 < against.float().mean() < 0.9
+    assert torch.equal(kept[~against], free[~against])
+    assert torch.equal(kept[against], param[against])
+    assert torch.equal(momentum, same_momentum)
+    # Decoupled decay moves all of them; L2's is part of the gradient.
+    decayed, _ = moved(cautious=True, weight_decay=0.1)
+    if decoupled:
+        want = param[against] - torch.tensor(1e-3) * (param[against] * 0.1)
+        assert torch.equal(decayed[against], want)
+
+
+def test_cautious_hides_no_nan():
+    param, exp_avg = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    param, _ = run(param, [torch.tensor([1.0, 1.0, float("nan")])], exp_avg=exp_avg, cautious=True)
+    assert param.isnan().tolist() == [False, True, True]
+
+
+def test_nesterov_with_bias_correction_is_refused():
+    with pytest.raises(ValueError, match="nesterov=True with bias_correction=True: must be one"):
+        run(torch.ones(1), [torch.ones(1)], nesterov=True, bias_correction=True)
+    with pytest.raises(ValueError, match="nesterov=True"):
+        update_bound(beta1=BETA1, beta2=BETA2, nesterov=True, bias_correction=True)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,18 +242,19 @@ GRADS = st.floats(-(2.0**50), 2.0**50, width=32) | st.sampled_from(
     grads=st.lists(GRADS, min_size=1, max_size=30),
     betas=st.sampled_from([(0.9, 0.95), (0.9, 0.999), (0.0, 0.5), (0.99, 0.9), (0.5, 1e-3)]),
     eps=st.sampled_from([1e-8, 2.0**-63]),
-    correct=st.booleans(),
+    form=st.sampled_from([{}, {"bias_correction": True}, *NUMERATORS[1:]]),
 )
-def test_no_gradients_move_a_param_beyond_the_bound(grads, betas, eps, correct):
+def test_no_gradients_move_a_param_beyond_the_bound(grads, betas, eps, form):
     beta1, beta2 = betas
+    form_of_bound = {name: value for name, value in form.items() if name != "cautious"}
     param, exp_avg = torch.zeros(1), torch.zeros(1)
     for step, grad in enumerate(grads, 1):
         param.zero_()
         adams_update_(
             param, torch.tensor([grad]), exp_avg, lr=1.0, beta1=beta1, beta2=beta2, eps=eps,
-            weight_decay=0.0, step=step, bias_correction=correct,
+            weight_decay=0.0, step=step, **form,
         )  # fmt: skip
-        bound = update_bound(beta1=beta1, beta2=beta2, step=step, bias_correction=correct)
+        bound = update_bound(beta1=beta1, beta2=beta2, step=step, **form_of_bound)
         # 1e-5: a dozen fp32 roundings. At the smallest eps, underflow costs up to sqrt(2).
         slack = 1 + 1e-5 if eps == 1e-8 else 2**0.5
         assert abs(param.item()) <= bound * slack, (step, grads)
@@ -191,6 +268,16 @@ def test_the_bound_is_reached(beta2, bound):
     param, _ = run(torch.zeros(1).double(), [grad], lr=1.0, beta2=beta2, exp_avg=exp_avg)
     assert -param.item() == pytest.approx(update_bound(beta1=BETA1, beta2=beta2), rel=1e-6)
     assert -param.item() == pytest.approx(bound, rel=1e-3)
+
+
+def test_the_bound_of_nesterov_is_reached():
+    exp_avg = torch.ones(1, dtype=torch.float64)
+    grad = exp_avg * ((1 - BETA1**2) / (1 - BETA2)) / (BETA1**2 / BETA2)
+    param, _ = run(torch.zeros(1).double(), [grad], lr=1.0, exp_avg=exp_avg, nesterov=True)
+    assert -param.item() == pytest.approx(
+        update_bound(beta1=BETA1, beta2=BETA2, nesterov=True), rel=1e-6
+    )
+    assert -param.item() == pytest.approx(1.189, rel=1e-3)
 
 
 def test_weight_decay_of_1e_8_a_step_is_not_lost_in_fp32():

@@ -121,7 +121,7 @@ ADAMS_FUNCTION void update_block_avx2(const Grad::Storage* __restrict grad,
                                       Param::Storage* __restrict param,
                                       ExpAvg::Storage* __restrict exp_avg,
                                       Main::Storage* __restrict main, const Scalars& s) {
-    Sixteen moved[COUNT / 16], divisors[COUNT / 16];
+    Sixteen moved[COUNT / 16], numerators[COUNT / 16], divisors[COUNT / 16];
     for (int i = 0; i < COUNT; i += 16) {
         Sixteen p = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         if (s.decay == L2) p = read_masters(param + i, has_main ? main + i : main);
@@ -130,16 +130,18 @@ ADAMS_FUNCTION void update_block_avx2(const Grad::Storage* __restrict grad,
         divisors[i / 16].even = divisor_of(move_exp_avg(m.even, g.even, p.even, s), s);
         divisors[i / 16].odd = divisor_of(move_exp_avg(m.odd, g.odd, p.odd, s), s);
         moved[i / 16] = m;
+        numerators[i / 16].even = numerator_of(m.even, g.even, p.even, s);
+        numerators[i / 16].odd = numerator_of(m.odd, g.odd, p.odd, s);
         write_16(exp_avg + i, encode_bf16(m));
     }
     for (int i = 0; i < COUNT; i += 16) {
         Main::Storage* const main_i = has_main ? main + i : main;
         Sixteen p = read_masters(param + i, main_i);
-        const Sixteen m = moved[i / 16], divisor = divisors[i / 16];
-        move_param(p.even, update_of(m.even, divisor.even, s), s);
-        move_param(p.odd, update_of(m.odd, divisor.odd, s), s);
+        const Sixteen n = numerators[i / 16], divisor = divisors[i / 16];
+        move_param(p.even, update_of(n.even, divisor.even, s), s);
+        move_param(p.odd, update_of(n.odd, divisor.odd, s), s);
         if (__builtin_expect(has_nan(p), 0)) {
-            write_16(exp_avg + i, encode_bf16(with_nans_as(m, 0x7fc00000)));
+            write_16(exp_avg + i, encode_bf16(with_nans_as(moved[i / 16], 0x7fc00000)));
             p = with_nans_as(p, has_main ? 0x7fff0000 : 0x7fc00000);
         }
         write_masters(param + i, main_i, p);

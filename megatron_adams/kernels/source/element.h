@@ -217,6 +217,10 @@ constexpr bool exp_avg_is_scaled = largest_scaled<ExpAvg> != 0;
 // Whether the kernel counts the squares of updates, for their RMS, and multiplies updates by a
 // factor. Kernels without guards have no code for it.
 constexpr bool is_guarded = ADAMS_GUARDED;
+// Whether the numerator of updates looks ahead by one step, and whether an element stays where its
+// update would move it against its gradient.
+constexpr bool is_nesterov = ADAMS_NESTEROV;
+constexpr bool is_cautious = ADAMS_CAUTIOUS;
 static_assert(ADAMS_SCALED == (main_is_scaled || exp_avg_is_scaled), "modes.py: is_scaled");
 
 // `split` divides an fp32 main param into `high`, the nearest bf16 number (ties away from zero),
@@ -286,21 +290,34 @@ struct Squares {
 };
 
 // A step has two halves. Both work on a number or on a vector of numbers.
-// The first half moves exp_avg and returns v. `divisor_of` makes of v what exp_avg is divided by.
+// The first half moves exp_avg and returns v. `numerator_of` makes the update's numerator of the
+// exp_avg that was moved, and `divisor_of` makes of v what it is divided by.
+template <class Float>
+ADAMS_FUNCTION Float gradient_of(Float grad, Float param, const Scalars& s) {
+    const Float g = grad * s.grad_scale;
+    return s.decay == L2 ? g + param * s.weight_decay : g;
+}
 template <class Float>
 ADAMS_FUNCTION Float move_exp_avg(Float& exp_avg, Float grad, Float param, const Scalars& s) {
-    Float g = grad * s.grad_scale;
-    g = s.decay == L2 ? g + param * s.weight_decay : g;
+    const Float g = gradient_of(grad, param, s);
     const Float a = exp_avg * s.correction;
     const Float v = (a * a) * s.beta2 + (g * g) * s.one_minus_beta2;
     exp_avg = exp_avg * s.beta1 + g * s.one_minus_beta1;
     return v;
 }
+template <class Float>
+ADAMS_FUNCTION Float numerator_of(Float exp_avg, Float grad, Float param, const Scalars& s) {
+    // The compiler computes it once for both functions.
+    const Float g = gradient_of(grad, param, s);
+    const Float n = is_nesterov ? exp_avg * s.beta1 + g * s.one_minus_beta1 : exp_avg;
+    // A NaN is not zero or below, so it stays.
+    return is_cautious ? (n * g <= Float{} ? Float{} : n) : n;
+}
 ADAMS_FUNCTION float divisor_of(float v, const Scalars& s) { return square_root(v) + s.eps; }
 // The second half: `update_of` divides, and `move_param` moves param by the update.
 template <class Float>
-ADAMS_FUNCTION Float update_of(Float exp_avg, Float divisor, const Scalars& s) {
-    return (exp_avg * s.correction) / divisor;
+ADAMS_FUNCTION Float update_of(Float numerator, Float divisor, const Scalars& s) {
+    return (numerator * s.correction) / divisor;
 }
 template <class Float>
 ADAMS_FUNCTION void move_param(Float& param, Float update, const Scalars& s) {
@@ -308,9 +325,9 @@ ADAMS_FUNCTION void move_param(Float& param, Float update, const Scalars& s) {
     param = param - u * s.lr;
 }
 // The second half for one number, with guards: the update is counted, and multiplied by a factor.
-ADAMS_FUNCTION void move_param(float& param, float exp_avg, float divisor, const Scalars& s,
+ADAMS_FUNCTION void move_param(float& param, float numerator, float divisor, const Scalars& s,
                                float factor, Squares& squares) {
-    float u = update_of(exp_avg, divisor, s);
+    float u = update_of(numerator, divisor, s);
     if (is_guarded) {
         Squares::add(squares, u);
         u = u * factor;
@@ -383,7 +400,10 @@ ADAMS_FUNCTION void update_element(int i, const Grad::Storage* grad, Param::Stor
     float p = Master<Param, Main>::decode(param_word, main_word, scales);
 
     const float divisor = divisor_of(move_exp_avg(m, g, p, s), s);
-    move_param(p, m, divisor, s, scales.update, squares);
+    float n = m;
+    // Only where it differs: NVRTC makes other code of the paper's form if the function is called.
+    if constexpr (is_nesterov || is_cautious) n = numerator_of(m, g, p, s);
+    move_param(p, n, divisor, s, scales.update, squares);
 
     if (PASS == COUNT) return;
     if (PASS == MEASURE) {

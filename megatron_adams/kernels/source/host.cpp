@@ -85,7 +85,7 @@ ADAMS_FUNCTION void write_pair(void* memory, int i, Pair pair) {
 // What the first half of a step hands to the second: `low` for the elements with even indices,
 // `high` for those with odd indices.
 struct Halfway {
-    float exp_avg_low[BLOCK / 2], exp_avg_high[BLOCK / 2];
+    float numerator_low[BLOCK / 2], numerator_high[BLOCK / 2];
     float divisor_low[BLOCK / 2], divisor_high[BLOCK / 2];
 };
 
@@ -105,10 +105,11 @@ ADAMS_FUNCTION void move_exp_avgs(int i, const Grad::Storage* __restrict grad,
     const float p_high = Master<Param, Main>::decode(p.high, w.high, scales);
     const Pair g = read_pair(grad, i), m = read_pair(exp_avg, i);
     float m_low = decode_exp_avg(m.low, scales), m_high = decode_exp_avg(m.high, scales);
-    halfway.divisor_low[i] = divisor_of(move_exp_avg(m_low, Grad::decode(g.low), p_low, s), s);
-    halfway.divisor_high[i] = divisor_of(move_exp_avg(m_high, Grad::decode(g.high), p_high, s), s);
-    halfway.exp_avg_low[i] = m_low;
-    halfway.exp_avg_high[i] = m_high;
+    const float g_low = Grad::decode(g.low), g_high = Grad::decode(g.high);
+    halfway.divisor_low[i] = divisor_of(move_exp_avg(m_low, g_low, p_low, s), s);
+    halfway.divisor_high[i] = divisor_of(move_exp_avg(m_high, g_high, p_high, s), s);
+    halfway.numerator_low[i] = numerator_of(m_low, g_low, p_low, s);
+    halfway.numerator_high[i] = numerator_of(m_high, g_high, p_high, s);
     write_pair(exp_avg, i, {encode_exp_avg(m_low, scales), encode_exp_avg(m_high, scales)});
 }
 ADAMS_FUNCTION void move_params(int i, Param::Storage* __restrict param,
@@ -120,8 +121,8 @@ ADAMS_FUNCTION void move_params(int i, Param::Storage* __restrict param,
     if (has_main) w = read_pair(main, i);
     float low = Master<Param, Main>::decode(p.low, w.low, scales);
     float high = Master<Param, Main>::decode(p.high, w.high, scales);
-    move_param(low, halfway.exp_avg_low[i], halfway.divisor_low[i], s, scales.update, squares);
-    move_param(high, halfway.exp_avg_high[i], halfway.divisor_high[i], s, scales.update, squares);
+    move_param(low, halfway.numerator_low[i], halfway.divisor_low[i], s, scales.update, squares);
+    move_param(high, halfway.numerator_high[i], halfway.divisor_high[i], s, scales.update, squares);
     Master<Param, Main>::encode(low, p.low, w.low, scales);
     Master<Param, Main>::encode(high, p.high, w.high, scales);
     write_pair(param, i, p);

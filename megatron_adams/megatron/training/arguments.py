@@ -85,6 +85,12 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             "code does; the paper, and the default, has no bias correction.",
         )
         group.add_argument(
+            "--adams-cautious",
+            action="store_true",
+            help="Leave an element of a parameter where it is, but for weight decay, if its update "
+            "would move it against its gradient. Not in the paper; costs no state and no pass.",
+        )
+        group.add_argument(
             "--adams-from-adam",
             action="store_true",
             help="Resume from a checkpoint of --optimizer adam: momentum, main params, step and "
@@ -111,6 +117,12 @@ def wrap_add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., A
             metavar="RMS",
             help="Scale the update of a tensor down to this RMS where it is larger. Costs a pass "
             "over gradients and exp_avg.",
+        )
+        group.add_argument(
+            "--adams-nesterov",
+            action="store_true",
+            help="Let the numerator of updates look ahead by one step: beta1 * exp_avg + "
+            "(1 - beta1) * gradient. Not in the paper; costs no state and no pass.",
         )
         group.add_argument(
             "--adams-no-param-remainders",
@@ -195,8 +207,9 @@ def wrap_print_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _warn_of_beta2(args: argparse.Namespace) -> None:
     if args.adam_beta2 >= 0.99:
-        bound = update_bound(beta1=args.adam_beta1, beta2=args.adam_beta2)
-        usual = update_bound(beta1=args.adam_beta1, beta2=DEFAULT_BETA2)
+        nesterov = args.adams_nesterov
+        bound = update_bound(beta1=args.adam_beta1, beta2=args.adam_beta2, nesterov=nesterov)
+        usual = update_bound(beta1=args.adam_beta1, beta2=DEFAULT_BETA2, nesterov=nesterov)
         warnings.warn(
             f"--adam-beta2 {args.adam_beta2} with --optimizer {ADAMS}: an element's update can be "
             f"{bound:.3g} times the learning rate, {usual:.3g} times at {DEFAULT_BETA2}, which is "
