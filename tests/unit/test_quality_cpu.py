@@ -169,7 +169,7 @@ def test_mask_and_numerator_act_on_all_parameters() -> None:
         optimizer = variants.build(variant, params, 0.5)
         assert len(optimizer.param_groups) == 3
         for group in optimizer.param_groups:
-            assert group.get("cautious", False) == variant.cautious
+            assert group["cautious"] == variant.cautious and group["nesterov"] == variant.nesterov
             assert tuple(group["betas"]) == (0.9, variant.beta2)
 
 
