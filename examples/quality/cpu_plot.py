@@ -50,8 +50,8 @@ def losses_table(losses: Losses) -> list[str]:
     """Return a row per setting and variant: rates, losses, differences to AdamW and to AdamS."""
     lines = [
         "| setting | variant | best rate | rates tried | loss, seed 0 | mean of other seeds "
-        "| to AdamW | to the better AdamW | to AdamS |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| lowest, median, highest of them | to AdamW | to the better AdamW | to AdamS |",
+        "| --- | --- |" + " ---: |" * 8,
     ]
     for setting in settings_of(losses):
         reference = cpu_schedule.reference(losses, setting)
@@ -68,6 +68,9 @@ def losses_table(losses: Losses) -> list[str]:
                 str(len(rates_of(losses, variant, setting))),
                 f"{by_seed[0]:.3f}",
                 f"{statistics.fmean(others):.3f}" if others else "-",
+                f"{min(others):.3f}, {statistics.median(others):.3f}, {max(others):.3f}"
+                if others
+                else "-",
             ]
             cells += [
                 "-"
@@ -127,8 +130,8 @@ def summary(rows: list[dict[str, str]], losses: Losses) -> str:
 
 def draw_differences(axes: Axes, losses: Losses, settings: Iterable[str]) -> None:
     """Draw the paired differences to AdamW over the batch size, with 95% intervals."""
-    settings = list(settings)
     variants = [variant for variant in VARIANTS.values() if variant is not ADAMW]
+    settings = [name for name in settings if len(seeds_at_best(losses, name, ADAMW)) > 2]
     for number, variant in enumerate(variants):
         places, means, bars = [], [], []
         for place, setting in enumerate(settings):
@@ -164,7 +167,8 @@ def draw_differences(axes: Axes, losses: Losses, settings: Iterable[str]) -> Non
             )
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.axhline(MARGIN, color="0.6", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(settings)), [label_of(name) for name in settings])
+    axes.set_xticks(range(len(settings)), [label_of(name) for name in settings], fontsize=8)
+    axes.set_xlim(-0.6, max(1, len(settings)) - 0.4)
     axes.set(
         ylabel="held-out loss minus AdamW's (nats a byte)",
         title=f"Paired by seed, with 95% intervals; dots: seeds; dotted line: {MARGIN:+g}",
