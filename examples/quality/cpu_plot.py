@@ -171,7 +171,7 @@ def draw_differences(axes: Axes, losses: Losses, settings: Iterable[str]) -> Non
     axes.set_xlim(-0.6, max(1, len(settings)) - 0.4)
     axes.set(
         ylabel="held-out loss minus AdamW's (nats a byte)",
-        title=f"Paired by seed, with 95% intervals; dots: seeds; dotted line: {MARGIN:+g}",
+        title=f"Paired by seed, with 95% intervals; AdamW: the better beta2; dotted: {MARGIN:+g}",
     )
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=7)
