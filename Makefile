@@ -20,7 +20,7 @@ CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/
 # A file's tests stay together, as they share runs.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test test-all test-versions lint sweep bench image docs clean
+.PHONY: help setup train test test-all test-versions lint sweep quality bench image docs clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -54,6 +54,9 @@ train: $(SETUP)  ## train a small GPT with AdamS and with AdamW, and compare the
 
 sweep: $(SETUP)  ## the learning-rate sweep behind the recipe's defaults
 	$(RUN) examples/pretrain_gpt/sweep.py $(ARGS)
+
+quality: $(SETUP)  ## AdamS beside AdamW at two batch sizes; ARGS="--parts 19" is the whole study
+	OMP_NUM_THREADS=1 $(RUN) examples/quality/cpu_study.py $(or $(ARGS),--parts 2)
 
 bench: $(SETUP)  ## time AdamS's step against other optimizers and the memory stream
 	$(RUN) benchmarks/step.py $(ARGS)

@@ -1,7 +1,8 @@
 """A small GPT, written as functions of its parameters, so that all layers share a compiled block.
 
-It has RMSNorm before each part, rotary positions, GELU, no biases, and an untied head. Parameters
-are fp32. The matrix products, and the activations between blocks, have the model's `dtype`.
+It has RMSNorm before each part, rotary positions, GELU, no biases, and a head that can be tied to
+the embedding. Parameters are fp32. The matrix products, and the activations between blocks, have
+the model's `dtype`.
 """
 
 import math
@@ -18,13 +19,14 @@ _BLOCK = ("attention_norm", "qkv", "attention_out", "mlp_norm", "mlp_in", "mlp_o
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model."""
+    """The sizes of a model. If `tied`, the embedding is the head, too."""
 
     num_layers: int
     width: int
     num_heads: int
     seq_length: int
     vocab_size: int
+    tied: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -51,7 +53,9 @@ def make_params(shape: Shape, device: torch.device) -> dict[str, Tensor]:
             f"{layer}.mlp_in": (4 * width, width),
             f"{layer}.mlp_out": (width, 4 * width),
         }
-    sizes |= {"final_norm": (width,), "head": (shape.vocab_size, width)}
+    sizes["final_norm"] = (width,)
+    if not shape.tied:
+        sizes["head"] = (shape.vocab_size, width)
     return {
         name: torch.empty(size, dtype=torch.float32, device=device, requires_grad=True)
         for name, size in sizes.items()
@@ -161,4 +165,5 @@ class Gpt:
         for layer in range(self.shape.num_layers):
             weights = [params[f"{layer}.{name}"] for name in _BLOCK]
             x = self._block(x, *self._rotations, *weights)
-        return self._loss(x, params["final_norm"], params["head"], tokens[:, 1:])
+        head = params["embedding" if self.shape.tied else "head"]
+        return self._loss(x, params["final_norm"], head, tokens[:, 1:])

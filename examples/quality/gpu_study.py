@@ -100,12 +100,10 @@ def study(args: argparse.Namespace, started: float) -> None:
             say(f"end: {run} would take {needed:.1f} s")
             break
         try:
-            row, curves = lab.train(run, num_steps, deadline, report=say)
+            row = lab.record(run, num_steps, args.out, deadline=deadline, report=say)
         except OutOfTime as exc:
             say(f"end: {exc}")
             break
-        results.append_curves(args.out / "curves.jsonl", run, curves)
-        results.append_row(args.out / "quality.csv", row)
         rows.append(row)
         losses[run] = float(row["held_out_loss"])
         seconds_per_step = max(0.0, row["seconds"] - overhead) / batches

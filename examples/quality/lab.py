@@ -1,18 +1,19 @@
-"""What all runs share: the tokens and the model on the device. gpu_study.py drives it."""
+"""What all runs share: the tokens and the model on the device. The studies drive it."""
 
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import torch
 from gpt import KINDS, Gpt, Shape, initialize_, kind_of
-from schedule import BETA1, VARIANTS, WEIGHT_DECAY, Run
+from schedule import BETA1, VARIANTS, WEIGHT_DECAY, Run, Variant
 from torch import Tensor
 from variants import Shadow, build
 
@@ -33,7 +34,8 @@ class Preset:
     """The sizes of a study.
 
     Attributes:
-        batch: how many sequences pass through the model at once; a step of A has as many.
+        batch: how many sequences pass through the model at once. A step has as many, but for the
+            GPU study's B.
         min_steps, max_steps: the limits for the steps of a run of A.
         max_eval_batches: the held-out loss is that of at most this many batches.
     """
@@ -47,6 +49,7 @@ class Preset:
     min_steps: int
     max_steps: int
     max_eval_batches: int
+    tied: bool = False
 
 
 PRESETS = {
@@ -79,10 +82,13 @@ def gradient_cosines(grads: Tensor, max_lag: int) -> list[float]:
 
 
 def rms_by_kind(updates: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
-    """Return the root mean square of the updates of each of KINDS, (4,) fp32."""
+    """Return the root mean square of the updates of each of KINDS, (4,) fp32; NaN for no tensor."""
     results = []
     for kind in KINDS:
         chosen = [update for update, each in zip(updates, kinds, strict=True) if each == kind]
+        if not chosen:
+            results.append(torch.full((), math.nan, dtype=torch.float32, device=updates[0].device))
+            continue
         squares = torch.stack([update.square().sum() for update in chosen]).sum()
         results.append((squares / sum(update.numel() for update in chosen)).sqrt())
     return torch.stack(results)
@@ -93,12 +99,19 @@ class Lab:
 
     Args:
         data: the folder that prepare.py wrote.
+        variants: the study's variants by name.
     Raises:
         ValueError: the data is missing, or too short for one step.
     """
 
-    def __init__(self, preset: Preset, data: Path, device: torch.device) -> None:
-        self.preset, self.device = preset, device
+    def __init__(
+        self,
+        preset: Preset,
+        data: Path,
+        device: torch.device,
+        variants: Mapping[str, Variant] = VARIANTS,
+    ) -> None:
+        self.preset, self.device, self.variants = preset, device, variants
         if not (data / "meta.json").exists():
             raise ValueError(f"{data}: must hold train.bin, heldout.bin, meta.json; run prepare.py")
         meta = json.loads((data / "meta.json").read_text())
@@ -113,7 +126,12 @@ class Lab:
                     "step; prepare more text"
                 )
         shape = Shape(
-            preset.num_layers, preset.width, preset.num_heads, preset.seq_length, meta["vocab_size"]
+            preset.num_layers,
+            preset.width,
+            preset.num_heads,
+            preset.seq_length,
+            meta["vocab_size"],
+            preset.tied,
         )
         # A CPU is slow in bf16, and a rehearsal does not need it.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -223,7 +241,7 @@ class Lab:
 
     def batches_per_step(self, axis: str) -> int:
         """Return how many batches pass through the model in a step."""
-        return 1 if axis == "A" else TOKENS_FACTOR
+        return TOKENS_FACTOR if axis == "B" else 1
 
     def train(
         self,
@@ -231,24 +249,28 @@ class Lab:
         steps: int,
         deadline: float = math.inf,
         report: Callable[[str], None] = lambda text: None,
+        on_step: Callable[[], object] = lambda: None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Do a run of `steps` steps.
 
         Args:
             deadline: a time on the clock of time.monotonic().
             report: called at each quarter with the run's progress.
+            on_step: called after each step.
         Returns:
             The row of quality.csv and the entry of curves.jsonl.
         Raises:
             OutOfTime: at a quarter, if the run would end after the deadline.
         """
         begin = time.monotonic()
-        variant = VARIANTS[run.variant]
+        variant = self.variants[run.variant]
         num_batches = self.batches_per_step(run.axis)
         initialize_(self.model.params, self.model.shape, run.seed)
         starts = self.batches(run.seed, steps * num_batches).view(steps, num_batches, -1)
         optimizer = build(variant, self._params_by_kind(), run.lr)
-        shadow = Shadow(self.params, VARIANTS["AdamW"].beta2) if variant.family == "adams" else None
+        shadow = (
+            Shadow(self.params, self.variants["AdamW"].beta2) if variant.family == "adams" else None
+        )
         losses = torch.zeros(steps, device=self.device)
         half, last = steps // 2, steps - 1
         first_kept = min(half, max(steps // 4, steps - KEPT_STEPS))
@@ -281,6 +303,7 @@ class Lab:
                         [ordered[id(param)] for param in self.params], self.kinds
                     )
             optimizer.zero_grad(set_to_none=False)
+            on_step()
             if step in (steps // 4, half, 3 * steps // 4):
                 now = losses[step].item()  # waits for the device
                 if not math.isfinite(now):
@@ -322,7 +345,8 @@ class Lab:
             for name in (f"rms_{place}", f"adamw_rms_{place}"):
                 values = rms[name].tolist() if name in rms else [None] * len(KINDS)
                 for kind, value in zip(KINDS, values, strict=True):
-                    row[f"{name}_{kind}"] = "" if value is None else f"{value:.5g}"
+                    is_there = value is not None and not math.isnan(value)
+                    row[f"{name}_{kind}"] = f"{value:.5g}" if is_there else ""
         curves: dict[str, Any] = {
             "steps": list(range(0, len(curve), 10)),
             "loss": [round(loss, 5) for loss in curve[::10]],
@@ -331,6 +355,17 @@ class Lab:
             cosines = gradient_cosines(torch.stack(kept), MAX_LAG)
             curves["gradient_cosines"] = [round(cosine, 5) for cosine in cosines]
         return row, curves
+
+    def record(self, run: Run, steps: int, out: Path, **options: Any) -> dict[str, Any]:
+        """Do a run, append it to the files in the folder `out`, and return its row.
+
+        Args:
+            options: for `train`, which says what is raised.
+        """
+        row, curves = self.train(run, steps, **options)
+        results.append_curves(out / "curves.jsonl", run, curves)
+        results.append_row(out / "quality.csv", row)
+        return row
 
     @torch.no_grad()
     def _rms(self, before: list[Tensor], optimizer: torch.optim.Optimizer, lr: float) -> Tensor:

@@ -1,10 +1,11 @@
-"""Draw and tabulate a study's results: writes quality.png and summary.md next to quality.csv.
+"""Draw and tabulate the GPU study: writes quality.png and summary.md next to quality.csv.
 
 python plot.py FOLDER"""
 
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ import matplotlib.pyplot as plt
 import results
 import schedule
 from matplotlib.axes import Axes
-from schedule import ADAMS, ADAMW, CANDIDATES, CHANGED_ADAMW, MARGIN, VARIANTS, Losses, Run
+from schedule import (
+    ADAMS,
+    ADAMW,
+    CANDIDATES,
+    CHANGED_ADAMW,
+    MARGIN,
+    VARIANTS,
+    Losses,
+    Run,
+    Variant,
+)
 
 ORDER = (ADAMW, ADAMS, *CANDIDATES, *CHANGED_ADAMW)
 # The colors are from Okabe and Ito's palette. A changed AdamW has the color of the AdamS with the
@@ -32,22 +43,29 @@ def style(name: str) -> dict[str, Any]:
     return {"color": COLORS[name], "linestyle": "--" if is_changed_adamw else "-"}
 
 
-def draw_rates(axes: Axes, losses: Losses) -> None:
-    """Draw the held-out loss of axis A over the peak rate: one point per seed, a line for seed 0.
+def draw_rates(
+    axes: Axes,
+    losses: Losses,
+    axis: str = "A",
+    variants: Iterable[Variant] = ORDER,
+    title: str = "A: lines are seed 0, points all seeds; diverged runs are left out",
+    unit: str = "token",
+) -> None:
+    """Draw the held-out loss over the peak rate: one point per seed, a line for seed 0.
 
     Only seed 0 was run at all rates. A bar goes from the lowest to the highest seed at a rate.
     """
     lrs: set[float] = set()
-    for variant in ORDER:
+    for variant in variants:
         by_lr: dict[float, list[float]] = {}
         for run, loss in losses.items():
-            if (run.axis, run.variant) == ("A", variant.name) and math.isfinite(loss):
+            if (run.axis, run.variant) == (axis, variant.name) and math.isfinite(loss):
                 by_lr.setdefault(run.lr, []).append(loss)
         if not by_lr:
             continue
         lrs |= set(by_lr)
         rates = sorted(by_lr)
-        chosen = sorted(schedule.rates_of(losses, variant).items())
+        chosen = sorted(schedule.rates_of(losses, variant, axis).items())
         axes.plot(*zip(*chosen, strict=True), label=variant.name, **style(variant.name))
         axes.vlines(
             rates,
@@ -62,8 +80,8 @@ def draw_rates(axes: Axes, losses: Losses) -> None:
     axes.minorticks_off()
     axes.set(
         xlabel="peak learning rate",
-        ylabel="held-out loss (nats a token)",
-        title="A: lines are seed 0, points all seeds; diverged runs are left out",
+        ylabel=f"held-out loss (nats a {unit})",
+        title=title,
     )
     axes.legend(frameon=False, fontsize=7, ncols=2)
 

@@ -1,6 +1,6 @@
-"""Turn Python sources into tokens for gpu_study.py: train.bin, heldout.bin and meta.json.
+"""Turn Python sources into tokens for a study: train.bin, heldout.bin and meta.json.
 
-    python prepare.py --out FOLDER [--megabytes 36] [--text FOLDER ...]
+    python prepare.py --out FOLDER [--megabytes 36] [--vocab-size 4096] [--text FOLDER ...]
 
 Without --text, the sources are the running Python's standard library and installed packages. This
 script needs the package `tokenizers`; the study itself does not.
@@ -121,15 +121,15 @@ def split_sources(sources: Sequence[Source], max_bytes: int) -> Split:
     return Split(train, kept)
 
 
-def train_tokenizer(sources: Sequence[Source]):
-    """Train a byte-level BPE with VOCAB_SIZE tokens; END_OF_FILE is token 0."""
+def train_tokenizer(sources: Sequence[Source], vocab_size: int = VOCAB_SIZE):
+    """Train a byte-level BPE with `vocab_size` tokens; END_OF_FILE is token 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[END_OF_FILE],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -166,7 +166,9 @@ def encode(tokenizer, sources: Sequence[Source], max_tokens: int) -> tuple[np.nd
     return np.concatenate(parts), num_bytes, num_files
 
 
-def prepare(folders: Sequence[Path], out: Path, max_bytes: int) -> dict[str, object]:
+def prepare(
+    folders: Sequence[Path], out: Path, max_bytes: int, vocab_size: int = VOCAB_SIZE
+) -> dict[str, object]:
     """Write train.bin, heldout.bin (uint16) and meta.json, together at most `max_bytes`.
 
     Returns:
@@ -184,7 +186,7 @@ def prepare(folders: Sequence[Path], out: Path, max_bytes: int) -> dict[str, obj
             f"{len(split.train)} training and {len(split.held_out)} held-out files: must be at "
             "least one of each; give folders with more Python files"
         )
-    tokenizer = train_tokenizer(split.train)
+    tokenizer = train_tokenizer(split.train, vocab_size)
     held_out, held_out_bytes, held_out_files = encode(
         tokenizer, split.held_out, int(max_tokens * HELD_OUT_SHARE)
     )
@@ -193,7 +195,7 @@ def prepare(folders: Sequence[Path], out: Path, max_bytes: int) -> dict[str, obj
     train.tofile(out / "train.bin")
     held_out.tofile(out / "heldout.bin")
     meta = {
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": vocab_size,
         "train_tokens": len(train),
         "train_files": train_files,
         "train_bytes_per_token": round(train_bytes / len(train), 4),
@@ -212,11 +214,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder that is written")
     parser.add_argument("--megabytes", type=float, default=36, help="at most (%(default)s)")
     parser.add_argument(
+        "--vocab-size", type=int, default=VOCAB_SIZE, help="tokens to learn (%(default)s)"
+    )
+    parser.add_argument(
         "--text", type=Path, nargs="+", help="folders with Python files (this Python's own)"
     )
     args = parser.parse_args()
     try:
-        meta = prepare(args.text or default_folders(), args.out, int(args.megabytes * 1e6))
+        meta = prepare(
+            args.text or default_folders(), args.out, int(args.megabytes * 1e6), args.vocab_size
+        )
     except ValueError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2

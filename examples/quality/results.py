@@ -45,6 +45,9 @@ COLUMNS = (
 )
 
 
+PER_BYTE = "held_out_loss_per_byte"
+
+
 def _cut_partial_line(path: Path) -> None:
     """Remove what follows the last line break, which a killed process has left."""
     data = path.read_bytes()
@@ -113,7 +116,7 @@ def run_of(row: dict[str, str]) -> Run:
     return Run(row["axis"], row["variant"], float(row["lr"]), int(row["seed"]))
 
 
-def losses_of(rows: list[dict[str, str]]) -> Losses:
-    """Return the held-out losses in nats per token; infinite if the run diverged."""
-    losses = {run_of(row): float(row["held_out_loss"]) for row in rows}
+def losses_of(rows: list[dict[str, str]], column: str = "held_out_loss") -> Losses:
+    """Return the held-out losses, nats per token or those of a column; infinite: it diverged."""
+    losses = {run_of(row): float(row[column]) for row in rows}
     return {run: math.inf if math.isnan(loss) else loss for run, loss in losses.items()}

@@ -1,7 +1,8 @@
-"""The rules of PLAN.md: which run the study does next, and what the runs decide.
+"""The rules of PLAN.md: which run the GPU study does next, and what the runs decide.
 
-The order depends only on the finished runs, so a study that was stopped goes on where it was. This
-module does not import torch.
+The order depends only on the finished runs, so a study that was stopped goes on where it was.
+cpu_schedule.py has the rules of the CPU study, and uses what is general here. This module does not
+import torch.
 """
 
 import math
@@ -15,6 +16,8 @@ RATE_FACTOR = 2.0
 MAX_RATES = 5
 # How much a recommended variant's loss may exceed AdamW's, in nats per token.
 MARGIN = 0.01
+# The 97.5% quantiles of Student's t distribution for 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Variant:
     Attributes:
         family: "adamw" or "adams".
         rates: the two peak learning rates that are tried first, in this order.
-        cautious: whether elements of hidden matrices stay if they would move against their
-            gradient.
+        cautious: whether elements stay if they would move against their gradient.
+        cautious_kinds: the kinds of tensors (gpt.KINDS) that the mask acts on.
         nesterov: whether the numerator looks a step ahead.
     """
 
@@ -35,6 +38,7 @@ class Variant:
     beta2: float = 0.95
     cautious: bool = False
     nesterov: bool = False
+    cautious_kinds: tuple[str, ...] = ("matrices",)
 
 
 ADAMW = Variant("AdamW", "adamw", (4e-3, 2e-3))
@@ -58,7 +62,8 @@ class Run:
     """One run of the study. Runs with one seed have the same start values and batches.
 
     Attributes:
-        axis: "A", or "B" with four times the tokens per step, at A's best rates.
+        axis: "A", or "B" with four times the tokens per step, at A's best rates. In the CPU study,
+            the name of a setting.
         lr: the peak learning rate.
     """
 
@@ -75,24 +80,24 @@ type Losses = dict[Run, float]
 """The held-out loss of each finished run in nats per token; infinite if it diverged."""
 
 
-def rates_of(losses: Losses, variant: Variant) -> dict[float, float]:
-    """Return peak learning rate -> held-out loss for the runs that choose a rate: A, seed 0."""
+def rates_of(losses: Losses, variant: Variant, axis: str = "A") -> dict[float, float]:
+    """Return peak learning rate -> held-out loss for the runs that choose a rate: seed 0."""
     return {
         run.lr: loss
         for run, loss in losses.items()
-        if (run.axis, run.variant, run.seed) == ("A", variant.name, 0)
+        if (run.axis, run.variant, run.seed) == (axis, variant.name, 0)
     }
 
 
-def best_rate(losses: Losses, variant: Variant) -> float | None:
+def best_rate(losses: Losses, variant: Variant, axis: str = "A") -> float | None:
     """Return the best rate that was tried, or None before the first run."""
-    rates = rates_of(losses, variant)
+    rates = rates_of(losses, variant, axis)
     return min(rates, key=lambda lr: (rates[lr], lr)) if rates else None
 
 
-def is_at_edge(losses: Losses, variant: Variant) -> bool:
+def is_at_edge(losses: Losses, variant: Variant, axis: str = "A") -> bool:
     """Whether a better rate may lie outside the range that was tried."""
-    rates, best = rates_of(losses, variant), best_rate(losses, variant)
+    rates, best = rates_of(losses, variant, axis), best_rate(losses, variant, axis)
     return best is None or best in (min(rates), max(rates))
 
 
@@ -166,9 +171,10 @@ def next_run(losses: Losses) -> Run | None:
 
 @dataclass(frozen=True)
 class Paired:
-    """A variant's differences to AdamW by seed, each at its best rate for seed 0 of A.
+    """A variant's differences to another by seed, each at its best rate for seed 0.
 
-    Only runs count that did not choose a rate or variant: in A the seeds from 1 on, in B all.
+    Only runs count that did not choose a rate or variant: seeds from 1 on, and all of the GPU
+    study's B.
     """
 
     axis: str
@@ -183,6 +189,14 @@ class Paired:
         """The standard deviation over seeds; NaN for one seed."""
         values = self.differences.values()
         return statistics.stdev(values) if len(values) > 1 else math.nan
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95% confidence interval of the mean (Student's t); infinite for one seed."""
+        num_seeds = len(self.differences)
+        if num_seeds < 2:
+            return math.inf
+        return T_QUANTILES[num_seeds - 2] * self.spread / math.sqrt(num_seeds)
 
 
 def paired(losses: Losses, variant: Variant, axis: str) -> Paired | None:

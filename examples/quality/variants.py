@@ -1,7 +1,7 @@
 """The optimizers that the study compares.
 
-AdamS without a change is this package's, and AdamW without a change is torch's. The changed ones
-are written here from their formulas, as tensor operations.
+AdamS is this package's, with or without a change. AdamW without a change is torch's. AdamW with a
+change is written here from its formulas, as tensor operations.
 """
 
 import math
@@ -20,7 +20,7 @@ def changed_update_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor] | None,
+    exp_avg_sqs: Sequence[Tensor],
     *,
     lr: float,
     beta1: float,
@@ -31,38 +31,31 @@ def changed_update_(
     cautious: bool,
     nesterov: bool,
 ) -> None:
-    """Apply one step of AdamS, or of AdamW, with changes, to params and state in place.
+    """Apply one step of AdamW with changes to params and state in place.
 
-        AdamS:     v_t = beta2 * m_{t-1}^2 + (1 - beta2) * g_t^2       m_t = beta1 * m_{t-1} + ...
-        AdamW:     s_t = beta2 * s_{t-1} + (1 - beta2) * g_t^2         v_t = s_t / (1 - beta2^t)
-        numerator: n_t = m_t, AdamW: m_t / (1 - beta1^t)
-        nesterov:  n_t = beta1 * m_t + (1 - beta1) * g_t, AdamW: that / (1 - beta1^(t+1))
+        s_t = beta2 * s_{t-1} + (1 - beta2) * g_t^2
+        v_t = s_t / (1 - beta2^t)
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        n_t = m_t / (1 - beta1^t)
+        nesterov: n_t = (beta1 * m_t + (1 - beta1) * g_t) / (1 - beta1^(t+1))
         u_t = n_t / (sqrt(v_t) + eps)
-        cautious: u_t = 0 where u_t * g_t <= 0; other elements are not enlarged p_t = p_{t-1} - lr *
-        (u_t + weight_decay * p_{t-1})
+        cautious: u_t = 0 where u_t * g_t <= 0; other elements are not enlarged
+        p_t = p_{t-1} - lr * (u_t + weight_decay * p_{t-1})
 
-    AdamW's divisors make the weights of the gradients in n_t and v_t add up to 1. As in the paper,
-    AdamS has no divisors.
+    The divisors make the weights of the gradients in n_t and v_t add up to 1.
 
     Sources: Liang et al. 2024, arXiv:2411.16085 (cautious; they also rescale); Dozat 2016
     (nesterov).
 
     Args:
-        params, grads, exp_avgs: lists of equal length; tensors with one index have one shape, and
-            are fp32 or fp64.
-        exp_avg_sqs: another such list for AdamW; None for AdamS.
-        step: the number of this step, from 1; read only for AdamW.
+        params, grads, exp_avgs, exp_avg_sqs: lists of equal length; tensors with one index have one
+            shape, and are fp32 or fp64.
+        step: the number of this step, from 1.
     """
-    if exp_avg_sqs is None:
-        v = torch._foreach_mul(exp_avgs, exp_avgs)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-        correction = 1.0
-    else:
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-        v = torch._foreach_div(exp_avg_sqs, 1 - beta2**step)
-        correction = 1 - beta1 ** (step + 1 if nesterov else step)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    v = torch._foreach_div(exp_avg_sqs, 1 - beta2**step)
+    correction = 1 - beta1 ** (step + 1 if nesterov else step)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_sqrt_(v)
     torch._foreach_add_(v, eps)
@@ -76,13 +69,11 @@ def changed_update_(
     torch._foreach_add_(params, updates, alpha=-lr)
 
 
-class ChangedAdam(Optimizer):
+class ChangedAdamW(Optimizer):
     """`changed_update_` as a torch optimizer.
 
     Args:
-        params: param groups; "cautious" in each says whether the mask is on.
-        has_exp_avg_sq: True for AdamW, False for AdamS.
-        nesterov: whether the numerator looks ahead, in all groups.
+        params: param groups; "cautious" and "nesterov" in each say which change is on.
     """
 
     def __init__(
@@ -92,20 +83,16 @@ class ChangedAdam(Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        has_exp_avg_sq: bool,
-        nesterov: bool,
     ) -> None:
-        self.has_exp_avg_sq, self.nesterov = has_exp_avg_sq, nesterov
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "cautious": False}
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        super().__init__(params, defaults | {"cautious": False, "nesterov": False})
         self.num_steps = 0
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every param. Each must have a gradient."""
         self.num_steps += 1
-        names = ["exp_avg", "exp_avg_sq"] if self.has_exp_avg_sq else ["exp_avg"]
+        names = ("exp_avg", "exp_avg_sq")
         for group in self.param_groups:
             params = group["params"]
             for param in params:
@@ -117,7 +104,7 @@ class ChangedAdam(Optimizer):
                 params,
                 [param.grad for param in params],
                 state["exp_avg"],
-                state.get("exp_avg_sq"),
+                state["exp_avg_sq"],
                 lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,
@@ -125,12 +112,12 @@ class ChangedAdam(Optimizer):
                 weight_decay=group["weight_decay"],
                 step=self.num_steps,
                 cautious=group["cautious"],
-                nesterov=self.nesterov,
+                nesterov=group["nesterov"],
             )
 
 
 def build(variant: Variant, params_by_kind: dict[str, list[Tensor]], lr: float) -> Optimizer:
-    """Build a variant's optimizer. Norms have no weight decay; a mask acts only on matrices.
+    """Build a variant's optimizer. Norms have no weight decay.
 
     Args:
         params_by_kind: a list of fp32 params for each of gpt.KINDS.
@@ -139,24 +126,19 @@ def build(variant: Variant, params_by_kind: dict[str, list[Tensor]], lr: float) 
         {
             "params": params,
             "weight_decay": 0.0 if kind == "norms" else WEIGHT_DECAY,
-            "cautious": variant.cautious and kind == "matrices",
+            "cautious": variant.cautious and kind in variant.cautious_kinds,
+            "nesterov": variant.nesterov,
         }
         for kind, params in params_by_kind.items()
+        if params  # a tied model has no head
     ]
     betas = (BETA1, variant.beta2)
+    if variant.family == "adams":
+        return AdamS(groups, lr=lr, betas=betas, eps=EPS)
     if variant.cautious or variant.nesterov:
-        return ChangedAdam(
-            groups,
-            lr=lr,
-            betas=betas,
-            eps=EPS,
-            has_exp_avg_sq=variant.family == "adamw",
-            nesterov=variant.nesterov,
-        )
-    if variant.family == "adamw":
-        is_cuda = groups[0]["params"][0].is_cuda
-        return AdamW(groups, lr=lr, betas=betas, eps=EPS, fused=is_cuda)
-    return AdamS(groups, lr=lr, betas=betas, eps=EPS)
+        return ChangedAdamW(groups, lr=lr, betas=betas, eps=EPS)
+    is_cuda = groups[0]["params"][0].is_cuda
+    return AdamW(groups, lr=lr, betas=betas, eps=EPS, fused=is_cuda)
 
 
 class Shadow:

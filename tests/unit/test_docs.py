@@ -216,6 +216,7 @@ def test_examples_are_shown_as_they_are(name: str) -> None:
         ("step.png", "benchmarks/results/step.png"),
         ("gpu-h100.png", "benchmarks/results/gpu-h100-80gb-hbm3.png"),
         ("quality.png", "examples/quality/results/quality.png"),
+        ("quality-cpu.png", "examples/quality/results/cpu/quality.png"),
         ("lr_sweep.png", "examples/pretrain_gpt/sweep/lr_sweep.png"),
     ],
 )
