@@ -15,7 +15,7 @@ CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/
 # A file's tests stay together, as they share runs.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test test-all lint sweep bench image docs clean
+.PHONY: help setup train test test-all lint sweep rl bench image docs clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -42,6 +42,9 @@ train: $(SETUP)  ## train a small GPT with AdamS and with AdamW, and compare the
 
 sweep: $(SETUP)  ## the learning-rate sweep behind the recipe's defaults
 	$(RUN) examples/pretrain_gpt/sweep.py $(ARGS)
+
+rl: $(SETUP)  ## post-train a small Llama by GRPO with AdamS and with AdamW: the short study
+	$(RUN) examples/rl_countdown/rl_study.py --short $(ARGS)
 
 bench: $(SETUP)  ## time AdamS's step against other optimizers and the memory stream
 	$(RUN) benchmarks/step.py $(ARGS)
