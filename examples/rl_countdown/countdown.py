@@ -75,6 +75,7 @@ def is_correct(answer: str, problem: Problem) -> bool:
 
 # --- the problems -------------------------------------------------------------------------------
 
+
 @cache
 def answers(numbers: tuple[int, ...]) -> dict[int, list[str]]:
     """Return the answers without parentheses by the target that they make, sorted.
