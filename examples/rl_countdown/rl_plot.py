@@ -69,7 +69,7 @@ def draw_curves(
             label=None if run.optimizer in labeled else f"{run.optimizer}, lr {run.lr:g}",
         )
         labeled.add(run.optimizer)
-    axes.set(xlabel="step of GRPO", ylim=(0, 1))
+    axes.set(xlabel="step of GRPO")
     axes.legend(frameon=False)
 
 
@@ -88,7 +88,7 @@ def draw_rates(axes: Axes, results: Results) -> None:
     axes.set_xscale("log")
     axes.set_xticks(sorted(lrs), [f"{lr:g}" for lr in sorted(lrs)], minor=False)
     axes.minorticks_off()
-    axes.set(xlabel="learning rate", ylim=(0, 1), title=f"Sweep, seed {SWEEP_SEED}: held-out")
+    axes.set(xlabel="learning rate", title=f"Sweep, seed {SWEEP_SEED}: held-out")
     if lrs:
         axes.legend(frameon=False)
 

@@ -39,6 +39,8 @@ from rl_results import (
 )
 from transformers import LlamaForCausalLM
 
+transformers.utils.logging.disable_progress_bar()  # of loading a model
+
 RUNS = Path(__file__).resolve().parents[2] / "runs"
 FULL = Preset(
     shape=Shape(hidden=96, layers=2, heads=4),

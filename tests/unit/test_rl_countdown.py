@@ -1,5 +1,6 @@
 """examples/rl_countdown: the check of answers, the split, the plan, and a run through TRL."""
 
+import dataclasses
 import itertools
 import random
 import re
@@ -250,6 +251,17 @@ def test_a_study_with_other_settings_does_not_go_on(tmp_path: Path) -> None:
         rl_results.keep_settings(path, {"grpo_steps": 5})
 
 
+def write(folder: Path, results: Results) -> str:
+    """Write the files of a study with these results, and return its summary."""
+    curve = {"steps": [1, 2], "reward": [0, 0.5], "held_out_steps": [0, 2], "held_out": [0, 1]}
+    for run, held_out in results.items():
+        rl_results.append_row(folder / "runs.csv", row(run, held_out))
+        rl_results.append_curves(folder / "curves.jsonl", dataclasses.asdict(run) | curve)
+    rl_plot.write(folder)
+    assert (folder / "rl_countdown.png").read_bytes().startswith(b"\x89PNG")
+    return (folder / "summary.md").read_text()
+
+
 def test_the_summary_has_means_and_differences(tmp_path: Path) -> None:
     best = {name: rates[1] for name, rates in RATES.items()}
     accuracy = {"AdamS": [0.5, 0.6, 0.7], "AdamW": [0.4, 0.6, 0.5]}
@@ -260,16 +272,16 @@ def test_the_summary_has_means_and_differences(tmp_path: Path) -> None:
             else float(run.lr == best[run.optimizer])
         )
     )
-    for run, held_out in results.items():
-        rl_results.append_row(tmp_path / "runs.csv", row(run, held_out))
-        curve = {"steps": [1, 2], "reward": [0, 0.5], "held_out_steps": [0, 2], "held_out": [0, 1]}
-        entry = {"optimizer": run.optimizer, "lr": run.lr, "seed": run.seed} | curve
-        rl_results.append_curves(tmp_path / "curves.jsonl", entry)
-    rl_plot.write(tmp_path)
-    text = (tmp_path / "summary.md").read_text()
+    text = write(tmp_path, results)
     assert "60.0 (sd 10.0)" in text and "50.0 (sd 10.0)" in text
     assert "+10.0, +0.0, +20.0 points; the mean is +10.0." in text
-    assert (tmp_path / "rl_countdown.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_without_a_sweep_has_a_summary(tmp_path: Path) -> None:
+    """The short study has one run with each optimizer; after the first there is one row."""
+    runs = [Run(name, 1e-4, DECIDING_SEEDS[0]) for name in RATES]
+    assert "| AdamS | - | 0.0001 | 1: 50.0 |" in write(tmp_path, {runs[0]: 0.5})
+    assert "AdamS minus AdamW, seed by seed: +25.0 points" in write(tmp_path, {runs[1]: 0.25})
 
 
 def test_the_readme_states_the_plan_that_the_code_runs() -> None:
