@@ -13,7 +13,8 @@ from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.tuning import tuning_of
 from tests.harness.thinning import thinned
 from tests.kernels import sass
-from tests.kernels.checks import OTHERS, PAIRS
+from tests.kernels.checks import FORMS, OTHERS, PAIRS
+from tests.kernels.test_backends import FORMS_OF_MODES
 
 if sass.cuobjdump() is None:
     pytest.skip("no triton, whose wheel has cuobjdump", allow_module_level=True)
@@ -74,6 +75,15 @@ def test_kernels_that_count_and_scale_spill_nothing(cubins, arch, modes):
         used = sass.resources(image)
         assert used.keys() == {*mode.entry_points, *mode.count_entry_points}, mode.name
         for entry_point, (registers, stack, local) in used.items():
+            assert (stack, local) == (0, 0), (mode.name, entry_point)
+            assert registers <= MAX_REGISTERS, (mode.name, entry_point, registers)
+
+
+@pytest.mark.timeout(600)
+def test_kernels_of_other_numerators_spill_nothing(cubins):
+    modes = tuple(FORMS[form].kernel_of(mode) for mode, form in FORMS_OF_MODES)
+    for mode, image in cubins((*modes, *guarded(modes)), "sm_90").items():
+        for entry_point, (registers, stack, local) in sass.resources(image).items():
             assert (stack, local) == (0, 0), (mode.name, entry_point)
             assert registers <= MAX_REGISTERS, (mode.name, entry_point, registers)
 
