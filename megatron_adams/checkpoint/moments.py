@@ -168,9 +168,10 @@ def _adams_squares(beta1: float, beta2: float) -> Tensor:
     Returns:
         (_TABLE_SIZE,) fp64, for the middles of equal steps from 0 to _TABLE_END; eps is left out.
     """
-    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    m = ((torch.arange(_TABLE_SIZE, **options) + 0.5) * (_TABLE_END / _TABLE_SIZE))[:, None]
-    shares = (torch.arange(_NUM_QUANTILES, **options) + 0.5) / _NUM_QUANTILES
+    steps = torch.arange(_TABLE_SIZE, dtype=torch.float64, device="cpu")
+    m = ((steps + 0.5) * (_TABLE_END / _TABLE_SIZE))[:, None]
+    quantiles = torch.arange(_NUM_QUANTILES, dtype=torch.float64, device="cpu")
+    shares = (quantiles + 0.5) / _NUM_QUANTILES
     grad = (1 + beta1) * m + beta1 * torch.special.ndtri(shares)
     old = (m - (1 - beta1) * grad) / beta1 if beta1 else torch.zeros_like(grad)
     squares: Tensor = (m**2 / (beta2 * old**2 + (1 - beta2) * grad**2)).mean(dim=1)

@@ -474,6 +474,7 @@ def test_other_optimizers_run_as_without_the_plugin(
         "adams_cautious": "False",
         "adams_from_adam": "False",
         "adams_kernel": "auto",
+        "adams_log_adamw_rms": "None",
         "adams_log_gpu_memory": "None",
         "adams_match_rms": "None",
         "adams_max_update_rms": "None",

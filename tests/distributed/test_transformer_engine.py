@@ -116,8 +116,9 @@ def test_checkpoint_crosses_between_worlds_with_and_without_transformer_engine(
 def test_constructor_takes_the_arguments_of_fused_adam(te_cluster: Cluster) -> None:
     (told,) = te_cluster.run(SIGNATURES).results
     mine, theirs = told["AdamS"], told["FusedAdam"]
-    own, torchs = {"kernel", "max_update_rms", "match_update_rms"}, {"maximize", "foreach", "fused"}
-    assert mine.keys() - theirs.keys() == {*own, *torchs, "differentiable"}
+    own = {"kernel", "max_update_rms", "match_update_rms", "nesterov", "cautious"}
+    torchs = {"maximize", "foreach", "fused", "differentiable"}
+    assert mine.keys() - theirs.keys() == {*own, *torchs}
     assert theirs.keys() <= mine.keys()
     differing = {name for name in theirs if mine[name] != theirs[name]}
     # betas and bias_correction: AdamS's own defaults; amsgrad: by name only.

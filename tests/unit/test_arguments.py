@@ -48,6 +48,7 @@ def test_from_config_keeps_every_field() -> None:
         "adams_cautious": False,
         "adams_from_adam": False,
         "adams_kernel": "host",
+        "adams_log_adamw_rms": None,
         "adams_max_update_rms": None,
         "adams_match_rms": 0.2,
         "adams_nesterov": False,

@@ -593,9 +593,14 @@ def test_workflow_runs_a_make_target_with_read_access_alone(path: Path) -> None:
     assert job["timeout-minutes"] > 0
     steps = job["steps"]
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
-    (command,) = (step["run"] for step in steps if "run" in step)
-    assert command == f"make {path.stem}"
-    assert path.stem in targets
+    commands = [step["run"] for step in steps if "run" in step]
+    if path.stem == "megatron-main":  # it makes a wheel of Megatron first
+        assert commands[0] == "make setup"
+        assert commands[-1].startswith("make test-versions MEGATRON=")
+        assert {"setup", "test-versions"} < {*targets}
+    else:
+        assert commands == [f"make {path.stem}"]
+        assert path.stem in targets
     used = re.findall(r"uses: (\S+)(.*)", path.read_text("utf-8"))
     assert used
     for action, comment in used:
