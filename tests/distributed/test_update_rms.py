@@ -16,6 +16,7 @@ from tests.harness.cluster import Cluster, Outcome
 from tests.harness.compare import assert_continues, assert_same
 from tests.harness.thinning import thinned
 
+HAS = "tests.distributed.version_cases:has"
 TRAIN = "tests.distributed.rms_cases:train"
 TRAIN_UNDER = "tests.distributed.rms_cases:train_under"
 PLAIN_TRAIN = "tests.distributed.cases:train"
@@ -327,10 +328,12 @@ REFUSED = {
         "--adams-max-update-rms nan with --optimizer adams:"
     ),
     f"{DISTRIBUTED} {MATCH} --adams-max-update-rms 1": "must be one of the two",
-    f"{DISTRIBUTED} {MATCH} --tensor-parallel-num-weight-shards 2": (
+}
+SHARDS = {
+    "--tensor-parallel-num-weight-shards": (
         "--adams-match-rms 0.25 with --tensor-parallel-num-weight-shards 2 and tensor parallel size"
     ),
-    f"{DISTRIBUTED} {MATCH} --expert-tensor-parallel-num-weight-shards 2": (
+    "--expert-tensor-parallel-num-weight-shards": (
         "with --expert-tensor-parallel-num-weight-shards 2 and tensor parallel size 1: not"
     ),
 }
@@ -339,6 +342,16 @@ REFUSED = {
 def test_flags_that_say_nothing_are_refused(cluster: Cluster) -> None:
     answers = cluster.run(REFUSALS, 1, commands=list(REFUSED)).results[0]
     for message, words in zip(answers, REFUSED.values(), strict=True):
+        assert message is not None and words in message
+        assert re.search("; (leave|remove) ", message)
+
+
+def test_more_shards_than_tensor_parallel_ranks_are_refused(cluster: Cluster) -> None:
+    for flag, words in SHARDS.items():
+        if not cluster.run(HAS, flag=flag).results[0]:
+            pytest.skip(f"this Megatron has no {flag} (0.18)")
+        command = f"{DISTRIBUTED} {MATCH} {flag} 2"
+        (message,) = cluster.run(REFUSALS, 1, commands=[command]).results[0]
         assert message is not None and words in message
         assert re.search("; (leave|remove) ", message)
 

@@ -1,6 +1,8 @@
 """What the ranks of test_versions.py run."""
 
+import argparse
 import importlib
+import inspect
 from typing import Any
 
 from tests.distributed import checkpoint_cases
@@ -13,6 +15,17 @@ def differences() -> dict[str, Any]:
     from megatron_adams.megatron.versions import describe_differences
 
     return {"version": megatron.core.__version__, "differences": describe_differences()}
+
+
+def has(flag: str | None = None, attribute: str | None = None) -> bool:
+    """Whether this Megatron has a flag, or its optimizer reads an attribute of params."""
+    from megatron.core.optimizer import optimizer
+    from megatron.training.arguments import add_megatron_arguments
+
+    if flag is not None:
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        return flag in parser._option_string_actions
+    return str(attribute) in inspect.getsource(optimizer)
 
 
 def save_with_the_padding_of_another_version(argv: str) -> list[dict[str, Any]]:
