@@ -95,6 +95,7 @@ STUDIES = (
     StudySetting(CPU, "512", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "2k", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "8k", "CPU study: 3 x 48, not tied", 3, 48, 512),
+    StudySetting(CPU, "4k", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "long", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "tied", "CPU study: 3 x 48, tied", 3, 48, 512, tied=True),
     StudySetting(CPU, "wide", "CPU study: 2 x 96, not tied", 2, 96, 512),
