@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from megatron_adams.checkpoint import DamagedCheckpointError, convert
-from megatron_adams.commands.terminal import fail, report
+from megatron_adams.commands.terminal import fail, is_last, report
 
 _DESCRIPTION = """\
 Turn a checkpoint that Megatron saved with --optimizer adam into one for --optimizer adams:
@@ -33,9 +33,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def _convert(source: Path, destination: Path) -> int:
     try:
-        done = convert(
-            source, destination, report=lambda line: report(line, is_last=_is_last(line))
-        )
+        done = convert(source, destination, report=lambda line: report(line, is_last=is_last(line)))
     except (ValueError, OSError, DamagedCheckpointError) as exc:
         return fail(str(exc))
     except ImportError as exc:
@@ -47,9 +45,3 @@ def _convert(source: Path, destination: Path) -> int:
         f"{shlex.quote(str(destination))}"
     )
     return 0
-
-
-def _is_last(line: str) -> bool:
-    """Whether a line such as "[3/3] name" is the last one."""
-    number, _, total = line[1:].partition("]")[0].partition("/")
-    return number == total

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 from megatron_adams.checkpoint import DamagedCheckpointError, read_moments
-from megatron_adams.commands.terminal import fail
+from megatron_adams.commands.terminal import fail, is_last, report
 from megatron_adams.tuning import TuneError, UpdateSizes, read_sizes, suggest, trial_of
 from megatron_adams.tuning.rule import ACCURACY, BETA2, BETA2_REASON, REASON, RULE, Suggestion
 
@@ -139,16 +139,17 @@ def _from_trial(args: argparse.Namespace) -> Suggestion:
         num_steps=200 if args.steps is None else args.steps,
         adamw_beta2=0.95 if args.adamw_beta2 is None else args.adamw_beta2,
     )
-    _report(f"running {shlex.join(trial.words)}", is_last=True)
+    report(f"running {shlex.join(trial.words)}", is_last=True, file=sys.stderr)
 
-    def report(step: UpdateSizes) -> None:
-        _report(
+    def report_step(step: UpdateSizes) -> None:
+        report(
             f"step {step.last} of {trial.num_steps}: update RMS {step.adams:.3f}, AdamW's would "
             f"be {step.adamw:.3f}",
             is_last=step.last >= trial.num_steps,
+            file=sys.stderr,
         )
 
-    return _suggest(trial.run(report), trial.lr_adamw)
+    return _suggest(trial.run(report_step), trial.lr_adamw)
 
 
 def _from_log(path: str, lr: float) -> Suggestion:
@@ -167,7 +168,9 @@ def _suggest(sizes: UpdateSizes, lr: float) -> Suggestion:
 
 def _from_checkpoint(source: Path, lr: float | None) -> Suggestion:
     moments = read_moments(
-        source, adams_beta2=BETA2, report=lambda line: _report(line, is_last=_is_last(line))
+        source,
+        adams_beta2=BETA2,
+        report=lambda line: report(line, is_last=is_last(line), file=sys.stderr),
     )
     return suggest(
         lr_adamw=moments.lr if lr is None else lr,
@@ -175,20 +178,6 @@ def _from_checkpoint(source: Path, lr: float | None) -> Suggestion:
         rms_adamw=moments.adamw_rms,
         origin=f"AdamW's iteration {moments.iteration}; AdamS's is an estimate from exp_avg_sq",
     )
-
-
-def _is_last(line: str) -> bool:
-    """Whether a line such as "[3/3] name" is the last one."""
-    number, _, total = line[1:].partition("]")[0].partition("/")
-    return number == total
-
-
-def _report(line: str, *, is_last: bool) -> None:
-    """Show progress on stderr: on a terminal in one line, elsewhere one line per call."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="\n" if is_last else "", file=sys.stderr, flush=True)
-    else:
-        print(line, file=sys.stderr, flush=True)
 
 
 def _show(suggestion: Suggestion) -> None:
