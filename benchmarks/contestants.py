@@ -62,6 +62,11 @@ LR, BETAS, EPS, WEIGHT_DECAY = 1e-5, (0.9, 0.95), 1e-8, 0.1
 HYPERPARAMETERS: dict[str, Any] = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
 
 ADAMS, TUNED, STREAM, COPY = "AdamS", "AdamS, tuned", "stream", "copy"
+# The forms of AdamS other than the paper's, and their arguments.
+FORMS: dict[str, dict[str, bool]] = {
+    "AdamS, cautious": {"cautious": True},
+    "AdamS, Nesterov": {"nesterov": True},
+}
 FUSED, FOREACH = "torch AdamW, fused", "torch AdamW, foreach"
 APEX_SHAPE = "Adam in Apex's launch shape"
 # How many bytes a copy reads, and writes: more than any cache holds.
@@ -187,8 +192,12 @@ def _make_one(mode: Mode, numel: int, generator: torch.Generator) -> tuple[Any, 
     return grad, param, exp_avg, main, exp_avg_scale, main_scale, fp8
 
 
-def adams(tensors: Tensors) -> Contestant:
-    """Return AdamS as a contestant: for fp32 and mixed, the optimizer; else what its step calls."""
+def adams(tensors: Tensors, name: str = ADAMS) -> Contestant:
+    """Return AdamS as a contestant: for fp32 and mixed, the optimizer; else what its step calls.
+
+    Args:
+        name: ADAMS, or for fp32 and mixed also a key of FORMS.
+    """
     mode = tensors.mode
     backend = "cuda" if tensors.device.type == "cuda" else "host"
     num_bytes = bytes_per_param(mode) * tensors.numel
@@ -196,13 +205,15 @@ def adams(tensors: Tensors) -> Contestant:
         optimizer, parameters = _over(
             tensors.mains or tensors.params,
             tensors.grads,
-            lambda params: AdamS(params, eps=EPS, kernel=backend, **HYPERPARAMETERS),
+            lambda params: AdamS(
+                params, eps=EPS, kernel=backend, **HYPERPARAMETERS, **FORMS.get(name, {})
+            ),
         )
         for index, parameter in enumerate(parameters):
             if tensors.mains is not None:
                 optimizer.model_params[parameter] = tensors.params[index]
             optimizer.state[parameter]["exp_avg"] = tensors.exp_avgs[index]
-        return Contestant(ADAMS, optimizer.step, num_bytes)
+        return Contestant(name, optimizer.step, num_bytes)
 
     table = PointerTable()
 

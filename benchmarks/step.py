@@ -2,6 +2,7 @@
 
     python benchmarks/step.py [--out DIR] [--device cpu|cuda] [--sizes 50M ...] [--rounds N]
     python benchmarks/step.py --suite gpu
+    python benchmarks/step.py --suite forms
     python benchmarks/step.py --suite confirm --tuning best.json
 
 Contestants of one group take turns, one step each, in an order that changes every round. Before
@@ -37,6 +38,7 @@ from contestants import (
     COPIED_BYTES,
     EPS,
     FOREACH,
+    FORMS,
     FP8_PARAMS,
     FP16_STATE,
     FP32,
@@ -179,12 +181,14 @@ class Group(NamedTuple):
         without: the names of contestants that do not take part.
         tuned: the constants of a second AdamS. If they are given, only the two and the copy take
             part.
+        has_forms: whether AdamS's forms take part, and no other optimizer.
     """
 
     mode: Mode
     workloads: tuple[Workload, ...]
     without: frozenset[str] = frozenset()
     tuned: dict[str, Any] | None = None
+    has_forms: bool = False
 
     @property
     def name(self) -> str:
@@ -195,6 +199,8 @@ def groups_of(args: argparse.Namespace) -> Iterator[Group]:
     """Yield the groups that the arguments ask for."""
     if args.suite == "gpu":
         yield from _gpu_suite()
+    elif args.suite == "forms":
+        yield from _forms_suite()
     elif args.suite == "confirm":
         yield from _confirm_suite(json.loads(args.tuning.read_text()))
     else:
@@ -209,6 +215,7 @@ def groups_of(args: argparse.Namespace) -> Iterator[Group]:
 # What the suite leaves out. The reference in every group, and peers that are slow to build, would
 # take most of a minute. torch's foreach is slow, and needs the most memory.
 _SHORT = frozenset({REFERENCE, *(p.name for p in PEERS if p.name not in (FUSED, APEX_SHAPE))})
+_NO_PEERS = frozenset(peer.name for peer in PEERS)
 _LARGE = tuple(one_tensor(numel) for numel in (10**9, 5 * 10**8, 25 * 10**7))
 
 
@@ -217,6 +224,7 @@ def _gpu_suite() -> Iterator[Group]:
     large_modes = (FP32, MIXED, REMAINDER, BF16_REMAINDER, BF16, FP8_PARAMS)
     for mode in large_modes[:2]:
         yield Group(mode, _LARGE, _SHORT)
+    yield from _forms_suite()
     for workload in LISTS:
         for mode in (FP32, MIXED):
             yield Group(mode, (workload,), _SHORT - {FOREACH})
@@ -226,6 +234,13 @@ def _gpu_suite() -> Iterator[Group]:
         yield Group(mode, (one_tensor(10**8),), _SHORT - {FOREACH})
     for mode in (FP32, MIXED):
         yield Group(mode, (one_tensor(10**6),), _SHORT - {FOREACH})
+
+
+def _forms_suite() -> Iterator[Group]:
+    """Yield the groups that compare the forms of AdamS with each other."""
+    for mode in (FP32, MIXED):
+        for workloads in (_LARGE, (GPT2,)):
+            yield Group(mode, workloads, _NO_PEERS, has_forms=True)
 
 
 def _confirm_suite(best: dict[str, dict[str, Any]]) -> Iterator[Group]:
@@ -312,6 +327,8 @@ class Session:
                 adams_kernel(ADAMS, tensors),
                 adams_kernel(TUNED, tensors, tuning_of(mode)._replace(**knobs), chunk),
             ]
+        elif group.has_forms:
+            contestants += [adams(tensors, name) for name in (ADAMS, *FORMS)]
         else:
             contestants.append(adams(tensors))
             if not workload.is_list:
@@ -355,8 +372,8 @@ class Session:
 
 
 def stem_of(args: argparse.Namespace) -> str:
-    """Return the name of the result files. One folder can hold those of both suites."""
-    return "confirm" if args.suite == "confirm" else "step"
+    """Return the name of the result files. One folder can hold those of all suites."""
+    return args.suite if args.suite in ("confirm", "forms") else "step"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -493,7 +510,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=BOTH, default=default_device)
     parser.add_argument(
         "--suite",
-        choices=("gpu", "confirm"),
+        choices=("gpu", "forms", "confirm"),
         help="a fixed choice of modes, sizes and lists, in place of the three options below",
     )
     parser.add_argument(

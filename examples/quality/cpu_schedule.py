@@ -1,4 +1,4 @@
-"""The rules of PLAN-CPU.md: which run the CPU study does next, and what the runs decide.
+"""The rules of PLAN-CPU.md and PLAN-GPU-2.md: which run is done next, and what the runs decide.
 
 The order depends only on the finished runs, so a study that was stopped goes on where it was. This
 module does not import torch.
@@ -6,8 +6,8 @@ module does not import torch.
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from schedule import Losses, Paired, Run, Variant, best_rate, rates_of
 
@@ -28,13 +28,26 @@ def index_of(lr: float) -> int:
     return round(2 * math.log2(lr / BASE_RATE))
 
 
+# The best rates of the first GPU study, or for what it did not find, the rates nearest to them.
+_GPU_STARTS = {
+    "AdamW": 0,
+    "AdamS": -2,
+    "AdamS cautious": 0,
+    "AdamS Nesterov": -2,
+    "AdamW cautious": 0,
+    "AdamW Nesterov": 0,
+}
+
+
 @dataclass(frozen=True)
 class Setting:
     """A model, a number of tokens a step and a number of steps; `name` is the runs' axis.
 
     Attributes:
-        origin: the setting whose best rates are tried first; None: START_RATES are.
+        origin: the setting whose best rates are tried first; None: `starts` are.
         upward: whether a larger or a smaller rate is tried second.
+        starts: variant's name -> the place of its first rate on the grid; without it, the first of
+            the variant's own rates is tried first.
     """
 
     name: str
@@ -46,6 +59,7 @@ class Setting:
     tied: bool = False
     origin: str | None = "2k"
     upward: bool = True
+    starts: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 SETTINGS = {
@@ -58,10 +72,13 @@ SETTINGS = {
         Setting("tied", 2048, tied=True, upward=False),
         Setting("wide", 2048, num_layers=2, width=96, upward=False),
         Setting("long", 2048, steps=400, upward=False),
+        Setting("98k", 98_304, 225, 6, 512, 8, origin=None, upward=False, starts=_GPU_STARTS),
+        Setting("24k", 24_576, 900, 6, 512, 8, origin="98k", upward=False),
     )
 }
-# The settings that differ only in the tokens a step. They decide.
+# The settings that decide. Those of the CPU study differ only in the tokens a step.
 BATCH_SIZES = ("512", "2k", "4k", "8k")
+GPU_SETTINGS = ("98k", "24k")
 
 ADAMW = Variant("AdamW", "adamw", (rate(4), rate(6)))
 ADAMW_99 = Variant("AdamW beta2 0.99", "adamw", (rate(4), rate(6)), beta2=0.99)
@@ -117,6 +134,16 @@ PARTS = (
     Part("4k", (ADAMW_99, *CHANGED_ADAMW), fine=False),
 )
 
+# PLAN-GPU-2.md's.
+GPU_PARTS = (
+    Part("98k", CORE, fine=False, seeds=(1, 2)),
+    Part("24k", CORE, fine=False, seeds=(1, 2)),
+    Part("98k", CHANGED_ADAMW, fine=False, seeds=(1, 2)),
+    Part("24k", CHANGED_ADAMW, fine=False, seeds=(1, 2)),
+    Part("24k", CORE, fine=False, seeds=(3, 4)),
+    Part("98k", CORE, fine=False, seeds=(3, 4)),
+)
+
 
 def next_rate(losses: Losses, part: Part, variant: Variant) -> float | None:
     """Return the rate to try next; None if the best rate has a worse one near it on both sides."""
@@ -124,7 +151,10 @@ def next_rate(losses: Losses, part: Part, variant: Variant) -> float | None:
     tried = {index_of(lr) for lr in rates_of(losses, variant, setting.name)}
     if not tried:
         first = best_rate(losses, variant, setting.origin) if setting.origin else None
-        return variant.rates[0] if first is None else first
+        if first is not None:
+            return first
+        place = setting.starts.get(variant.name)
+        return variant.rates[0] if place is None else rate(place)
     lr = best_rate(losses, variant, setting.name)
     assert lr is not None
     best = index_of(lr)
@@ -164,9 +194,11 @@ def _wishes(losses: Losses, parts: Sequence[Part]) -> Iterator[Run]:
                 yield Run(part.setting, variant.name, lr, seed)
 
 
-def next_run(losses: Losses, num_parts: int | None = None) -> Run | None:
+def next_run(
+    losses: Losses, num_parts: int | None = None, parts: Sequence[Part] = PARTS
+) -> Run | None:
     """Return the next run of the first `num_parts` parts (all); None if they are complete."""
-    parts = PARTS if num_parts is None else PARTS[:num_parts]
+    parts = parts if num_parts is None else parts[:num_parts]
     return next((run for run in _wishes(losses, parts) if run not in losses), None)
 
 
@@ -201,10 +233,16 @@ class Verdict:
     mean: float
 
 
-def judge(losses: Losses, candidate: Variant) -> Verdict | None:
-    """Apply the rule of PLAN-CPU.md to a candidate; None if fewer than two batch sizes are done."""
+def judge(
+    losses: Losses, candidate: Variant, settings: Sequence[str] = BATCH_SIZES
+) -> Verdict | None:
+    """Apply the rule of the plan to a candidate; None if fewer than two settings are done.
+
+    Args:
+        settings: those that decide.
+    """
     to_adams, to_adamw = {}, {}
-    for setting in BATCH_SIZES:
+    for setting in settings:
         pairs = (
             compare(losses, setting, candidate, ADAMS),
             compare(losses, setting, candidate, reference(losses, setting)),
@@ -223,16 +261,16 @@ def judge(losses: Losses, candidate: Variant) -> Verdict | None:
     return Verdict(tuple(to_adams), improves, level, mean)
 
 
-def recommended(losses: Losses) -> Variant | None:
+def recommended(losses: Losses, settings: Sequence[str] = BATCH_SIZES) -> Variant | None:
     """Return the candidate that improves on the paper's form everywhere, the better one of two."""
-    verdicts = {candidate: judge(losses, candidate) for candidate in CANDIDATES}
+    verdicts = {candidate: judge(losses, candidate, settings) for candidate in CANDIDATES}
     better = {each: found for each, found in verdicts.items() if found and found.improves}
     return min(better, key=lambda each: better[each].mean) if better else None
 
 
-def decide(losses: Losses) -> str:
-    """Return in sentences what the rule of PLAN-CPU.md decides from the finished runs."""
-    verdicts = {candidate: judge(losses, candidate) for candidate in CANDIDATES}
+def decide(losses: Losses, settings: Sequence[str] = BATCH_SIZES) -> str:
+    """Return in sentences what the rule of the plan decides from the finished runs."""
+    verdicts = {candidate: judge(losses, candidate, settings) for candidate in CANDIDATES}
     if not any(verdicts.values()):
         return "Nothing is decided yet: it takes two batch sizes with two seeds from 1 on."
     sentences = []
@@ -247,6 +285,6 @@ def decide(losses: Losses) -> str:
             f"{', '.join(found.settings)} tokens a step; its mean difference to "
             f"AdamW is {found.mean:+.4f} nats a byte."
         )
-    chosen = recommended(losses)
+    chosen = recommended(losses, settings)
     sentences.append(f"Recommended: {chosen.name if chosen else 'AdamS in the form of the paper'}.")
     return "\n".join(sentences)

@@ -1,4 +1,4 @@
-"""Compare AdamS and AdamW on one GPU in a given time; PLAN.md says how.
+"""Compare AdamS and AdamW on one GPU in a given time; PLAN-GPU-2.md and PLAN.md say how.
 
     python gpu_study.py --data FOLDER --out FOLDER --seconds 150
 
@@ -8,14 +8,18 @@ itself before --seconds are over. They count from its start, imports included.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cpu_schedule
 import results
 import schedule
 
+# A rehearsal of the second plan has a fifth of its steps.
+REHEARSED_SHARE = 1 / 5
 # The time left at the end for the interpreter, the device and collecting the files.
 RESERVE_S = 8.0
 # How many runs of A should fit into the time. That is about as many as the plan has up to the end
@@ -58,12 +62,22 @@ def study(args: argparse.Namespace, started: float) -> None:
     say = _reporter(args.out / "log.txt", started)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: must be a GPU that torch sees; give --device cpu")
-    preset = PRESETS["rehearsal" if args.rehearse else "25M"]
+    second = args.plan == 2
+    name = "rehearsal" if args.rehearse else "25M"
+    preset = PRESETS[f"{name}, plan 2" if second else name]
     rows = results.read_rows(args.out / "quality.csv")
     others = {row["model"] for row in rows} - {preset.name}
     if others:
         raise ValueError(f"{args.out}: must hold runs of {preset.name} alone, has {others}")
-    lab = Lab(preset, args.data, torch.device(args.device))
+    _check_text(args.data, args.out)
+    axes = set(cpu_schedule.GPU_SETTINGS if second else ("A", "B"))
+    if strangers := {row["axis"] for row in rows} - axes:
+        raise ValueError(
+            f"{args.out}: must hold runs of plan {args.plan} alone, has {strangers}; give another "
+            "--out or --plan"
+        )
+    variants = cpu_schedule.VARIANTS if second else schedule.VARIANTS
+    lab = Lab(preset, args.data, torch.device(args.device), variants)
     say(
         f"{preset.name}: {lab.num_params:,} parameters, {len(lab.train_tokens):,} training tokens,"
         f" torch {torch.__version__}; {len(rows)} runs are done"
@@ -84,16 +98,25 @@ def study(args: argparse.Namespace, started: float) -> None:
             else:
                 lab.model.forget_compiled()
                 lab.compiled = "no: slower"
-    steps = _steps_of_rows(rows)
-    if steps is None:
-        left = deadline - time.monotonic()
-        steps = steps_for(left, seconds_per_step, preset.min_steps, preset.max_steps)
-    say(f"{steps} steps in each run of A, {lab.steps_of('B', steps)} in B")
+    column = results.PER_BYTE if second else "held_out_loss"
+    if second:
+        share = REHEARSED_SHARE if args.rehearse else 1.0
+        steps_of = {
+            axis: round(share * cpu_schedule.SETTINGS[axis].steps)
+            for axis in cpu_schedule.GPU_SETTINGS
+        }
+    else:
+        steps = _steps_of_rows(rows)
+        if steps is None:
+            left = deadline - time.monotonic()
+            steps = steps_for(left, seconds_per_step, preset.min_steps, preset.max_steps)
+        steps_of = {axis: lab.steps_of(axis, steps) for axis in ("A", "B")}
+    say("; ".join(f"{axis}: {num} steps a run" for axis, num in steps_of.items()))
 
     overhead = OVERHEAD_PER_RUN_S
-    losses = results.losses_of(rows)
-    while (run := schedule.next_run(losses)) is not None:
-        num_steps = lab.steps_of(run.axis, steps)
+    losses = results.losses_of(rows, column)
+    while (run := _next_run(losses, args.plan)) is not None:
+        num_steps = steps_of[run.axis]
         batches = num_steps * lab.batches_per_step(run.axis)
         needed = batches * seconds_per_step + overhead
         if time.monotonic() + needed > deadline:
@@ -105,7 +128,7 @@ def study(args: argparse.Namespace, started: float) -> None:
             say(f"end: {exc}")
             break
         rows.append(row)
-        losses[run] = float(row["held_out_loss"])
+        losses[run] = float(row[column])
         seconds_per_step = max(0.0, row["seconds"] - overhead) / batches
         say(
             f"{run}  held-out {row['held_out_loss']:.4f}  train {row['train_loss']:.4f}  "
@@ -115,7 +138,36 @@ def study(args: argparse.Namespace, started: float) -> None:
         say("end: every run of the plan is done")
     if args.rehearse:
         say("A rehearsal: what follows is no result.")
-    say(schedule.decide(losses))
+    decided = (
+        cpu_schedule.decide(losses, cpu_schedule.GPU_SETTINGS)
+        if second
+        else schedule.decide(losses)
+    )
+    say(decided.replace("\n", " "))
+
+
+def _next_run(losses: schedule.Losses, plan: int) -> schedule.Run | None:
+    if plan == 1:
+        return schedule.next_run(losses)
+    return cpu_schedule.next_run(losses, parts=cpu_schedule.GPU_PARTS)
+
+
+def _check_text(data: Path, out: Path) -> None:
+    """Keep the facts of the text beside the rows, and refuse another text later.
+
+    The text comes from the installed packages, so another environment has another one, and losses
+    on different texts cannot be compared.
+    """
+    meta, kept = data / "meta.json", out / "meta.json"
+    if not meta.exists():
+        raise ValueError(f"{data}: must hold train.bin, heldout.bin, meta.json; run prepare.py")
+    if not kept.exists():
+        kept.write_text(meta.read_text())
+    elif json.loads(kept.read_text()) != json.loads(meta.read_text()):
+        raise ValueError(
+            f"{data}: must be the text of the runs in {out} (their meta.json differ); give "
+            "the same --data or another --out"
+        )
 
 
 def _steps_of_rows(rows: list[dict[str, str]]) -> int | None:
@@ -141,6 +193,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="results; a study there goes on")
     parser.add_argument(
         "--seconds", type=float, required=True, help="the script ends before they are over"
+    )
+    parser.add_argument(
+        "--plan",
+        type=int,
+        choices=[1, 2],
+        default=2,
+        help="1: PLAN.md, 2: PLAN-GPU-2.md (%(default)s)",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="%(default)s")
     parser.add_argument(

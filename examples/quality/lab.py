@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from megatron_adams import AdamS
 
 CLIP_NORM = 1.0
 WARMUP_SHARE, LAST_LR_SHARE = 0.1, 0.1
-# The tokens per step and the steps of axis B, relative to axis A's.
-TOKENS_FACTOR, STEPS_FACTOR = 4, 1 / 3
+# The steps of axis B, relative to axis A's.
+STEPS_FACTOR = 1 / 3
 # The gradients of one matrix are kept for this many steps, from the middle of a run on (in short
 # runs, from the first quarter on), and compared up to this many steps apart.
 KEPT_STEPS, MAX_LAG = 30, 10
@@ -34,10 +34,10 @@ class Preset:
     """The sizes of a study.
 
     Attributes:
-        batch: how many sequences pass through the model at once. A step has as many, but for the
-            GPU study's B.
+        batch: how many sequences pass through the model at once.
         min_steps, max_steps: the limits for the steps of a run of A.
         max_eval_batches: the held-out loss is that of at most this many batches.
+        batches_per_step: axis -> how many batches a step has; of an axis that is not in it, one.
     """
 
     name: str
@@ -50,13 +50,20 @@ class Preset:
     max_steps: int
     max_eval_batches: int
     tied: bool = False
+    batches_per_step: Mapping[str, int] = field(default_factory=lambda: {"B": 4}, hash=False)
 
 
+# "98k" and "24k" are settings of the second plan. Both have batches of one shape, so that the model
+# is compiled once.
 PRESETS = {
     "25M": Preset("25M", 6, 512, 8, 512, batch=192, min_steps=100, max_steps=300,
                   max_eval_batches=8),
+    "25M, plan 2": Preset("25M", 6, 512, 8, 512, batch=48, min_steps=225, max_steps=225,
+                          max_eval_batches=32, batches_per_step={"98k": 4}),
     "rehearsal": Preset("rehearsal", 2, 32, 2, 32, batch=8, min_steps=40, max_steps=60,
                         max_eval_batches=4),
+    "rehearsal, plan 2": Preset("rehearsal", 2, 32, 2, 32, batch=2, min_steps=40, max_steps=60,
+                                max_eval_batches=16, batches_per_step={"98k": 4}),
 }  # fmt: skip
 
 
@@ -192,10 +199,11 @@ class Lab:
             signal.signal(signal.SIGALRM, handler)
 
     def compile_optimizer(self) -> None:
-        """Compile AdamS's kernel now, so that no run waits for it."""
-        optimizer = build(VARIANTS["AdamS"], self._params_by_kind(), 1e-3)
-        assert isinstance(optimizer, AdamS)
-        optimizer.compile_kernels()
+        """Compile AdamS's kernels now, so that no run waits for them."""
+        for variant in self.variants.values():
+            optimizer = build(variant, self._params_by_kind(), 1e-3)
+            if isinstance(optimizer, AdamS):
+                optimizer.compile_kernels()
 
     def _forward_and_backward(self) -> None:
         starts = self.batches(0, 1)[0]
@@ -241,7 +249,7 @@ class Lab:
 
     def batches_per_step(self, axis: str) -> int:
         """Return how many batches pass through the model in a step."""
-        return TOKENS_FACTOR if axis == "B" else 1
+        return self.preset.batches_per_step.get(axis, 1)
 
     def train(
         self,

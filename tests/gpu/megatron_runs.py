@@ -66,6 +66,8 @@ RUNS = {
     "adams": f"--optimizer adams {_TIMERS}",
     "adams, precision-aware, exp_avg bf16": f"--optimizer adams {_TIMERS} "
     "--use-precision-aware-optimizer --exp-avg-dtype bf16",
+    "adams, cautious": f"--optimizer adams --adams-cautious {_TIMERS}",
+    "adams, logs": "--optimizer adams --adams-log-gpu-memory --adams-log-adamw-rms",
     "adams, CUDA graph": f"--optimizer adams {_GRAPH}",
     "adams, no clipping": f"--optimizer adams {_NO_CLIPPING}",
     "adams, CUDA graph, no clipping": f"--optimizer adams {_GRAPH} {_NO_CLIPPING}",

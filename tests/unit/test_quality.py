@@ -432,7 +432,7 @@ def test_a_model_that_does_not_compile_in_time_runs_without(lab: Lab) -> None:
     assert math.isfinite(row["held_out_loss"]) and row["compiled"] == lab.compiled
 
 
-def run_study(data: Path, out: Path, seconds: float) -> subprocess.Popen[str]:
+def run_study(data: Path, out: Path, seconds: float, plan: int = 1) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         str(EXAMPLE / "gpu_study.py"),
@@ -441,7 +441,7 @@ def run_study(data: Path, out: Path, seconds: float) -> subprocess.Popen[str]:
         "--out",
         str(out),
     ]
-    command += ["--seconds", str(seconds), "--device", "cpu", "--rehearse"]
+    command += ["--seconds", str(seconds), "--device", "cpu", "--rehearse", "--plan", str(plan)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -480,6 +480,34 @@ def test_the_study_says_what_is_missing(data: Path, tmp_path: Path) -> None:
     assert study.returncode == 2 and "prepare.py" in output
 
 
+def test_a_study_goes_on_with_its_own_plan_and_text(data: Path, tmp_path: Path) -> None:
+    """The second plan does a run, and then refuses another plan and another text."""
+    out = tmp_path / "out"
+    study = run_study(data, out, 100, plan=2)
+    table = out / "quality.csv"
+    for _ in range(600):
+        if table.exists() and len(table.read_text().splitlines()) > 1:
+            break
+        time.sleep(0.1)
+    study.kill()
+    study.communicate()
+    [row, *_] = results.read_rows(table)
+    assert (row["axis"], row["variant"], row["steps"]) == ("98k", "AdamW", "45")
+    assert int(row["tokens_per_step"]) == 4 * 2 * 32
+    other_plan = run_study(data, out, 60)
+    output, _ = other_plan.communicate()
+    assert other_plan.returncode == 2 and "plan 1 alone" in output
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in data.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"sha256": "another"}))
+    other_text = run_study(other, out, 60, plan=2)
+    output, _ = other_text.communicate()
+    assert other_text.returncode == 2 and "must be the text of the runs" in output
+
+
 def test_the_plan_names_what_the_code_runs() -> None:
     text = (EXAMPLE / "PLAN.md").read_text()
     for variant in (ADAMW, ADAMS, *CANDIDATES):
@@ -489,7 +517,7 @@ def test_the_plan_names_what_the_code_runs() -> None:
     assert all(change.name.removeprefix("AdamW ") in text for change in CHANGED_ADAMW)
     preset = lab_module.PRESETS["25M"]
     tokens = preset.batch * preset.seq_length
-    for number in (tokens, lab_module.TOKENS_FACTOR * tokens, preset.max_eval_batches * tokens):
+    for number in (tokens, 4 * tokens, preset.max_eval_batches * tokens):
         assert f"{number:,}" in text
     assert f"{preset.min_steps} to {preset.max_steps} steps" in text
     assert f"{schedule.MARGIN:+} nats a token" in text

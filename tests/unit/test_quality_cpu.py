@@ -86,6 +86,26 @@ def test_every_best_rate_has_neighbors() -> None:
     assert {run.seed for run in order if run.variant == ADAMW_99.name} == {0}
 
 
+def test_the_second_gpu_plan_begins_at_the_rates_of_the_first_study() -> None:
+    losses: Losses = {}
+    order = []
+    while (run := cpu_schedule.next_run(losses, parts=cpu_schedule.GPU_PARTS)) is not None:
+        distance = abs(cpu_schedule.index_of(run.lr) - BEST.get(run.variant, 3) + 4)
+        losses[run] = 2 + 0.05 * distance + 0.1 * run.seed
+        order.append(run)
+    assert order[0] == Run("98k", "AdamW", 1e-3, 0)
+    first = {run.variant: run for run in reversed(order) if run.axis == "98k"}
+    assert {name: run.lr for name, run in first.items()} == {
+        name: rate(place) for name, place in cpu_schedule._GPU_STARTS.items()
+    }
+    other = next(run for run in order if run.axis == "24k")
+    assert other.lr == schedule.best_rate(losses, ADAMW, "98k")
+    by_seed = {axis: {run.seed for run in order if run.axis == axis} for axis in ("98k", "24k")}
+    assert by_seed == {"98k": {0, 1, 2, 3, 4}, "24k": {0, 1, 2, 3, 4}}
+    verdict = cpu_schedule.judge(losses, CAUTIOUS, cpu_schedule.GPU_SETTINGS)
+    assert verdict is not None and verdict.settings == cpu_schedule.GPU_SETTINGS
+
+
 def test_an_uneven_grid_keeps_its_places() -> None:
     for index in range(-8, 16):
         assert cpu_schedule.index_of(rate(index)) == index
