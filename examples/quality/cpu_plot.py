@@ -1,4 +1,4 @@
-"""Draw and tabulate the CPU study: writes quality.png and summary.md next to quality.csv.
+"""Draw and tabulate the CPU study or the second GPU study: writes quality.png and summary.md.
 
 python cpu_plot.py [FOLDER]"""
 
@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import plot
 import results
-from cpu_schedule import ADAMS, ADAMW, BATCH_SIZES, MARGIN, SETTINGS, VARIANTS
+from cpu_schedule import ADAMS, ADAMW, BATCH_SIZES, GPU_SETTINGS, MARGIN, SETTINGS, VARIANTS
 from cpu_study import RUNS
 from matplotlib.axes import Axes
 from schedule import Losses, Paired, Run, Variant, best_rate, is_at_edge, rates_of
@@ -26,6 +26,11 @@ def settings_of(losses: Losses) -> list[str]:
     """Return the settings that have runs: the batch sizes first, by tokens a step."""
     order = (*BATCH_SIZES, *(name for name in SETTINGS if name not in BATCH_SIZES))
     return [name for name in order if any(run.axis == name for run in losses)]
+
+
+def deciding(losses: Losses) -> tuple[str, ...]:
+    """Return the settings that decide in the study that the runs belong to."""
+    return GPU_SETTINGS if any(run.axis in GPU_SETTINGS for run in losses) else BATCH_SIZES
 
 
 def seeds_at_best(losses: Losses, setting: str, variant: Variant) -> dict[int, float]:
@@ -108,7 +113,7 @@ def rates_table(rows: list[dict[str, str]], losses: Losses) -> list[str]:
 
 
 def summary(rows: list[dict[str, str]], losses: Losses) -> str:
-    """Return the results as Markdown: losses, rates, and the verdict by PLAN-CPU.md's rule."""
+    """Return the results as Markdown: losses, rates, and the verdict by the plan's rule."""
     lines = [
         f"{len(losses)} runs, {sum(map(math.isinf, losses.values()))} of them diverged. Losses are "
         "held-out nats a byte. Differences are paired by seed, without seed 0, which chose the "
@@ -122,7 +127,7 @@ def summary(rows: list[dict[str, str]], losses: Losses) -> str:
         "",
         *rates_table(rows, losses),
         "",
-        cpu_schedule.decide(losses),
+        cpu_schedule.decide(losses, deciding(losses)),
         "",
     ]
     return "\n".join(lines)
@@ -214,7 +219,9 @@ def write(folder: Path) -> str:
     if not rows:
         raise ValueError(f"{folder}: must hold quality.csv with a run; run cpu_study.py")
     losses = results.losses_of(rows, results.PER_BYTE)
-    draw(losses, "A GPT with 0.1 million parameters; lines are seed 0", folder / "quality.png")
+    sizes = sorted({int(row["num_params"]) for row in rows})
+    title = f"A GPT with {' or '.join(f'{size:,}' for size in sizes)} parameters; lines are seed 0"
+    draw(losses, title, folder / "quality.png")
     text = summary(rows, losses)
     (folder / "summary.md").write_text(text)
     return text

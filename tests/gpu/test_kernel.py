@@ -139,7 +139,7 @@ def test_a_capture_with_moved_tensors_is_refused():
     cuda.run(batch, SCALARS, table, driver)
     moved = replace(batch, grads=[grad.clone() for grad in batch.grads])
     with (
-        pytest.raises(RuntimeError, match="have other addresses"),
+        pytest.raises(RuntimeError, match="tensors have moved since the last step"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         cuda.run(moved, SCALARS, table, driver)
