@@ -25,7 +25,6 @@ _LISTED = {
     "megatron-core": ("megatron-core",),
     "transformer-engine": ("transformer-engine", "transformer-engine-torch"),
     "apex": ("apex",),
-    "cuda-core": ("cuda-core",),
     "cuda-bindings": ("cuda-bindings",),
     "nvidia-ml-py": ("nvidia-ml-py",),
 }

@@ -351,7 +351,8 @@ def test_wheel_follows_from_the_sources_alone(dist: Path, wheels: Path, tmp_path
     for name in ("docker", "megatron_adams"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, copied / name, ignore=ignored, copy_function=shutil.copyfile)
-    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+    single = "pyproject.toml setup.py megatron-adams.pth constraints.txt README.md LICENSE"
+    for name in single.split():
         shutil.copyfile(ROOT / name, copied / name)
     for file in (copied / "docker").glob("*.sh"):
         file.chmod(0o700)
