@@ -303,6 +303,12 @@ def _by_autoregister(settings: dict[str, Any], model: list[Any], **kwargs: Any) 
     return optimizer
 
 
+def _by_autoregister_take_over(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    """As a framework with a closed list of optimizers does."""
+    autoregister.install(replace="adam")
+    return get_megatron_optimizer(OptimizerConfig(optimizer="adam", **settings), model, **kwargs)
+
+
 BUILDERS = {
     "config": _by_config,
     "plain config": _by_plain_config,
@@ -312,6 +318,7 @@ BUILDERS = {
     "adopt a part": _by_adopt_of_a_part,
     "take over": _by_take_over,
     "autoregister": _by_autoregister,
+    "autoregister take over": _by_autoregister_take_over,
 }
 
 

@@ -728,7 +728,8 @@ def test_machine_without_nvidia_ml_py_says_so(driver, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     code, out = prolog(capsys)
     assert code == 1
-    assert "nvidia-ml-py cannot be imported" in out and "remedy: pip install 'megatron-adams[tools]'" in out
+    assert "nvidia-ml-py cannot be imported" in out
+    assert "remedy: pip install 'megatron-adams[tools]'" in out
 
 
 def test_real_prolog_with_a_driver_s_library(library, driver):

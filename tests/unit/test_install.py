@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_adams import cli
+from tests.harness.environment import build_wheel, make_environment, pip
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -31,33 +32,7 @@ INDEX = {
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [ROOT / "docker" / "build-wheel.sh", folder, "", "--no-build-isolation"],
-        cwd="/",
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        check=True,
-    )
-    (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-def make_environment(folder: Path) -> Path:
-    """A Python with nothing in it; return its site-packages."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    (site_packages,) = folder.glob("lib/python3.*/site-packages")
-    return site_packages
-
-
-def pip(folder: Path, *words: object) -> None:
-    """Run pip for an environment, without a network and without a configuration."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
-    python = folder / "bin" / "python"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "--quiet", *map(str, words)],
-        env={**own, "PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1"},
-        check=True,
-    )
+    return build_wheel(tmp_path_factory.mktemp("dist"))
 
 
 def metadata_of(name: str, version: str) -> str:
