@@ -20,7 +20,7 @@ from megatron_adams.doctor.gpus import Machine
 from megatron_adams.doctor.report import Check, not_known, ok, problem, warning
 
 _OWN = "megatron-adams"
-# Of the package's extras, what a job on Megatron and this command need; "" is the package alone.
+# A job on Megatron and this command need these of the package's extras; "" is the package alone.
 _EXTRAS = ("", "megatron", "tools")
 # Distributions of a name and what of them is listed; the first that is installed.
 _LISTED = {
