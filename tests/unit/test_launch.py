@@ -60,7 +60,7 @@ def fake(name, **contents):
     sys.modules[name] = module = types.ModuleType(name)
     vars(module).update(contents)
 
-fake("megatron_adams.megatron", register=lambda: None)
+fake("megatron_adams.megatron", register=lambda replace: None)
 if "TEST_REHEARSES" not in os.environ:
     fake("megatron_adams.optimizer", AdamS=None)
     fake("megatron_adams.cpu_rehearsal.stand_ins", STAND_INS=(), StandIn=None, install=None)
