@@ -251,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     _hide_own_frames()
     _prepare_spawned_processes(job)
-    if not job.is_module and not sys.flags.safe_path:
+    # Python 3.10 has no safe_path.
+    if not job.is_module and not getattr(sys.flags, "safe_path", False):
         # Before Megatron is imported: a script in a Megatron-LM tree brings Megatron with it.
         sys.path[0] = os.path.dirname(os.path.realpath(target))
     job.set_up()

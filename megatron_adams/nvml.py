@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 # Where a call's absence says nothing bad of the GPU, by the names of pynvml's constants.
 _HARMLESS = {
@@ -92,7 +92,8 @@ class Unanswered:
     is_failure: bool = False
 
 
-type Answer[T] = T | Unanswered
+T = TypeVar("T")
+Answer: TypeAlias = T | Unanswered
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ class Nvml:
             mig_instances=ask(lambda: self._mig_instances(handle)),
         )
 
-    def _ask[T](self, call: Callable[[], T]) -> Answer[T]:
+    def _ask(self, call: Callable[[], T]) -> Answer[T]:
         try:
             return call()
         except AttributeError as exc:

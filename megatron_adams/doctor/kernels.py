@@ -68,7 +68,7 @@ def wanted(arguments: Mapping[str, Any] | None, *, for_gpu: bool) -> Wanted:
 def modes_of(args: Mapping[str, Any]) -> tuple[Mode, ...]:
     """The modes that AdamS compiles kernels for at the start of a job with these arguments.
 
-    It follows megatron/adopt.py and fsdp.py; tests/distributed/test_doctor.py compares it with
+    It follows megatron/adoption.py and fsdp.py; tests/distributed/test_doctor.py compares it with
     what runs of Megatron ask for.
     """
     half = "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else None

@@ -6,15 +6,18 @@ goes away, and not when one is added.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
 FORMAT = 1
 
 
-class Status(StrEnum):
+class Status(str, Enum):
     """How a check ended. Only PROBLEM makes a machine unfit."""
+
+    # Python 3.10 has no StrEnum.
+    __str__ = str.__str__
 
     OK = "ok"
     NOT_KNOWN = "not known"

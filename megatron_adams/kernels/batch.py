@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -291,7 +291,7 @@ def update_gradients(table: PointerTable, grads: list[int], *, is_capturing: boo
     table.move_gradients(grads, is_capturing=is_capturing)
 
 
-type Argument = ctypes._SimpleCData[Any]
+Argument: TypeAlias = "ctypes._SimpleCData[Any]"
 
 
 class Arguments(NamedTuple):

@@ -1,18 +1,24 @@
-"""The optimizer configuration of adams: its fields, and their defaults.
+"""The optimizer configuration of adams: its fields, their defaults, and Megatron's own one.
 
 Imports megatron.core alone, so that it serves users without megatron.training.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
+import megatron.core.optimizer
 import torch
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.utils import log_single_rank
+from typing_extensions import Self
 
 from megatron_adams.megatron.names import ADAMS, DEFAULT_BETA2, KERNELS
-from megatron_adams.megatron.refusals import check_config
+from megatron_adams.megatron.refusals import check_config, check_values
+
+logger = logging.getLogger(__name__)
 
 # The precision-aware optimizer's fields, at values at which Megatron has no opinion of them.
 NO_PRECISION = {
@@ -28,7 +34,15 @@ class AdamSOptimizerConfig(OptimizerConfig):
     """Megatron's OptimizerConfig with adams's defaults, for users of megatron.core's API.
 
     betas and eps are `adam_beta1`, `adam_beta2` and `adam_eps`. A plain
-    `OptimizerConfig(optimizer="adams")` works as well, but has Adam's beta2 of 0.999.
+    `OptimizerConfig(optimizer="adams")` works as well, once `register()` was called; its beta2 of
+    0.999, which is Adam's default, is replaced (`as_adams`).
+
+    Fields may be set after construction, as Megatron-Bridge's recipes do: `finalize` checks them
+    against each other. What builds the optimizer calls it: `get_megatron_optimizer`, `provide` and
+    `adopt`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
     """
 
     optimizer: str = ADAMS
@@ -64,21 +78,48 @@ class AdamSOptimizerConfig(OptimizerConfig):
     """Go on at a checkpoint's learning rates, under Megatron-FSDP; Megatron's flag of this name."""
 
     def __post_init__(self) -> None:
+        check_values(self)
+        _derive(self)
+
+    def finalize(self) -> None:
+        """Check the fields against each other, and derive what Megatron derives from them.
+
+        Megatron-Bridge calls it once all fields are set. It may be called again after a change.
+
+        Raises:
+            ValueError: two fields contradict each other, or one asks for what adams has not.
+        """
         # Before Megatron's own checks, which name other flags.
         check_config(self)
-        # Megatron's precision-aware optimizer is TransformerEngine's FusedAdam: its checks look for
-        # that, and turn remainders off where it is not installed.
-        with _stated(self, NO_PRECISION):
-            super().__post_init__()
-        # The inner optimizer keeps the main params in the cases in which upstream's does
-        # (optimizer_config.py, OptimizerConfig.__post_init__, 0.19).
-        self.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = (
-            self.use_precision_aware_optimizer
-            and (
-                self.main_params_dtype != torch.float32
-                or self.fp8_recipe in (None, "delayed")
-                or self.optimizer_cpu_offload
-            )
+        post_init_as_adams(self, OptimizerConfig.__post_init__)
+
+    def provide(
+        self,
+        model_chunks: Any,
+        config_overrides: Any = None,
+        use_gloo_process_groups: bool = True,
+        pg_collection: Any = None,
+    ) -> Any:
+        """Build the optimizer. Megatron-Bridge calls this where a configuration has it.
+
+        Args: those of Megatron's get_megatron_optimizer.
+
+        Returns:
+            What that returns, with AdamS in it.
+        Raises:
+            ValueError: as `finalize`, or the model cannot be trained with adams.
+            UnsupportedMegatronError: as `register`.
+        """
+        from megatron_adams.megatron.register import register_core
+
+        register_core()
+        # By its module: `register_core` has exchanged it there.
+        return megatron.core.optimizer.get_megatron_optimizer(
+            self,
+            model_chunks,
+            config_overrides=config_overrides,
+            use_gloo_process_groups=use_gloo_process_groups,
+            pg_collection=pg_collection,
         )
 
     def __repr__(self) -> str:
@@ -92,6 +133,79 @@ class AdamSOptimizerConfig(OptimizerConfig):
         """The same configuration, with adams's own fields, or others, as given."""
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
         return cls(**{**values, **own_fields})
+
+
+def as_adams(config: OptimizerConfig) -> AdamSOptimizerConfig:
+    """Return a configuration as one of adams's, finalized.
+
+    In a plain OptimizerConfig, a beta2 of 0.999 cannot be told from the default, which is made for
+    Adam. It becomes the paper's 0.95, and a warning in the log says so.
+
+    Args:
+        config: whatever its `optimizer` is. One of adams's is returned itself; of any other class
+            a copy is made.
+    Raises:
+        ValueError: as `AdamSOptimizerConfig.finalize`.
+    """
+    if not isinstance(config, AdamSOptimizerConfig):
+        config = AdamSOptimizerConfig.from_config(
+            config, optimizer=ADAMS, adam_beta2=_beta2_of(config)
+        )
+    config.finalize()
+    return config
+
+
+def _beta2_of(plain: OptimizerConfig) -> float:
+    adams_default = OptimizerConfig.adam_beta2
+    if plain.adam_beta2 != adams_default:
+        return plain.adam_beta2
+    log_single_rank(
+        logger,
+        logging.WARNING,
+        f"{ADAMS}: adam_beta2={adams_default} is OptimizerConfig's default, made for Adam; "
+        f"{DEFAULT_BETA2} is taken. To have {adams_default}, or no warning, give adam_beta2 in an "
+        f"AdamSOptimizerConfig",
+    )
+    return DEFAULT_BETA2
+
+
+def wrap_post_init(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let Megatron check a plain OptimizerConfig for adams as it checks one for Adam."""
+
+    def __post_init__(self: Any) -> None:
+        if self.optimizer != ADAMS:
+            original(self)
+            return
+        check_values(self)
+        post_init_as_adams(self, original)
+
+    return __post_init__
+
+
+def post_init_as_adams(config: OptimizerConfig, original: Callable[[Any], None]) -> None:
+    """Run Megatron's own checks of a configuration, and derive what it derives.
+
+    Args:
+        original: OptimizerConfig.__post_init__.
+    """
+    # Megatron's precision-aware optimizer is TransformerEngine's FusedAdam: its checks look for
+    # that, and turn remainders off where it is not installed.
+    with _stated(config, NO_PRECISION):
+        original(config)
+    _derive(config)
+
+
+def _derive(config: OptimizerConfig) -> None:
+    # The inner optimizer keeps the main params in the cases in which upstream's does
+    # (optimizer_config.py, OptimizerConfig.__post_init__, 0.19).
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = (
+        config.use_precision_aware_optimizer
+        and (
+            config.main_params_dtype != torch.float32
+            or config.fp8_recipe in (None, "delayed")
+            or config.optimizer_cpu_offload
+        )
+    )
 
 
 # adams's own flags, by their fields, and what they are where they were not given. The last one is
@@ -108,10 +222,11 @@ OWN_FLAGS: dict[str, Any] = {
 
 @contextmanager
 def built_as_adam(config: AdamSOptimizerConfig) -> Iterator[None]:
-    """As `stated_as_adam`, for Megatron to build an Adam that any installation has.
+    """Let Megatron build, for a configuration of adams, an Adam that any installation has.
 
-    The arguments that it would give to TransformerEngine's FusedAdam, or to the optimizer that
-    offloads, are given to AdamS.
+    `adopt` then puts AdamS in its place. While this is active, Megatron reads "adam" from the
+    configuration. The arguments that it would give to TransformerEngine's FusedAdam, or to the
+    optimizer that offloads, are given to AdamS.
     """
     names = ("use_precision_aware_optimizer", "optimizer_cpu_offload", "optimizer_cuda_graph")
     with _stated(config, dict.fromkeys(names, False)), stated_as_adam(config):
@@ -129,7 +244,7 @@ def stated_as_adam(config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _stated(config: AdamSOptimizerConfig, values: Mapping[str, Any]) -> Iterator[None]:
+def _stated(config: OptimizerConfig, values: Mapping[str, Any]) -> Iterator[None]:
     """Let Megatron read other values from the configuration, and restore its own."""
     own = {name: getattr(config, name) for name in values}
     config.__dict__.update(values)

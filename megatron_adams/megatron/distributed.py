@@ -1,6 +1,6 @@
 """Megatron's optimizers with AdamS inside: what they save and load.
 
-They differ from Adam's by one state tensor less. `adopt` (adopt.py) gives Megatron's objects these
+They differ from Adam's by one state tensor less. `adoption.py` gives Megatron's objects these
 classes. Imports megatron.core alone.
 """
 

@@ -8,10 +8,11 @@ Megatron module by name, only the dotted paths that it is given.
 import functools
 import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_adams.autoregister import behind, replace_everywhere
 
 SUPPORTED_MEGATRON = ">=0.18,<0.20"
 
@@ -112,35 +113,27 @@ def require(symbols: Iterable[Symbol], version: str) -> None:
 
 
 def attach(hooks: Iterable[Hook], version: str) -> list[str]:
-    """Wrap every hooked function in every module that has imported it. Idempotent.
+    """Wrap every hooked function in every module that has imported it, or in its class. Idempotent.
+
+    An entrance of autoregister.py is taken out: what it stood in front of is wrapped.
 
     Returns:
         The dotted paths that this call has wrapped, without those that were wrapped before.
     Raises:
         UnsupportedMegatronError: a function is missing. Nothing has been wrapped then.
     """
-    found = [(hook, resolve(hook.symbol, version)[2]) for hook in hooks]
-    replacements = {}
+    found = [(hook, *resolve(hook.symbol, version)) for hook in hooks]
+    replacements: dict[Any, Any] = {}
     attached = []
-    for hook, original in found:
-        if _WRAPPED_MARK in vars(original):
+    for hook, owner, name, present in found:
+        if _WRAPPED_MARK in vars(present):
             continue
+        original = behind(present)
         replacement = functools.wraps(original)(hook.wrap(original))
         setattr(replacement, _WRAPPED_MARK, original)
-        replacements[original] = replacement
+        replacements |= {present: replacement, original: replacement}
+        if isinstance(owner, type):
+            setattr(owner, name, replacement)
         attached.append(hook.symbol.path)
-    _replace_everywhere(replacements)
+    replace_everywhere(replacements)
     return attached
-
-
-def _replace_everywhere(replacements: Mapping[Any, Any]) -> None:
-    # `from x import f` puts f into the importing module, be it Megatron's or a trainer's, and `as`
-    # gives it another name. So all loaded modules are searched. Modules that are imported later get
-    # the wrapper from the module that defines f.
-    replaced = {id(original): replacement for original, replacement in replacements.items()}
-    for module in list(sys.modules.values()):
-        names: dict[str, Any] = getattr(module, "__dict__", {})
-        for name, value in list(names.items()):
-            # Not by `setattr`: a module can be of a class that defines its own.
-            if id(value) in replaced:
-                names[name] = replaced[id(value)]

@@ -3,7 +3,7 @@
 Megatron (0.19) knows two classes of sub-optimizers: Adam and, for every other name, SGD. Here both
 are AdamS, in the precisions of the run. An offloaded param has a copy in host memory. AdamS updates
 the copy, with the CPU's kernel, as it would have updated the param, so offloading changes no bit.
-adopt.py builds it.
+adoption.py builds it.
 """
 
 from collections.abc import Callable, Iterator, Sequence

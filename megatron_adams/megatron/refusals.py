@@ -1,9 +1,9 @@
 """Every flag and setting that adams refuses, a function for each feature.
 
 The command line is refused before any work is done (`check_arguments`), and a configuration of
-megatron.core's API when it is made (`check_config`). What only the model shows is refused before
-its optimizer is built (`check_model`). Each error has what was given, the rule and the remedy (see
-`refusal`). What a checkpoint's files cannot do is refused where they are read
+megatron.core's API when it is finalized (`check_config`). What only the model shows is refused
+before its optimizer is built (`check_model`). Each error has what was given, the rule and the
+remedy (see `refusal`). What a checkpoint's files cannot do is refused where they are read
 (training/checkpoint.py).
 
 Imports torch, optimizer and names.py: no Megatron, so that the rules can be read by themselves.
@@ -44,6 +44,17 @@ def refusal(given: str, rule: str, remedy: str) -> ValueError:
 
 def _with_adams(flag: str) -> str:
     return f"{flag} with --optimizer {ADAMS}"
+
+
+def check_values(config: Any) -> None:
+    """Refuse hyperparameters that are out of range, whatever else is set.
+
+    Args:
+        config: as of `check_config`.
+    Raises:
+        ValueError: naming the flag.
+    """
+    _check_hyperparameters(config)
 
 
 def check_config(config: Any) -> None:

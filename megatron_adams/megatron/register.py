@@ -1,8 +1,10 @@
-"""register(): the functions of Megatron that the plugin wraps, and their wrappers."""
+"""register(): the functions of Megatron that the plugin wraps, and their wrappers; adopt()."""
 
 import importlib.util
 import logging
 import os
+import sys
+from typing import Any
 
 import megatron.core
 
@@ -127,17 +129,21 @@ _RELIED_ON_IN_TRAINING = (
 
 
 def _core_hooks() -> list[Hook]:
-    from megatron_adams.megatron import adopt, datasets, fsdp, fused_step
+    from megatron_adams.megatron import adoption, config, datasets, fsdp, fused_step
 
     clip_grads = "megatron.core.optimizer.clip_grads"
     return [
         Hook(
             Symbol("megatron.core.optimizer.get_megatron_optimizer", ("config", "model_chunks")),
-            adopt.wrap_get_megatron_optimizer,
+            adoption.wrap_get_megatron_optimizer,
         ),
         Hook(
             Symbol("megatron.core.optimizer._get_megatron_emerging_optimizer", ("config",)),
-            adopt.wrap_get_megatron_emerging_optimizer,
+            adoption.wrap_get_megatron_emerging_optimizer,
+        ),
+        Hook(
+            Symbol("megatron.core.optimizer.OptimizerConfig.__post_init__", ("self",)),
+            config.wrap_post_init,
         ),
         Hook(
             Symbol(f"{clip_grads}.get_grad_norm_fp32", ("grads_for_norm",)),
@@ -227,7 +233,7 @@ def _training_hooks() -> list[Hook]:
     ]
 
 
-def register() -> None:
+def register(replace: str | None = None) -> None:
     """Make `--optimizer adams` known to the Megatron of this environment.
 
     It is idempotent, and one log line says what it did. Call it before Megatron parses its
@@ -235,17 +241,84 @@ def register() -> None:
     installed, it prepares only that package's API (`AdamSOptimizerConfig`), and the log line says
     so.
 
+    Args:
+        replace: "adam" builds AdamS also where a configuration of megatron.core's API asks for
+            Adam, for frameworks whose list of optimizers is closed; each time, a warning in the
+            log says so. None: only where it asks for adams.
     Raises:
         UnsupportedMegatronError: Megatron's version is outside the supported range, or a function
             that the plugin relies on has moved or changed. Nothing has been wrapped then.
+        ValueError: `replace` is another name.
     """
+    _register(with_training=importlib.util.find_spec("megatron.training") is not None)
+    _take_over(replace)
+
+
+def register_core() -> None:
+    """`register()` for a process that has not imported megatron.training: that stays so.
+
+    Raises:
+        UnsupportedMegatronError: as `register`.
+    """
+    _register(with_training="megatron.training" in sys.modules)
+
+
+def register_by_entrance(*, with_training: bool, replace: str | None) -> None:
+    """`register()` at a call that asks for adams; autoregister.py calls it.
+
+    Args:
+        with_training: megatron.training's command line is asked for.
+        replace: as of `register`.
+    Raises:
+        UnsupportedMegatronError: as `register`.
+    """
+    with_training = with_training or "megatron.training" in sys.modules
+    _register(with_training=with_training, remark="; by autoregister")
+    _take_over(replace)
+
+
+def adopt(optimizer: Any, config: Any) -> Any:
+    """Put AdamS in the place of Adam in an optimizer that Megatron has just built.
+
+    This is for code that builds its optimizer by inner functions of Megatron's:
+
+        config = AdamSOptimizerConfig(...)
+        with built_as_adam(config):
+            optimizer = build(config, ...)
+        optimizer = adopt(optimizer, config)
+
+    Args:
+        optimizer: a ChainedOptimizer, or one of the optimizers that it is made of. It was built for
+            Adam and has no state yet: no step, and no checkpoint loaded.
+        config: an AdamSOptimizerConfig, or an OptimizerConfig, of which a copy is made.
+    Returns:
+        The same object. If it was no chain, and not Megatron-FSDP's, a chain with it in. If AdamS
+        is in it already, it is returned as it is.
+    Raises:
+        ValueError: what is inside is no Adam, has state, or was built with other precisions; or the
+            configuration asks for what adams has not. Nothing was changed then.
+        UnsupportedMegatronError: as `register`.
+    """
+    register_core()
+    from megatron_adams.megatron.adoption import adopt_built
+
+    return adopt_built(optimizer, config)
+
+
+def _take_over(name: str | None) -> None:
+    from megatron_adams.megatron.adoption import take_over
+
+    if name is not None:
+        take_over(name)
+
+
+def _register(*, with_training: bool, remark: str = "") -> None:
     version = megatron.core.__version__
     check_version(version)
     # This comes before the hooks. Their modules import some of these symbols by name, and would
     # fail with a less helpful error.
     require(_RELIED_ON, version)
     hooks = _core_hooks()
-    with_training = importlib.util.find_spec("megatron.training") is not None
     if with_training:
         require(_RELIED_ON_IN_TRAINING, version)
         hooks += _training_hooks()
@@ -254,11 +327,12 @@ def register() -> None:
     if attached and os.environ.get("RANK", "0") == "0":
         where = "megatron.core and megatron.training" if with_training else "megatron.core alone"
         logger.info(
-            "registered --optimizer adams with %s %s (wrapped: %s%s)",
+            "registered --optimizer adams with %s %s (wrapped: %s%s%s)",
             where,
             version,
             ", ".join(attached),
             f"; bridged: {', '.join(differences)}" if differences else "",
+            remark,
         )
 
 

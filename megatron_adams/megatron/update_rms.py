@@ -7,12 +7,13 @@ Megatron, this module imports only megatron.core.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
+from typing_extensions import Self
 
 from megatron_adams.megatron.adamw_shadow import shadow_of
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from itertools import chain
-from typing import Any, Self, cast, overload
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+from typing_extensions import Self
 
 from megatron_adams.kernels import Mode, mode_of, own_backend, select_backend
 from megatron_adams.optimizer.guards import StepGuards, UpdateGuards
@@ -79,7 +80,11 @@ _STARTED_WITH: dict[str, Callable[[], Any]] = {
 }
 
 
-def _not_compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _not_compiled(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.disable`: Dynamo cannot trace the driver's calls.
 
     At the first call, as it imports Dynamo, which takes far longer than this package. Dynamo is

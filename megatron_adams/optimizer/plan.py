@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,8 +52,10 @@ class Pass(Enum):
         return self in (Pass.COUNT, Pass.UPDATE_AND_COUNT)
 
 
+T = TypeVar("T")
+
 # What says which tensors go into one launch: its backend, and what they have in common.
-type Key = tuple[str, Any]
+Key: TypeAlias = tuple[str, Any]
 
 
 class Kind(NamedTuple):
@@ -166,7 +168,7 @@ class ParamTensors:
         )
 
 
-def _present[T](values: Iterable[T | None]) -> list[T] | None:
+def _present(values: Iterable[T | None]) -> list[T] | None:
     """The values that are there, or None where there is none at all."""
     return [value for value in values if value is not None] or None
 

@@ -81,7 +81,7 @@ def register_twice() -> dict[str, Any]:
 
 def mimo_config_passes() -> bool:
     """get_megatron_optimizer hands a configuration without `optimizer` to Megatron untouched."""
-    from megatron_adams.megatron.adopt import wrap_get_megatron_optimizer
+    from megatron_adams.megatron.adoption import wrap_get_megatron_optimizer
 
     class MimoConfig:
         __slots__ = ()  # takes no attribute either

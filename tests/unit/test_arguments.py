@@ -79,12 +79,12 @@ def test_bounds_of_the_update_rms_that_are_none_are_refused(
     fields: dict[str, float], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        AdamSOptimizerConfig(lr=1e-3, **fields)  # type: ignore[arg-type]
+        AdamSOptimizerConfig(lr=1e-3, **fields).finalize()  # type: ignore[arg-type]
 
 
 def test_nesterov_with_bias_correction_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^--adams-nesterov with --optimizer adams and --adams-b"):
-        AdamSOptimizerConfig(lr=1e-3, adams_nesterov=True, adams_bias_correction=True)
+        AdamSOptimizerConfig(lr=1e-3, adams_nesterov=True, adams_bias_correction=True).finalize()
 
 
 def test_config_is_printed_as_adams_while_stated_as_adam() -> None:
@@ -126,9 +126,9 @@ def test_config_is_adams_again_where_megatron_raises() -> None:
 )
 def test_config_refuses_what_a_cuda_graph_cannot_hold(values: dict[str, Any], given: str) -> None:
     with pytest.raises(ValueError, match=f"^{given} with --optimizer-cuda-graph: .*; .*remove"):
-        AdamSOptimizerConfig(lr=1e-3, optimizer_cuda_graph=True, **values)
-    AdamSOptimizerConfig(lr=1e-3, **values)
-    AdamSOptimizerConfig(lr=1e-3, optimizer_cuda_graph=True)
+        AdamSOptimizerConfig(lr=1e-3, optimizer_cuda_graph=True, **values).finalize()
+    AdamSOptimizerConfig(lr=1e-3, **values).finalize()
+    AdamSOptimizerConfig(lr=1e-3, optimizer_cuda_graph=True).finalize()
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,9 @@ OFFLOAD = {
     ],
 )
 def test_config_refuses_offload_that_cannot_be(values: dict[str, Any], message: str) -> None:
+    config = AdamSOptimizerConfig(lr=1e-3, **values)
     with pytest.raises(ValueError, match=message):
-        AdamSOptimizerConfig(lr=1e-3, **values)
+        config.finalize()
 
 
 def test_config_offloads_and_megatron_builds_as_if_it_did_not() -> None:

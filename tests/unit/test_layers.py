@@ -14,12 +14,21 @@ PACKAGE = Path(__file__).parents[2] / "megatron_adams"
 # lazily (inside a function). A layer may import itself. "__init__" is the package's own names.
 TOP = {
     "__init__": {"optimizer"},
+    "autoregister": set(),
     "update": set(),
     "precision": set(),
     "checkpoint": set(),
     "kernels": {"precision", "update"},
     "optimizer": {"kernels", "precision", "update"},
-    "megatron": {"__init__", "checkpoint", "kernels", "nvml", "optimizer", "update"},
+    "megatron": {
+        "__init__",
+        "autoregister",
+        "checkpoint",
+        "kernels",
+        "nvml",
+        "optimizer",
+        "update",
+    },
     "nvml": set(),
     "doctor": {"__init__", "cpu_rehearsal", "kernels", "nvml"},
     "commands": {"checkpoint", "kernels", "planning", "tuning"},
@@ -28,9 +37,12 @@ TOP = {
     "planning": set(),
     "tuning": set(),
     "launch": {"__init__", "cpu_rehearsal"},
+    "verl": {"autoregister"},
 }
 LAZY = {
-    "__init__": {"megatron"},
+    "__init__": {"megatron", "optimizer"},
+    # At the first call that asks for adams.
+    "autoregister": {"megatron"},
     "commands": {"doctor", "planning"},
     # In a process of its own: doctor/probe.py.
     "doctor": {"megatron"},

@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any
 
 from megatron.core.optimizer import OptimizerConfig
+from typing_extensions import Self
 
 from megatron_adams.megatron.callers import asks_for_adams
 from megatron_adams.megatron.config import (
@@ -253,6 +254,7 @@ def wrap_get_megatron_optimizer_config(original: Callable[..., Any]) -> Callable
             **own,
             **{name: getattr(args, name, value) for name, value in NO_PRECISION.items()},
         )
+        config.finalize()
         return config, overrides
 
     return get_megatron_optimizer_config

@@ -11,7 +11,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing
@@ -127,7 +127,10 @@ def _loading(args: Any, optimizer: Any = None) -> Namespace:
     return settings
 
 
-def _on_rank_0[T](check: Callable[[], T]) -> T:
+T = TypeVar("T")
+
+
+def _on_rank_0(check: Callable[[], T]) -> T:
     """Run a check on rank 0 and return or raise what it does on all ranks: none is left waiting."""
     outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:

@@ -1,7 +1,8 @@
 """AdamS in Adam's place.
 
-Megatron builds its optimizer for Adam, and `adopt` exchanges what is inside, before any state
-exists. Called by `register()`'s wrapper of get_megatron_optimizer.
+Megatron builds its optimizer for Adam, and what is inside is exchanged, before any state exists:
+by `register()`'s wrapper of get_megatron_optimizer, or by register.py's `adopt`, which is for code
+that builds its optimizer through other functions of Megatron's.
 Imports megatron.core alone.
 """
 
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from megatron.core.models.mimo.model.base import MimoModel
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import log_single_rank
 
 from megatron_adams.checkpoint import continued_from_adam, is_adam_group, state_dict_from_adam
 from megatron_adams.megatron.adamw_shadow import attach_shadow
-from megatron_adams.megatron.callers import asks_for_adams
-from megatron_adams.megatron.config import AdamSOptimizerConfig, built_as_adam
+from megatron_adams.megatron.callers import asks_for_adams, is_adams
+from megatron_adams.megatron.config import AdamSOptimizerConfig, as_adams, built_as_adam
 from megatron_adams.megatron.distributed import (
     AdamSChainedOptimizer,
     AdamSDistributedOptimizer,
@@ -27,7 +29,7 @@ from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
 from megatron_adams.megatron.inner import InnerAdamS
 from megatron_adams.megatron.names import ADAMS, dtype_name
 from megatron_adams.megatron.offload import HybridAdamS
-from megatron_adams.megatron.refusals import check_config, check_model, refusal
+from megatron_adams.megatron.refusals import check_model, refusal
 from megatron_adams.megatron.update_rms import connect_update_sums
 from megatron_adams.optimizer import AdamS, local_part
 
@@ -39,6 +41,23 @@ _SHARED_WITH_ADAM = {"lr", "betas", "eps", "weight_decay"}
 _FORM = ("bias_correction", "nesterov", "cautious")
 
 
+# Names of other optimizers in whose place adams is built: `take_over`.
+_taken_over: set[str] = set()
+
+
+def take_over(name: str) -> None:
+    """Build adams from now on where a configuration asks for `name`.
+
+    Raises:
+        ValueError: it is not "adam".
+    """
+    if name != "adam":
+        raise ValueError(
+            f"replace={name!r}: must be 'adam', the one optimizer that is like {ADAMS}"
+        )
+    _taken_over.add(name)
+
+
 def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     """Build adams where the configuration asks for it."""
 
@@ -47,17 +66,30 @@ def wrap_get_megatron_optimizer(original: Callable[..., Any]) -> Callable[..., A
     ) -> Any:
         # A MIMO model's optimizer is built module by module: each comes back here. Its
         # configuration can be of another class, without `optimizer`.
-        if not asks_for_adams(config) or isinstance(model_chunks[0], MimoModel):
+        if not _becomes_adams(config) or isinstance(model_chunks[0], MimoModel):
             return original(config, model_chunks, *args, **kwargs)
-        check_config(config)
-        if not isinstance(config, AdamSOptimizerConfig):
-            config = AdamSOptimizerConfig.from_config(config)
+        if not asks_for_adams(config):
+            _warn_of_take_over(config)
+        config = as_adams(config)
         check_model(config, model_chunks)
         with built_as_adam(config):
             optimizer = original(config, model_chunks, *args, **kwargs)
-        return adopt(optimizer, config)
+        return _put_adams_in(optimizer, config)
 
     return get_megatron_optimizer
+
+
+def _becomes_adams(config: Any) -> bool:
+    return asks_for_adams(config) or getattr(config, "optimizer", None) in _taken_over
+
+
+def _warn_of_take_over(config: Any) -> None:
+    words = (
+        f"{ADAMS} TAKES THE PLACE of optimizer={config.optimizer!r}, as MEGATRON_ADAMS_REPLACE or "
+        f"register(replace={config.optimizer!r}) asks. lr={config.lr} is as it was: {ADAMS} wants "
+        f"about half of Adam's"
+    )
+    log_single_rank(logger, logging.WARNING, words)
 
 
 def wrap_get_megatron_emerging_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +108,57 @@ def wrap_get_megatron_emerging_optimizer(original: Callable[..., Any]) -> Callab
     return get_megatron_emerging_optimizer
 
 
-def adopt(
+def adopt_built(optimizer: Any, config: Any) -> AdamSChainedOptimizer | AdamSFsdpOptimizer:
+    """`adopt` of register.py, behind `register_core`."""
+    if is_adams(optimizer):
+        return optimizer
+    config = as_adams(config)
+    parts = _parts_of(optimizer)
+    for part in parts:
+        _check_part(part, config)
+    if not isinstance(optimizer, ChainedOptimizer) and not _is_fsdp(optimizer):
+        optimizer = ChainedOptimizer([optimizer])
+    for part in (optimizer, *parts):
+        part.config = config
+    return _put_adams_in(optimizer, config)
+
+
+def _parts_of(optimizer: Any) -> list[Any]:
+    if isinstance(optimizer, ChainedOptimizer):
+        return list(optimizer.chained_optimizers)
+    return [optimizer]
+
+
+def _is_fsdp(part: Any) -> bool:
+    return isinstance(part, DistributedOptimizer) and part.ddp_config.use_megatron_fsdp
+
+
+def _check_part(part: Any, config: AdamSOptimizerConfig) -> None:
+    """Refuse one of Megatron's optimizers in which AdamS cannot take the place of what is inside.
+
+    Raises:
+        ValueError: naming what is inside.
+    """
+    inner = part.optimizer
+    if inner is None:  # no params on this rank
+        return
+    given = f"adopt() of a {type(part).__name__} with a {type(inner).__name__} inside"
+    if isinstance(inner, HybridDeviceOptimizer) or "betas" not in inner.defaults:
+        rule = "must be an Adam on the params' own device"
+        raise refusal(given, rule, f"build it inside of `with built_as_adam(config)`, for {ADAMS}")
+    if inner.state:
+        rule = f"it has state of {len(inner.state)} params, which would be lost"
+        raise refusal(
+            given, rule, "adopt it before its first step, and before a checkpoint is loaded"
+        )
+    name = "use_precision_aware_optimizer_no_fp8_or_ds_fp8"
+    built, asked = getattr(part.config, name), getattr(config, name)
+    if isinstance(part, DistributedOptimizer) and built != asked:
+        rule = f"{name} was {built} when it was built, and is {asked} in the configuration"
+        raise refusal(given, rule, "build it with the configuration that adopt() is given")
+
+
+def _put_adams_in(
     optimizer: ChainedOptimizer | DistributedOptimizer, config: AdamSOptimizerConfig
 ) -> AdamSChainedOptimizer | AdamSFsdpOptimizer:
     """Put AdamS in the place of every Adam in what Megatron has just built.
@@ -87,13 +169,11 @@ def adopt(
     Returns:
         The same object.
     """
-    is_chain = isinstance(optimizer, ChainedOptimizer)
-    parts = optimizer.chained_optimizers if is_chain else [optimizer]
+    parts = _parts_of(optimizer)
     for part in parts:
         # The subclasses add no attribute and no constructor: only their methods differ.
         if isinstance(part, DistributedOptimizer):
-            is_fsdp = part.ddp_config.use_megatron_fsdp
-            part.__class__ = AdamSFsdpOptimizer if is_fsdp else AdamSDistributedOptimizer
+            part.__class__ = AdamSFsdpOptimizer if _is_fsdp(part) else AdamSDistributedOptimizer
         if part.optimizer is not None:
             part.optimizer = _adams_from(part.optimizer, config)
             part.init_state_fn = init_state
@@ -113,7 +193,7 @@ def adopt(
             decoupled = config.main_grads_dtype if part.optimizer.use_decoupled_grad else None
             # Steps that are logged count their updates, and the first one is logged.
             part.optimizer.compile_kernels(decoupled, counts_updates=True)
-    if is_chain:
+    if isinstance(optimizer, ChainedOptimizer):
         optimizer.__class__ = AdamSChainedOptimizer
     if config.optimizer_cuda_graph:
         optimizer.prepare_cuda_graph()
