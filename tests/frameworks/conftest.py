@@ -1,8 +1,29 @@
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.harness.cluster import Cluster
+
+HERE = Path(__file__).parent
+
+
+def installed(name: str) -> Path:
+    """Return the folder of a framework, or skip the test where there is none.
+
+    Args:
+        name: of its list of packages in this folder, NAME.txt.
+    """
+    parent = Path(os.environ.get("MEGATRON_ADAMS_TEST_FRAMEWORKS", Path(sys.prefix) / "frameworks"))
+    folder = (parent / name).resolve()
+    if not folder.is_dir():
+        pytest.skip(
+            f"no {name} in {folder}: make {parent / name}/.complete, or make test-frameworks for "
+            "all; or name another parent folder in MEGATRON_ADAMS_TEST_FRAMEWORKS"
+        )
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +32,22 @@ def torch_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
     cluster = Cluster(tmp_path_factory.mktemp("torch_cluster"), ["--without-megatron"])
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="session")
+def cluster_with(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], Cluster]]:
+    """A function: the name of a framework -> ranks as of `torch_cluster` that have it."""
+    clusters: dict[str, Cluster] = {}
+
+    def start(name: str) -> Cluster:
+        if name not in clusters:
+            folder = tmp_path_factory.mktemp(name)
+            flags = ["--without-megatron"]
+            clusters[name] = Cluster(folder, flags, extra_path=installed(name))
+        return clusters[name]
+
+    yield start
+    for cluster in clusters.values():
+        cluster.close()

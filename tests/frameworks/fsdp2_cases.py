@@ -47,14 +47,16 @@ def shard(model: nn.Sequential, mesh: Any = None) -> nn.Sequential:
     return model
 
 
+def batch_of(step: int) -> Tensor:
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     """Every rank sees the same batch: the mean over 1, 2 or 4 ranks is exact."""
     dtype = next(model.parameters()).dtype
     for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        batch = torch.randn(8, 5, generator=generator).to(dtype)
         optimizer.zero_grad()
-        model(batch).square().mean().backward()
+        model(batch_of(step).to(dtype)).square().mean().backward()
         optimizer.step()
 
 
