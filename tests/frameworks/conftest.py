@@ -51,3 +51,30 @@ def cluster_with(
     yield start
     for cluster in clusters.values():
         cluster.close()
+
+
+@pytest.fixture(scope="session")
+def ranks_with_megatron(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], Cluster]]:
+    """A function: a version of Megatron, "" for the installed one -> ranks without the plugin."""
+    clusters: dict[str, Cluster] = {}
+
+    def start(version: str) -> Cluster:
+        if version not in clusters:
+            folder = tmp_path_factory.mktemp(f"megatron_{version}")
+            path = other_megatron_folder(version) if version else None
+            clusters[version] = Cluster(folder, ["--without-plugin"], extra_path=path)
+        return clusters[version]
+
+    yield start
+    for cluster in clusters.values():
+        cluster.close()
+
+
+def other_megatron_folder(version: str) -> Path:
+    parent = Path(os.environ.get("MEGATRON_ADAMS_TEST_MEGATRONS", Path(sys.prefix) / "megatron"))
+    folder = (parent / version).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no Megatron {version} in {folder}: make {parent / version}/.complete")
+    return folder
