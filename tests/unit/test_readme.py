@@ -46,7 +46,7 @@ def test_code_is_fenced_and_names_its_language() -> None:
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "patches" / "README.md"]:
         fences = re.findall(r"^```(.*)$", page.read_text("utf-8"), re.MULTILINE)
         assert len(fences) % 2 == 0, page
-        assert all(opening in ("bash", "python", "text") for opening in fences[::2]), page
+        assert set(fences[::2]) <= {"bash", "json", "python", "text", "yaml"}, page
         assert not any(fences[1::2]), page
         # Code by indentation alone has no language.
         blocks = re.findall(r"(?:^|\n)\n    (?![-*\d`])\S.*", page.read_text("utf-8"))
