@@ -22,7 +22,7 @@ CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/
 # A file's tests stay together, as they share runs.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test test-all test-versions test-frameworks lint sweep quality rl bench image docs clean
+.PHONY: help setup dist train test test-all test-versions test-frameworks lint sweep quality rl bench image docs clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -57,6 +57,13 @@ $(VENV)/transformer-engine/.complete: tests/distributed/with_te/requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --target $(@D) --requirement $<
 	@touch $@
+
+dist: $(SETUP)  ## build the wheel and the sdist into dist/, and check them
+	$(RUN) -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[release]'
+	rm -rf dist build
+	$(RUN) -m build --no-isolation --outdir dist
+	PATH="$(abspath $(BIN)):$$PATH" .ci/check-dist dist
 
 train: $(SETUP)  ## train a small GPT with AdamS and with AdamW, and compare them
 	$(RUN) examples/pretrain_gpt/train.py $(ARGS)
@@ -97,7 +104,7 @@ lint: $(SETUP)
 	$(RUN) -m mypy
 	$(BIN)clang-format --dry-run -Werror $(wildcard $(CPP))
 	$(BIN)hadolint docker/*.Dockerfile
-	$(BIN)shellcheck --external-sources $$(git ls-files '*.sh' '*.sbatch' .ci/run)
+	$(BIN)shellcheck --external-sources $$(git ls-files '*.sh' '*.sbatch' .ci/run .ci/check-dist)
 	$(RUN) -m yamllint --strict .github .pre-commit-config.yaml .yamllint.yaml examples/jobs
 
 image:  ## build the container image for CPUs; ARGS=gpu builds the one for GPUs
@@ -108,4 +115,4 @@ docs: $(SETUP)  ## build the documentation's site into build/docs; a broken link
 	@echo "Open build/docs/index.html"
 
 clean:  ## remove the environment, runs and caches
-	rm -rf .venv runs build .cache *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv runs build dist .cache *.egg-info .pytest_cache .ruff_cache .mypy_cache

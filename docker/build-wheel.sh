@@ -12,7 +12,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 # A copy, because the build writes into the sources.
 sources=$(mktemp -d)
 trap 'rm -rf "$sources"' EXIT
-cp -R "$root"/{pyproject.toml,README.md,LICENSE,megatron_adams} "$sources"
+cp -R "$root"/{pyproject.toml,setup.py,megatron-adams.pth,README.md,LICENSE,megatron_adams} "$sources"
 export SOURCE_DATE_EPOCH=315532800 # 1980, the first year that a zip file can hold
 
 # setuptools at the version of constraints.txt: older releases of pip take it from PIP_CONSTRAINT.

@@ -8,7 +8,7 @@ ARG BASE_IMAGE=python:3.12.15-slim-bookworm@sha256:54c85f3c47607a77f32adec749d3c
 
 FROM ${BASE_IMAGE} AS wheel
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py megatron-adams.pth constraints.txt README.md LICENSE ./
 COPY docker/build-wheel.sh docker/requirements.py docker/
 COPY megatron_adams/ megatron_adams/
 RUN docker/build-wheel.sh /dist "recipes"

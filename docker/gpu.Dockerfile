@@ -10,7 +10,7 @@ ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.08-py3@sha256:3becd068f49bd2ad38f90db5f
 
 FROM ${BASE_IMAGE} AS wheel
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py megatron-adams.pth constraints.txt README.md LICENSE ./
 COPY docker/build-wheel.sh docker/requirements.py docker/
 COPY megatron_adams/ megatron_adams/
 RUN docker/build-wheel.sh /dist "recipes"

@@ -14,8 +14,11 @@ import sys
 from collections.abc import Sequence
 
 from megatron_adams.commands import convert, doctor, plan, precompile, tune
+from megatron_adams.commands.terminal import fail
 
 _COMMANDS = (plan, doctor, precompile, convert, tune)
+# What the extra `tools` brings.
+_TOOLS = ("packaging", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_to(commands)
     args = parser.parse_args(argv)
-    exit_code: int = args.run(args)
+    try:
+        exit_code: int = args.run(args)
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] not in _TOOLS:
+            raise
+        return fail(f"{args.command} needs {exc.name}: pip install 'megatron-adams[tools]'")
     return exit_code
 
 

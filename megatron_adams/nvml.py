@@ -405,7 +405,7 @@ def session() -> Iterator[Nvml]:
         pynvml = importlib.import_module("pynvml")
     except ImportError as exc:
         raise NvmlError(
-            f"nvidia-ml-py cannot be imported ({exc})", "pip install nvidia-ml-py"
+            f"nvidia-ml-py cannot be imported ({exc})", "pip install 'megatron-adams[tools]'"
         ) from exc
     try:
         pynvml.nvmlInit()

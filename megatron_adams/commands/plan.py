@@ -1,6 +1,7 @@
 """`megatron-adams plan`: what a job takes of each GPU's memory, from its launch flags."""
 
 import argparse
+import importlib
 import itertools
 import json
 import sys
@@ -99,6 +100,9 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         flags, num_ranks = _job(args)
     except (ValueError, OSError) as exc:
         parser.error(str(exc))
+    if not args.json:
+        # Now, and not after the seconds that the plan takes, is said that it is missing.
+        importlib.import_module("rich")
     try:
         plan = compute(flags, num_ranks, report=_progress())
     except PlanError as exc:

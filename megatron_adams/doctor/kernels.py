@@ -12,6 +12,7 @@ from typing import Any
 from megatron_adams.doctor.report import Check, ok, problem, warning
 from megatron_adams.kernels.cache import ENVIRONMENT_VARIABLE, KernelCache
 from megatron_adams.kernels.compile import (
+    INSTALL_NVRTC,
     CompileError,
     Recipe,
     cuda_archs,
@@ -26,7 +27,7 @@ from megatron_adams.kernels.modes import Mode
 
 # Where no flags are given, the job trains in bf16 with the distributed optimizer.
 _USUAL = {"bf16": True, "use_distributed_optimizer": True}
-_CUDA_REMEDY = "pip install 'cuda-core[cu13]' ([cu12] for CUDA 12), of torch's CUDA version"
+_CUDA_REMEDY = f"{INSTALL_NVRTC}, of torch's CUDA version"
 _FOREACH = "foreach backend (plain torch operations, several times slower)"
 
 
@@ -233,8 +234,6 @@ def _missing(
             first = first or recipe
     if lost and device == "cpu" and compiler is None:
         raise CompileError("no C++ compiler: CXX is not set, and no g++ or clang++ is on PATH")
-    if lost and device == "cuda":
-        _check_cuda_core()
     return lost, first
 
 
@@ -243,10 +242,9 @@ def _of_compiler() -> Check:
     name = "kernel.compiler"
     try:
         _check_nvrtc(None)
-        _check_cuda_core()
     except CompileError as exc:
         return problem(name, f"CUDA kernels: {exc}", _CUDA_REMEDY)
-    return ok(name, f"NVRTC {nvrtc_version()} and cuda-core compile kernels, once a GPU is seen")
+    return ok(name, f"NVRTC {nvrtc_version()} compiles kernels, once a GPU is seen")
 
 
 def _check_nvrtc(arch: str | None) -> None:
@@ -264,13 +262,6 @@ def _check_nvrtc(arch: str | None) -> None:
         importlib.import_module("cuda.bindings.driver")
     except ImportError as exc:
         raise CompileError(f"cuda.bindings, which launches kernels, is missing: {exc}") from exc
-
-
-def _check_cuda_core() -> None:
-    try:
-        importlib.import_module("cuda.core")
-    except ImportError as exc:
-        raise CompileError(f"cuda-core, which compiles kernels, is missing: {exc}") from exc
 
 
 def _cannot(name: str, reason: str, device: str, want: Wanted, names: Sequence[str]) -> Check:

@@ -20,12 +20,13 @@ from megatron_adams.doctor.gpus import Machine
 from megatron_adams.doctor.report import Check, not_known, ok, problem, warning
 
 _OWN = "megatron-adams"
+# A job on Megatron and this command need these of the package's extras; "" is the package alone.
+_EXTRAS = ("", "megatron", "tools")
 # Distributions of a name and what of them is listed; the first that is installed.
 _LISTED = {
     "megatron-core": ("megatron-core",),
     "transformer-engine": ("transformer-engine", "transformer-engine-torch"),
     "apex": ("apex",),
-    "cuda-core": ("cuda-core",),
     "cuda-bindings": ("cuda-bindings",),
     "nvidia-ml-py": ("nvidia-ml-py",),
 }
@@ -159,7 +160,7 @@ def _number(arch: str) -> int:
 
 
 def _requirement_checks() -> Iterator[Check]:
-    """The versions that this package needs, by what pip knows of it."""
+    """The versions that this package and its extras need, by what pip knows of it."""
     try:
         texts = metadata.requires(_OWN) or []
     except metadata.PackageNotFoundError:
@@ -172,7 +173,7 @@ def _requirement_checks() -> Iterator[Check]:
     lacking = []
     for text in texts:
         needed = Requirement(text)
-        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+        if needed.marker and not any(needed.marker.evaluate({"extra": e}) for e in _EXTRAS):
             continue
         version = _version(needed.name)
         if version is None and _is_importable(needed.name):

@@ -27,7 +27,7 @@ from megatron_adams.kernels.batch import (
     is_dense,
     mode_of,
 )
-from megatron_adams.kernels.compile import CompileError
+from megatron_adams.kernels.compile import INSTALL_NVRTC, CompileError
 from megatron_adams.kernels.modes import Mode
 from megatron_adams.kernels.table import PointerTable
 
@@ -250,7 +250,7 @@ def _load(backend: str, mode: Mode, device: torch.device) -> None:
     except ImportError as exc:
         raise CompileError(
             f"the CUDA kernel is launched through cuda.bindings, which cannot be imported ({exc}): "
-            "torch's CUDA builds bring it; or pip install cuda-core[cu13], [cu12] for CUDA 12"
+            f"the CUDA builds of torch 2.10 and later bring it; or {INSTALL_NVRTC}"
         ) from exc
     cuda.load(mode, device)
 

@@ -14,7 +14,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -28,11 +27,9 @@ from megatron_adams.kernels.tuning import Tuning, tuning_of
 # Part of every entry's name. Raise it when the contents of an entry change their meaning.
 _FORMAT = 1
 _SOURCE = Path(__file__).parent / "source"
+INSTALL_NVRTC = "pip install 'megatron-adams[cu13]', or [cu12] for CUDA 12"
 _CPUINFO = Path("/proc/cpuinfo")
 _COMPILER_TIMEOUT_S = 300
-# cuda.core 1.2.2 replaces its own __spec__ while it is being imported. Without the lock, Python
-# lets a second thread import from a module that is only half there.
-_cuda_core_import = threading.Lock()
 _INCLUDE = re.compile(r'\s*#\s*include\s+"([^"]+)"')
 
 # The levels of the x86-64 psABI, and the flags of /proc/cpuinfo that each needs in addition to
@@ -57,14 +54,14 @@ _HOST_FLAGS = (
     "-fno-trapping-math",
 )
 # The same for a GPU: no contraction, subnormals kept, division and square root correctly rounded.
-_CUDA_OPTIONS: dict[str, Any] = {
-    "std": "c++17",
-    "fma": False,
-    "ftz": False,
-    "prec_div": True,
-    "prec_sqrt": True,
-    "device_as_default_execution_space": True,
-}
+_CUDA_FLAGS = (
+    "--std=c++17",
+    "--fmad=false",
+    "--ftz=false",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+    "--device-as-default-execution-space",
+)
 
 
 class CompileError(RuntimeError):
@@ -144,7 +141,7 @@ def cuda_recipe(mode: Mode, arch: str, tuning: Tuning | None = None) -> Recipe:
     """
     text = source_text("device.cu")
     defines = {**mode.defines(), **(tuning or tuning_of(mode)).defines()}
-    digest = _digest(_FORMAT, text, defines, _CUDA_OPTIONS, nvrtc_version())
+    digest = _digest(_FORMAT, text, defines, _CUDA_FLAGS, nvrtc_version())
     return Recipe(
         f"{mode.name}.{arch}.{digest}.cubin",
         lambda: _timed(mode, arch, lambda: compile_cuda(text, defines, arch)),
@@ -288,17 +285,30 @@ def compile_cuda(text: str, defines: Mapping[str, str], arch: str) -> bytes:
     Raises:
         CompileError: no NVRTC, or it fails.
     """
+    flags = (f"--gpu-architecture={arch}", *cuda_flags(defines))
+    encoded = [flag.encode() for flag in flags]
+    _, program = _nvrtc("nvrtcCreateProgram", text.encode(), b"device.cu", 0, None, None)
     try:
-        with _cuda_core_import:
-            from cuda.core import Program, ProgramOptions
-    except ImportError as exc:
-        raise _no_nvrtc(exc) from exc
-    macros = list(defines.items()) or None  # ProgramOptions refuses an empty list
-    try:
-        options = ProgramOptions(name="device.cu", arch=arch, define_macro=macros, **_CUDA_OPTIONS)
-        return bytes(Program(text, "c++", options).compile("cubin").code)
-    except Exception as exc:  # cuda.core does not export its exceptions' classes
-        raise CompileError(f"NVRTC for {arch} with {dict(defines)}: {exc}") from exc
+        (error,) = _nvrtc("nvrtcCompileProgram", program, len(encoded), encoded)
+        if error.value != 0:
+            log = _output(program, "ProgramLog").rstrip(b"\0\n").decode()
+            raise CompileError(f"NVRTC for {arch} with {dict(defines)}: {error.name}\n{log}")
+        return _output(program, "CUBIN")
+    finally:
+        _nvrtc("nvrtcDestroyProgram", program)
+
+
+def cuda_flags(defines: Mapping[str, str]) -> list[str]:
+    """Return NVRTC's flags for a source with these macros, without the architecture."""
+    return [*_CUDA_FLAGS, *(f"--define-macro={name}={value}" for name, value in defines.items())]
+
+
+def _output(program: Any, what: str) -> bytes:
+    """Return what NVRTC has of a program: its "CUBIN" or its "ProgramLog"."""
+    _, size = _nvrtc(f"nvrtcGet{what}Size", program)
+    output = bytearray(size)
+    _nvrtc(f"nvrtcGet{what}", program, output)
+    return bytes(output)
 
 
 def nvrtc_version() -> str:
@@ -321,21 +331,20 @@ def cuda_archs() -> tuple[str, ...]:
     return tuple(f"sm_{arch}" for arch in archs)
 
 
-def _nvrtc(function: str) -> tuple[Any, ...]:
-    # cuda.bindings, not cuda.core: with torch imported, the import takes 3 ms instead of 100, and a
-    # kernel that is in the cache needs this, too.
+def _nvrtc(function: str, *arguments: Any) -> tuple[Any, ...]:
+    """Call a function of NVRTC's; return its error code, and behind that its results."""
     try:
         from cuda.bindings import nvrtc
 
-        return tuple(getattr(nvrtc, function)())
+        return tuple(getattr(nvrtc, function)(*arguments))
     except (ImportError, RuntimeError) as exc:  # RuntimeError: the bindings find no library
         raise _no_nvrtc(exc) from exc
 
 
 def _no_nvrtc(exc: Exception) -> CompileError:
     return CompileError(
-        f"no NVRTC ({exc}): the CUDA builds of torch bring it and cuda-bindings; without one, "
-        "pip install 'cuda-core[cu13]', or [cu12] for CUDA 12"
+        f"no NVRTC ({exc}): the CUDA builds of torch 2.10 and later bring it and cuda-bindings; "
+        f"without one, {INSTALL_NVRTC}"
     )
 
 

@@ -1,9 +1,8 @@
 """The cuda backend: NVRTC compiles the kernel at its first use; it runs on torch's current stream.
 
-compile.py compiles through cuda.core. This module loads and launches kernels through the driver's
-bindings, which are below cuda.core and which torch has imported already. With a filled cache,
-importing cuda.core would take longer than the rest of the start. `Driver` is the seam to the GPU:
-the tests replace it by one that executes the same kernel on the CPU.
+This module loads and launches kernels through the driver's bindings (cuda.bindings), which come
+with torch's CUDA builds; compile.py compiles through those of NVRTC. `Driver` is the seam to the
+GPU: the tests replace it by one that executes the same kernel on the CPU.
 """
 
 from functools import cache

@@ -118,9 +118,20 @@ def adopt_built(optimizer: Any, config: Any) -> AdamSChainedOptimizer | AdamSFsd
         _check_part(part, config)
     if not isinstance(optimizer, ChainedOptimizer) and not _is_fsdp(optimizer):
         optimizer = ChainedOptimizer([optimizer])
+    for part in parts:
+        _set_hyperparameters(part.optimizer, config)
     for part in (optimizer, *parts):
         part.config = config
     return _put_adams_in(optimizer, config)
+
+
+def _set_hyperparameters(adam: Any, config: AdamSOptimizerConfig) -> None:
+    """Give param groups the configuration's betas and eps, where they have none of their own."""
+    own = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
+    for group in adam.param_groups if adam is not None else ():
+        for name, value in own.items():
+            if group.get(name) == adam.defaults[name]:
+                group[name] = value
 
 
 def _parts_of(optimizer: Any) -> list[Any]:

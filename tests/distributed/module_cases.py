@@ -5,6 +5,7 @@ needs nothing, so that it shows the optimizer's side of them on CPUs. No megatro
 """
 
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
-from megatron_adams.megatron import AdamSOptimizerConfig
+import megatron_adams
+from megatron_adams import autoregister
+from megatron_adams.megatron import AdamSOptimizerConfig, adopt, built_as_adam
 
 NUM_TOKENS = 16
 NUM_EXPERTS = 2
@@ -119,7 +122,7 @@ def train(
     frozen: Sequence[str] = (),
     frozen_stages: Sequence[int] = (),
     overrides: dict[str, dict[str, float]] | None = None,
-    plain_config: bool = False,
+    build: str = "config",
     fields: dict[str, Any] | None = None,
     num_steps: int = 20,
     save: str | None = None,
@@ -131,8 +134,8 @@ def train(
         frozen: names of parameters that do not train; frozen_stages: pipeline stages of which
             none does. The stages do not communicate: each has the whole module.
         overrides: pattern of names -> overrides of the param group.
-        plain_config: configure by OptimizerConfig(optimizer="adams").
-        fields: more of the configuration's.
+        build: how the optimizer is configured and built, one of BUILDERS.
+        fields: more of the configuration's; dtypes by their names.
         save: a folder; the state after half the steps is saved there as dp_reshardable, and
             loaded again at the end.
     Returns:
@@ -184,13 +187,9 @@ def train(
         "use_distributed_optimizer": distributed,
         **(fields or {}),
     }
-    optimizer_config = (
-        OptimizerConfig(optimizer="adams", adam_beta2=0.95, **settings)
-        if plain_config
-        else AdamSOptimizerConfig(**settings)
-    )
-    optimizer = get_megatron_optimizer(
-        optimizer_config,
+    settings |= {k: getattr(torch, v) for k, v in settings.items() if k.endswith("_dtype")}
+    optimizer = BUILDERS[build](
+        settings,
         [model],
         config_overrides={ParamKey(name=k): v for k, v in overrides.items()} if overrides else None,
     )
@@ -242,6 +241,116 @@ def train(
         _load(Path(save), model, optimizer)
         told["loaded"] = _tensors(optimizer)
     return told
+
+
+def _by_config(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    return get_megatron_optimizer(AdamSOptimizerConfig(**settings), model, **kwargs)
+
+
+def _by_plain_config(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    """With Adam's beta2, as it comes where nobody gives one."""
+    return get_megatron_optimizer(OptimizerConfig(optimizer="adams", **settings), model, **kwargs)
+
+
+def _by_late_fields(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    config = AdamSOptimizerConfig()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return get_megatron_optimizer(config, model, **kwargs)
+
+
+def _by_provide(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    """As Megatron-Bridge does, which gives all arguments by their names."""
+    config = AdamSOptimizerConfig(**settings)
+    config.finalize()
+    return config.provide(
+        model_chunks=model, use_gloo_process_groups=True, pg_collection=None, **kwargs
+    )
+
+
+def _as_adam(config: AdamSOptimizerConfig, model: list[Any], kwargs: dict[str, Any]) -> Any:
+    with built_as_adam(config):
+        return get_megatron_optimizer(config, model, **kwargs)
+
+
+def _by_adopt(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    config = AdamSOptimizerConfig(**settings)
+    optimizer = _as_adam(config, model, kwargs)
+    adopted = adopt(optimizer, config)
+    assert adopted is optimizer and adopt(adopted, config) is adopted
+    return adopted
+
+
+def _by_adopt_of_a_part(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    """Of an optimizer that the caller built for Adam, with a configuration of its own."""
+    plain = OptimizerConfig(optimizer="adam", **settings)
+    (part,) = get_megatron_optimizer(plain, model, **kwargs).chained_optimizers
+    return adopt(part, OptimizerConfig(optimizer="adams", **settings))
+
+
+def _by_take_over(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    megatron_adams.register(replace="adam")
+    return get_megatron_optimizer(OptimizerConfig(optimizer="adam", **settings), model, **kwargs)
+
+
+def _by_autoregister(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    """By the name that this module imported before; in a partial, register() does not find it."""
+    autoregister.install()
+    build = functools.partial(get_megatron_optimizer, **kwargs)
+    optimizer = _by_plain_config(settings, model, **kwargs)
+    again = build(OptimizerConfig(optimizer="adams", **settings), model)
+    assert type(again) is type(optimizer)
+    return optimizer
+
+
+def _by_autoregister_take_over(settings: dict[str, Any], model: list[Any], **kwargs: Any) -> Any:
+    """As a framework with a closed list of optimizers does."""
+    autoregister.install(replace="adam")
+    return get_megatron_optimizer(OptimizerConfig(optimizer="adam", **settings), model, **kwargs)
+
+
+BUILDERS = {
+    "config": _by_config,
+    "plain config": _by_plain_config,
+    "late fields": _by_late_fields,
+    "provide": _by_provide,
+    "adopt": _by_adopt,
+    "adopt a part": _by_adopt_of_a_part,
+    "take over": _by_take_over,
+    "autoregister": _by_autoregister,
+    "autoregister take over": _by_autoregister_take_over,
+}
+
+
+def adopt_refused() -> list[str]:
+    """Optimizers that cannot be adopted; return what the errors say."""
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    refused = []
+
+    def build(name: str, *, distributed: bool = True) -> Any:
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
+        model = [DistributedDataParallel(config, ddp_config, Probe(config, 8, 8))]
+        plain = OptimizerConfig(optimizer=name, lr=LR, use_distributed_optimizer=distributed)
+        return get_megatron_optimizer(plain, model)
+
+    def refuse(optimizer: Any, **fields: Any) -> None:
+        inner = optimizer.chained_optimizers[0].optimizer
+        try:
+            adopt(optimizer, AdamSOptimizerConfig(lr=LR, use_distributed_optimizer=True, **fields))
+        except ValueError as exc:
+            refused.append(str(exc))
+        assert optimizer.chained_optimizers[0].optimizer is inner
+
+    refuse(build("sgd", distributed=False))
+    refuse(build("adam"), use_precision_aware_optimizer=True)
+    started = build("adam")
+    param = started.chained_optimizers[0].optimizer.param_groups[0]["params"][0]
+    started.chained_optimizers[0].optimizer.state[param]["exp_avg"] = torch.zeros_like(param)
+    refuse(started)
+    return refused
 
 
 def _named(module: torch.nn.Module) -> dict[str, torch.Tensor]:

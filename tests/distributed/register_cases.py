@@ -79,6 +79,32 @@ def register_twice() -> dict[str, Any]:
     return {"log": lines, "wrapped": wrapped, "depth": depth}
 
 
+def parse_by_hook() -> dict[str, Any]:
+    """Parse `--optimizer adams` by autoregister's hook; run where it is not registered.
+
+    Returns:
+        "without": argparse's exit code without the hook; "optimizer": what is parsed with it;
+        "wrapped_before", "wrapped": by `wrapped_symbols`, before and after.
+    """
+    from megatron.training.arguments import parse_args
+
+    from megatron_adams import autoregister
+
+    sys.argv = ["pretrain.py", "--optimizer", "adams"]
+    told: dict[str, Any] = {}
+    try:
+        parse_args(ignore_unknown_args=True)
+    except SystemExit as exc:
+        told["without"] = exc.code
+    autoregister.install()
+    told["wrapped_before"] = wrapped_symbols()
+    # As a framework's module has it that was imported before: under a name of its own.
+    parse = vars(sys.modules["megatron.training.arguments"])["parse_args"]
+    told["optimizer"] = parse(ignore_unknown_args=True).optimizer
+    told["wrapped"] = wrapped_symbols()
+    return told
+
+
 def mimo_config_passes() -> bool:
     """get_megatron_optimizer hands a configuration without `optimizer` to Megatron untouched."""
     from megatron_adams.megatron.adoption import wrap_get_megatron_optimizer

@@ -24,11 +24,11 @@ def assert_trained(single: Rank) -> None:
     assert min(single["grad_norms"]) > 0.5  # the clip limit: clipping is part of what is compared
 
 
-@pytest.mark.parametrize("plain_config", [False, True])
+@pytest.mark.parametrize("build", ["config", "plain config"])
 def test_context_parallel_matches_single_process(
-    cluster: Cluster, single: Rank, plain_config: bool
+    cluster: Cluster, single: Rank, build: str
 ) -> None:
-    ranks = run(cluster, 2, cp_size=2, plain_config=plain_config)
+    ranks = run(cluster, 2, cp_size=2, build=build)
     assert_trained(single)
     assert_matches(ranks, single)
     # The state is sharded over the context parallel ranks: they hold the model once.

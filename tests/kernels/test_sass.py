@@ -6,7 +6,6 @@ from itertools import product
 
 import pytest
 from cuda.bindings import nvrtc
-from cuda.core import ProgramOptions
 
 from megatron_adams.kernels import compile as compiling
 from megatron_adams.kernels.modes import Mode
@@ -144,19 +143,17 @@ def test_alternatives_spill_nothing_unless_they_are_told_and_move_their_groups()
 
 def test_multiplication_and_addition_are_not_contracted():
     for mode in (Mode("fp32", "fp32", "fp32", "none"), Mode("bf16", "e4m3", "fp16", "fp16")):
-        text = _ptx(mode, compiling._CUDA_OPTIONS)
+        flags = compiling.cuda_flags({**mode.defines(), **tuning_of(mode).defines()})
+        text = _ptx(flags)
         assert "fma" not in text
         assert "mad.f32" not in text and ".ftz" not in text and ".approx" not in text
         assert "div.rn.f32" in text and "sqrt.rn.f32" in text
         # What is looked for is there when it may be.
-        assert "fma.rn.f32" in _ptx(mode, {**compiling._CUDA_OPTIONS, "fma": True})
+        assert "fma.rn.f32" in _ptx([*flags, "--fmad=true"])
 
 
-def _ptx(mode, settings):
-    # Not by Program: it asks the driver about PTX, and there may be none.
-    defines = {**mode.defines(), **tuning_of(mode).defines()}
-    options = ProgramOptions(arch="sm_90", define_macro=list(defines.items()), **settings)
-    arguments = options.as_bytes("nvrtc")
+def _ptx(flags):
+    arguments = [flag.encode() for flag in ("--gpu-architecture=sm_90", *flags)]
     text = compiling.source_text("device.cu").encode()
     error, program = nvrtc.nvrtcCreateProgram(text, b"device.cu", 0, None, None)
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS

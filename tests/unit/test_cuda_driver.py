@@ -85,7 +85,7 @@ def run_with_fake_driver(tmp_path_factory):
     folder = tmp_path_factory.mktemp("driver")
     compile_c(Path(__file__).with_name("fake_cuda.c"), folder / "libcuda.so.1")
 
-    # Not below the fake driver, which cuda.core would ask for more than it can.
+    # Once, and not in each of the processes below the fake driver.
     for mode in MODES:
         cubin(mode, "sm_90")
 

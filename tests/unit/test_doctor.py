@@ -353,13 +353,13 @@ def test_running_job_is_no_fault_of_its_own_machine(driver, capsys):
 
 
 def test_no_compiler_and_an_empty_cache_stops_a_prolog(driver, capsys, monkeypatch, cache):
-    monkeypatch.setitem(sys.modules, "cuda.core", None)
-    code, out = prolog(capsys)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "cuda.bindings", None)
+        code, out = prolog(capsys)
+        report = look()
     assert code == 1
     assert "problem   kernel.sm_90: foreach backend (plain torch operations, several" in out
-    assert "cuda-core, which compiles kernels, is missing" in out
-    assert "precompile --arch sm_90" in out
-    report = look()
+    assert "pip install 'megatron-adams[cu13]'" in out
     assert report.facts["kernels"]["backends"] == {"cuda": "foreach"}
     assert not [*cache.iterdir()]
     # The same machine, with what an image brings.
@@ -378,7 +378,7 @@ def test_no_nvrtc_stops_a_prolog(driver, capsys, monkeypatch):
     monkeypatch.setattr(compile_module, "_nvrtc", none)
     code, out = prolog(capsys)
     assert code == 1
-    assert "no NVRTC (libnvrtc.so)" in out and "pip install 'cuda-core[cu13]'" in out
+    assert "no NVRTC (libnvrtc.so)" in out and "pip install 'megatron-adams[cu13]'" in out
 
 
 def test_gpu_that_nvrtc_does_not_know_stops_a_prolog(driver, capsys, monkeypatch):
@@ -728,7 +728,8 @@ def test_machine_without_nvidia_ml_py_says_so(driver, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     code, out = prolog(capsys)
     assert code == 1
-    assert "nvidia-ml-py cannot be imported" in out and "remedy: pip install nvidia-ml-py" in out
+    assert "nvidia-ml-py cannot be imported" in out
+    assert "remedy: pip install 'megatron-adams[tools]'" in out
 
 
 def test_real_prolog_with_a_driver_s_library(library, driver):

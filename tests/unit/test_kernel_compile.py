@@ -282,7 +282,7 @@ def test_threads_can_compile_at_once_from_the_first_time():
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from megatron_adams.kernels.compile import compile_cuda
-assert "cuda.core" not in sys.modules
+assert "cuda.bindings.nvrtc" not in sys.modules
 sys.setswitchinterval(1e-6)
 source = 'extern "C" __global__ void kernel() {}'
 with ThreadPoolExecutor(8) as pool:
@@ -292,11 +292,10 @@ with ThreadPoolExecutor(8) as pool:
     assert done.stdout == "8\n", done.stderr
 
 
-@pytest.mark.parametrize("module", ["cuda.bindings", "cuda.core"])
-def test_without_nvrtc_the_error_says_what_to_install(monkeypatch, module, kernels):
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setitem(sys.modules, f"{module}.nvrtc", None)
-    with pytest.raises(CompileError, match=r"cuda-core\[cu13\]"):
+def test_without_nvrtc_the_error_says_what_to_install(monkeypatch, kernels):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    with pytest.raises(CompileError, match=r"megatron-adams\[cu13\]"):
         cubin(MODE, "sm_90", kernels)
 
 
@@ -307,7 +306,7 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch):
         raise pathfinder.DynamicLibNotFoundError("libnvrtc.so.13")
 
     monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcVersion", not_found)
-    with pytest.raises(CompileError, match=r"libnvrtc\.so\.13.*cuda-core\[cu13\]"):
+    with pytest.raises(CompileError, match=r"libnvrtc\.so\.13.*megatron-adams\[cu13\]"):
         nvrtc_version()
 
 
@@ -372,7 +371,7 @@ def test_name_says_all_that_a_cubin_depends_on(small_sources, monkeypatch):
         patch.setattr(compile_module, "nvrtc_version", lambda: "14.0")
         others.append(name())
     with monkeypatch.context() as patch:
-        patch.setitem(compile_module._CUDA_OPTIONS, "fma", True)
+        patch.setattr(compile_module, "_CUDA_FLAGS", (*compile_module._CUDA_FLAGS, "--fmad=true"))
         others.append(name())
     with monkeypatch.context() as patch:
         patch.setattr(type(MODE), "defines", lambda mode: {"ADAMS_GRAD": "another"})

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tests.gpu.stages.stage import Stage
 
 PACKAGES = (
-    *("torch", "triton", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "numpy", "pytest"),
+    *("torch", "triton", "cuda-bindings", "nvidia-cuda-nvrtc", "numpy", "pytest"),
     *("pytest-xdist", "pytest-timeout", "hypothesis", "megatron-core", "transformer-engine"),
 )
 _SMI = (

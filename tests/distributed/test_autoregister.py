@@ -1,0 +1,78 @@
+"""Registration by an environment variable, in real processes that someone else starts."""
+
+import json
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.module_runs import run
+from tests.distributed.test_build import assert_same
+from tests.harness.cluster import REPO, Cluster
+from tests.harness.environment import build_wheel, make_environment, pip
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python with the package's wheel, and with what is installed here."""
+    folder = tmp_path_factory.mktemp("environment")
+    site_packages = make_environment(folder)
+    pip(folder, "install", "--no-deps", build_wheel(tmp_path_factory.mktemp("dist")))
+    # Behind the wheel, and without this folder's own .pth files: the editable package's is one.
+    (site_packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
+    # The tests, without the package that lies beside them.
+    tests = folder / "tests-alone"
+    tests.mkdir()
+    (tests / "tests").symlink_to(REPO / "tests")
+    return folder / "bin" / "python"
+
+
+def torchrun(python: Path, **variables: str) -> str:
+    done = subprocess.run(
+        [
+            *(python, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--standalone"),
+            *("-m", "tests.distributed.autoregister_job"),
+        ],
+        cwd="/",
+        env={
+            **os.environ,
+            "PYTHONPATH": str(python.parents[1] / "tests-alone"),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "LOCAL_WORLD_SIZE": "1",
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done.stdout + done.stderr
+
+
+def test_torchrun_and_forked_and_spawned_processes_have_adams(python: Path) -> None:
+    log = torchrun(python, MEGATRON_ADAMS_AUTOREGISTER="1")
+    told = [json.loads(line[5:]) for line in log.splitlines() if line.startswith("told ")]
+    assert [how for how, *_ in told] == ["fork", "spawn", "torchrun"], log[-4000:]
+    assert {tuple(parts) for _, parts, _ in told} == {("AdamSDistributedOptimizer",)}
+    assert len({tuple(norms) for *_, norms in told}) == 1
+    lines = [line for line in log.splitlines() if "registered --optimizer adams" in line]
+    assert len(lines) == 3
+    assert all("with megatron.core alone" in line and "by autoregister" in line for line in lines)
+
+
+def test_take_over_reaches_names_that_were_imported_before(
+    cluster: Cluster, plain_cluster: Cluster
+) -> None:
+    taken = run(plain_cluster, 2, build="autoregister take over")
+    assert_same(taken, run(cluster, 2, build="config"))
+
+
+def test_command_line_is_known_where_the_hook_is_installed(plain_cluster: Cluster) -> None:
+    """Whoever parses it, by a name that was imported before."""
+    told = plain_cluster.run("tests.distributed.register_cases:parse_by_hook").results[0]
+    assert told["without"] == 2  # argparse's exit code
+    assert told["optimizer"] == "adams"
+    assert told["wrapped"] and not told["wrapped_before"]

@@ -1,0 +1,38 @@
+"""A Python environment of its own for a test, and the package's wheel."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build_wheel(folder: Path) -> Path:
+    """Build the package's wheel into a folder, with the setuptools that is installed."""
+    subprocess.run(
+        [ROOT / "docker" / "build-wheel.sh", folder, "", "--no-build-isolation"],
+        cwd="/",
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        check=True,
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def make_environment(folder: Path) -> Path:
+    """Make a Python with nothing in it, also no pip; return its site-packages."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site_packages,) = folder.glob("lib/python3.*/site-packages")
+    return site_packages
+
+
+def pip(folder: Path, *words: object) -> None:
+    """Run pip for an environment, without a network and without a configuration."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+    python = folder / "bin" / "python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "--quiet", *map(str, words)],
+        env={**own, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"},
+        check=True,
+    )
