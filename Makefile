@@ -14,13 +14,15 @@ VERSIONS ?= $(patsubst tests/versions/%.txt,%,$(wildcard tests/versions/*.txt))
 OLDEST = $(if $(VENV),$(VENV)/megatron/$(firstword $(sort $(VERSIONS)))/.complete,)
 VERSION_TESTS := $(addprefix tests/distributed/test_,$(addsuffix .py,versions register patches parity \
   checkpoint precision from_adam update_rms fsdp offload fused_step cuda_graph module))
+# The frameworks whose own code is tested, each in a folder of its own: docs/frameworks.md.
+FRAMEWORKS ?= $(patsubst tests/frameworks/%.txt,%,$(wildcard tests/frameworks/*.txt))
 CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/*.h
 
 # Two tests at a time on two cores. More than four hold up each other: each test may start processes.
 # A file's tests stay together, as they share runs.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup dist train test test-all test-versions lint sweep quality rl bench image docs clean
+.PHONY: help setup dist train test test-all test-versions test-frameworks lint sweep quality rl bench image docs clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -41,6 +43,13 @@ $(VENV)/megatron/%/.complete: tests/versions/%.txt | $(SETUP)
 	rm -rf $(@D)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --target $(@D) --requirement $<
+	@touch $@
+
+# DeepSpeed is built from its sources, with torch at hand; nothing of it is compiled.
+$(VENV)/frameworks/%/.complete: tests/frameworks/%.txt | $(SETUP)
+	rm -rf $(@D)
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --no-build-isolation --target $(@D) --requirement $<
 	@touch $@
 
 $(VENV)/transformer-engine/.complete: tests/distributed/with_te/requirements.txt | $(SETUP)
@@ -85,6 +94,9 @@ test-versions: $(if $(MEGATRON),,$(VERSIONS:%=$(VENV)/megatron/%/.complete))  ##
 	  PYTHONPATH=$$tree MEGATRON_ADAMS_TEST_ANY_MEGATRON=$(MEGATRON) \
 	    $(RUN) -m pytest $(PARALLEL) $(VERSION_TESTS) $(ARGS) || exit 1; \
 	done
+
+test-frameworks: $(FRAMEWORKS:%=$(VENV)/frameworks/%/.complete) $(OLDEST)  ## AdamS in DeepSpeed, verl and others
+	$(RUN) -m pytest $(PARALLEL) tests/frameworks $(ARGS)
 
 lint: $(SETUP)
 	$(RUN) -m ruff check .

@@ -127,6 +127,21 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
                 # The forward pass does not count on it.
                 reset_param_sync_dispatch_state(model_chunk)
 
+    def offload_to_cpu(self) -> None:
+        """Move state and main params to the CPU; `restore_from_cpu` brings them back.
+
+        Inner params that are parts of the model's own (all of them where the optimizer keeps the
+        main params) stay: they take no memory, and upstream (optimizer.py, 0.19) would cut them
+        off, so that steps no longer reach the model.
+        """
+        if self.is_stub_optimizer:
+            return
+        groups = (*self.shard_float16_groups, *self.shard_fp32_groups)
+        parts = [(param, param.data) for group in groups for param in group]
+        super().offload_to_cpu()
+        for param, data in parts:
+            param.data = data
+
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A stub, which a rank without trainable parameters has, has nothing to save."""
         if self.is_stub_optimizer:

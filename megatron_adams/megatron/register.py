@@ -53,6 +53,7 @@ _RELIED_ON = (
         f"{_DISTRIBUTED_OPTIMIZER}._build_model_param_to_state_dict_param_map",
         ("self", "state_dict"),
     ),
+    Symbol(f"{_DISTRIBUTED_OPTIMIZER}.offload_to_cpu", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.step_with_ready_grads", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._copy_main_params_to_model_params", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._collect_main_grad_data_for_unscaling", ("self",)),

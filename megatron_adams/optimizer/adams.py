@@ -154,8 +154,8 @@ class AdamS(Optimizer):
             larger, the update is scaled down to it. None: no cap.
         match_update_rms: every param's update is scaled to this RMS. At most one of the two is
             given; each costs a pass that reads gradient and exp_avg (8 bytes a param in fp32; with
-            L2 decay the master weights, too) before the step's own. If params are sharded, set
-            `reduce_update_sums` and `whole_numels`.
+            L2 decay the master weights, too) before the step's own. If params are sharded and no
+            DTensors, set `reduce_update_sums` and `whole_numels`.
         master_weights: whether the optimizer keeps master weights of 16-bit params, as FusedAdam.
         master_weight_dtype: dtype of the master weights, as FusedAdam: fp32 or fp16.
         exp_avg_dtype: dtype of exp_avg, as FusedAdam: fp32, bf16, fp16 or e4m3 (also as uint8).
@@ -177,7 +177,8 @@ class AdamS(Optimizer):
             in the order of the groups' params. It must turn them, in place, into the sums of whole
             params: an all-reduce over the ranks that hold shards. It is called once in each guarded
             step, also where there are no params, and by `update_rms` after other steps. None: the
-            params are whole.
+            params are whole, or DTensors (FSDP2, tensor parallelism), whose sums are added up over
+            their own mesh; all of its ranks then take each guarded step, and call `update_rms`.
         whole_numels: param -> how many elements its whole has, where it is a shard.
         master_weights: as given. It is read at each step, and may be set as long as there is no
             state, as Megatron-FSDP does.
@@ -543,9 +544,9 @@ class AdamS(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a gradient is sparse or complex, an update RMS is asked for of params that
-                are sharded by DTensor, a CUDA graph is being captured without `capturable`, or with
-                it lr is no longer a tensor beside the params; nothing is updated then.
+            ValueError: a gradient is sparse or complex, a CUDA graph is being captured without
+                `capturable`, or with it lr is no longer a tensor beside the params; nothing is
+                updated then.
             RuntimeError: gradients or state have moved since the last step, and a CUDA graph is
                 being captured.
         """
@@ -620,9 +621,7 @@ class AdamS(Optimizer):
         if not self.scales_updates and not self.wants_update_rms:
             return None
         known = self._step_guards.current
-        guards = self._step_guards.begin(
-            self._params(), self.whole_numels, is_reduced=self.reduce_update_sums is not None
-        )
+        guards = self._step_guards.begin(self._params(), self.whole_numels)
         if guards is not known:
             # The tables of guarded steps have the addresses of those before.
             self._plans = {k: plan for k, plan in self._plans.items() if k[1] is Pass.UPDATE}

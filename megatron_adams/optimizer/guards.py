@@ -8,9 +8,11 @@ for the device. Used by adams.py and plan.py. Imports torch, update.py and tenso
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from megatron_adams.optimizer.tensors import local_part
+from megatron_adams.optimizer.tensors import local_part, shard_groups
 from megatron_adams.update import update_factors, update_rms
 
 
@@ -60,6 +62,7 @@ class UpdateGuards:
         }
         numels = [whole_numels.get(param, param.numel()) for param in params]
         self._numels = torch.tensor(numels, dtype=torch.int64, device=self._device)
+        self._splits = _splits(self.params)
 
     def clear(self) -> None:
         """Forget what has been counted."""
@@ -78,12 +81,19 @@ class UpdateGuards:
         """Return the RMS of the updates of whole params: (num_params,) fp32.
 
         Args:
-            reduce_sums: turns the sums of shards into those of whole params, in place.
+            reduce_sums: turns the sums of shards into those of whole params, in place; None: those
+                of DTensors are added up over the ranks of their meshes.
         """
         sums = self.sums()
-        if reduce_sums is not None:
-            reduce_sums(sums)
+        (reduce_sums or self._add_up_dtensors)(sums)
         return update_rms(sums, self._numels)
+
+    def _add_up_dtensors(self, sums: Tensor) -> None:
+        for group, rows in self._splits:
+            index = torch.tensor(rows, dtype=torch.int64, device=sums.device)
+            shards = sums[index]
+            dist.all_reduce(shards, group=group)
+            sums[index] = shards
 
     def set_factors(
         self,
@@ -104,6 +114,18 @@ class UpdateGuards:
             factors.copy_(self.factors)
 
 
+def _splits(params: Sequence[Tensor]) -> list[tuple[ProcessGroup, list[int]]]:
+    """Return the groups that DTensors are split over, and their places among the params.
+
+    In the order of the params, which is the same on all ranks.
+    """
+    rows: dict[ProcessGroup, list[int]] = {}
+    for index, param in enumerate(params):
+        for group in shard_groups(param):
+            rows.setdefault(group, []).append(index)
+    return list(rows.items())
+
+
 class StepGuards:
     """The guards of an optimizer's last step, which are kept while its params stay the same.
 
@@ -116,26 +138,15 @@ class StepGuards:
         self.current: UpdateGuards | None = None
         self.is_counted = False
 
-    def begin(
-        self, params: Sequence[Tensor], whole_numels: Mapping[Tensor, int], *, is_reduced: bool
-    ) -> UpdateGuards:
+    def begin(self, params: Sequence[Tensor], whole_numels: Mapping[Tensor, int]) -> UpdateGuards:
         """Return the guards of a step that counts, with nothing counted yet.
 
         Args:
             params: all of the optimizer's, in the order of the groups.
             whole_numels: as `UpdateGuards`.
-            is_reduced: the sums of shards are turned into those of whole params.
-        Raises:
-            ValueError: DTensors without `is_reduced`.
         """
         known = self.current
         if known is None or [*map(id, known.params)] != [*map(id, params)]:
-            if not is_reduced and any(local_part(param) is not param for param in params):
-                raise ValueError(
-                    "the update RMS of params that are sharded by DTensor: a rank knows its own "
-                    "shards alone; give reduce_update_sums and whole_numels, or leave out "
-                    "max_update_rms, match_update_rms and wants_update_rms"
-                )
             devices = [local_part(param).device for param in params]
             self.current = known = UpdateGuards(params, devices, whole_numels)
         known.clear()

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_adams.kernels import Fp8Scaling
 
@@ -81,6 +82,23 @@ def distributed_like(local: Tensor, like: Tensor) -> Tensor:
             shape=source.shape,
             stride=source.stride(),
         ),
+    )
+
+
+def shard_groups(tensor: Tensor) -> tuple[ProcessGroup, ...]:
+    """Return the groups of ranks over which a DTensor is split: one for each mesh dimension.
+
+    A dimension that holds copies (HSDP) has none, and so has any other tensor.
+    """
+    if local_part(tensor) is tensor:
+        return ()
+    mesh, placements = cast(Any, tensor).device_mesh, cast(Any, tensor).placements
+    # FSDP2's second split of a tensor parallel dimension, _StridedShard, is no Shard for
+    # `is_shard`, and a parameter is never Partial.
+    return tuple(
+        mesh.get_group(dim)
+        for dim, placement in enumerate(placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
     )
 
 

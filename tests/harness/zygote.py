@@ -41,6 +41,15 @@ IMPORTED_BY_EVERY_RANK = (
 )
 """Before the fork, once."""
 
+IMPORTED_WITHOUT_MEGATRON = (
+    "megatron_adams",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+)
+"""The same for ranks that are not to have Megatron, nor the rehearsal's stand-ins."""
+
 GRACE_S = 10.0
 """How long the other ranks may go on after the first one has failed."""
 
@@ -271,10 +280,15 @@ def kill_group(pid: int) -> None:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an import prints is no answer
-    import_megatron(
-        register="--without-plugin" not in sys.argv,
-        transformer_engine="--with-transformer-engine" in sys.argv,
-    )
+    if "--without-megatron" in sys.argv:
+        for module in IMPORTED_WITHOUT_MEGATRON:
+            importlib.import_module(module)
+        remember_entry_points()
+    else:
+        import_megatron(
+            register="--without-plugin" not in sys.argv,
+            transformer_engine="--with-transformer-engine" in sys.argv,
+        )
     # Else a collection in a rank would write to, and so copy, every page with an object.
     gc.collect()
     gc.freeze()

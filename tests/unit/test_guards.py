@@ -6,9 +6,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron_adams import kernels
 from megatron_adams.optimizer import AdamS
@@ -334,20 +331,3 @@ def test_fp64_params_are_capped():
     optimizer.step()
     # The first update is 0.447 everywhere.
     np.testing.assert_allclose(param.numpy(), 1 - LR * (0.5 + DECAY), rtol=1e-6)
-
-
-def test_dtensors_are_refused_as_their_whole_is_elsewhere(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
-        param.grad = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
-        optimizer = build([param], max_update_rms=0.1)
-        with pytest.raises(ValueError, match=r"sharded by DTensor.*reduce_update_sums"):
-            optimizer.step()
-        assert param.to_local().tolist() == torch.ones(4, 2).tolist()
-        optimizer.reduce_update_sums = lambda sums: None
-        optimizer.step()
-        assert optimizer.update_rms().item() == pytest.approx(0.447, abs=1e-3)
-    finally:
-        dist.destroy_process_group()
