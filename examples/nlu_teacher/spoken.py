@@ -7,7 +7,7 @@ letters of other languages are kept."""
 
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 
 from num2words import num2words
 
@@ -104,6 +104,7 @@ def _ascii_digits(text: str) -> str:
     return "".join(str(unicodedata.decimal(char, char)) for char in text)
 
 
+@lru_cache(maxsize=4096)
 def spoken_form(text: str) -> str:
     """Return a text as it is spoken.
 
