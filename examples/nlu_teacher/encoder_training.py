@@ -229,7 +229,9 @@ def is_dataset_built_on_rank(vp_stage: int | None = None) -> bool:
     return bool(mpu.get_tensor_model_parallel_rank() == 0)
 
 
-def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[Numbered | None]:
+def build_datasets(
+    num_samples: list[int], vp_stage: int | None = None, on_every_rank: bool = False
+) -> list[Numbered | None]:
     """Build the training, validation and test sets that Megatron's data flags name."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -248,6 +250,8 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[
     print_rank_0("> building the training, validation and test sets ...")
     kind = MadeUpDataset if args.mock_data else EncoderDataset
     build_on_rank = partial(is_dataset_built_on_rank, vp_stage=vp_stage)
+    if on_every_rank:
+        build_on_rank = partial(bool, True)
     datasets = BlendedMegatronDatasetBuilder(kind, num_samples, build_on_rank, config).build()
     return [None if dataset is None else Numbered(dataset) for dataset in datasets]
 
