@@ -31,16 +31,19 @@ def _sum_over_vocabulary(values: Tensor, group: torch.distributed.ProcessGroup) 
     return total
 
 
-def log_softmax(logits: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """Return this rank's columns of the log-softmax over the whole vocabulary.
+def _shifted(logits: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return logits and their log-partition, less the largest logit of the whole vocabulary.
 
     Args:
         logits: (n, columns) fp32.
+
+    Returns:
+        (n, columns) and (n,). Their difference is the log-softmax.
     """
     largest = logits.detach().max(dim=1).values
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
     shifted = logits - largest.unsqueeze(1)
-    return shifted - _sum_over_vocabulary(shifted.exp(), group).log().unsqueeze(1)
+    return shifted, _sum_over_vocabulary(shifted.exp(), group).log()
 
 
 def distillation_loss(
@@ -59,12 +62,16 @@ def distillation_loss(
             that it gives no probability.
     """
     with torch.no_grad():
-        teacher_log = log_softmax(teacher.float() / temperature, group)
+        shifted, partition = _shifted(teacher.float() / temperature, group)
+        teacher_log = shifted - partition.unsqueeze(1)
         probability = teacher_log.exp()
-    student_log = log_softmax(student.float() / temperature, group)
+    shifted, partition = _shifted(student.float() / temperature, group)
     # Where the teacher's probability is 0, so is the term, and its logarithm may be -inf.
-    difference = torch.where(probability > 0, teacher_log - student_log, 0.0)
-    return temperature**2 * _sum_over_vocabulary(probability * difference, group)
+    difference = torch.where(probability > 0, teacher_log - shifted, 0.0)
+    # The teacher's probabilities add up to 1. Multiplied with each of this rank's alone, the
+    # partition would get this rank's part of its gradient alone.
+    kl = _sum_over_vocabulary(probability * difference, group) + partition
+    return temperature**2 * kl
 
 
 def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
