@@ -49,7 +49,9 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def semantic_errors(labelled: Sequence[tuple[str, str]], predicted: Sequence[tuple[str, str]]) -> int:
+def semantic_errors(
+    labelled: Sequence[tuple[str, str]], predicted: Sequence[tuple[str, str]]
+) -> int:
     """Count substitutions, deletions and insertions between pairs of (name, words)."""
     mine, theirs = Counter(labelled), Counter(predicted)
     names = Counter(name for name, _ in (mine - theirs).elements())
@@ -147,7 +149,9 @@ def estimate(
     rounds: int = ROUNDS,
 ) -> Interval:
     """Return a statistic and its percentile interval of the bootstrap; see `resample`."""
-    whole = np.mean([np.mean([run.sum(axis=-2) for run in group], axis=0) for group in runs], axis=0)
+    whole = np.mean(
+        [np.mean([run.sum(axis=-2) for run in group], axis=0) for group in runs], axis=0
+    )
     samples = resample(runs, statistic, seed=seed, rounds=rounds)
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(statistic(whole)), float(low), float(high))

@@ -82,7 +82,9 @@ class Sampler:
         if not found.get("values"):
             raise _Missing(node.list_name)
         value = self.rng.choice(found["values"])
-        return self._expand(self._expression(value["in"] if isinstance(value, dict) else value), None)
+        return self._expand(
+            self._expression(value["in"] if isinstance(value, dict) else value), None
+        )
 
 
 def tidy(chunks: Chunks) -> Chunks:
