@@ -1,6 +1,6 @@
-"""The plan of a fine-tuning study and the files that it leaves. It imports neither torch nor Megatron.
+"""The plan of a fine-tuning study and its files. It imports neither torch nor Megatron.
 
-    rows.csv                           a row a run: settings, validation, and METRICS on the test set
+    rows.csv                           a row a run: settings, and METRICS on the test set
     predictions/RUN/SET.jsonl          the answers to each set of utterances: {words, intent, tags}
     models/RUN/                        the models that are kept
     settings.json                      what the study was begun with
