@@ -163,11 +163,13 @@ def metric(name: str) -> Callable[[Counts], NDArray[np.float64]]:
     return lambda sums: rates(sums)[name]
 
 
-def relative_change(name: str) -> Callable[[Counts], NDArray[np.float64]]:
-    """Return the statistic (first - second) / second of a metric; counts are (2, ..., columns)."""
+def relative_change(
+    statistic: Callable[[Counts], NDArray[np.float64]],
+) -> Callable[[Counts], NDArray[np.float64]]:
+    """Return (first - second) / second of a statistic; its counts are (..., 2, columns)."""
 
     def change(sums: Counts) -> NDArray[np.float64]:
-        first, second = np.moveaxis(rates(sums)[name], -1, 0)
+        first, second = np.moveaxis(statistic(sums), -1, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             return first / second - 1
 

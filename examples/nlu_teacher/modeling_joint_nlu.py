@@ -1,4 +1,4 @@
-"""The exported model for Hugging Face's transformers. export.py copies this file beside its weights.
+"""The exported model for transformers. export.py copies this file beside the weights.
 
     from transformers import AutoModel
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
