@@ -131,7 +131,7 @@ def _json_elements(path: Path) -> Iterator[tuple[str, int, Any]]:
         try:
             element, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as exc:
-            place = f"{path}:{line + exc.lineno - 1 if exc.pos < position else exc.lineno}"
+            place = f"{path}:{exc.lineno}"
             raise Malformed(place, exc.msg, rule, "download the file again") from exc
         yield begin[1], line, element
 
