@@ -23,8 +23,9 @@ CREATE TABLE arguments (action INTEGER NOT NULL REFERENCES actions, name TEXT NO
                         thing INTEGER REFERENCES things, text TEXT);
 """
 # A value that no thing has exactly is taken for the one with the most words in common, if these are
-# at least this share of all words of the two.
+# at least this share of all words of the two. Articles do not count, unless there is nothing else.
 MIN_OVERLAP = 0.5
+_ARTICLES = {"the", "a", "an"}
 # Words in front of a time or a number that do not change it.
 _LEADING = {"in", "on", "at", "for", "the", "a", "an", "around", "of", "this"}
 
@@ -104,6 +105,12 @@ RULES = {
 }
 
 
+def content_words(name: str) -> set[str]:
+    """Return the words of a name without articles, unless there is nothing else."""
+    words = set(name.split())
+    return words - _ARTICLES or words
+
+
 def rule_of(intent: str, slot_names: Iterable[str]) -> Rule:
     """Return an intent's rule; one that is not SNIPS's depends on all its slots."""
     return RULES.get(intent) or Rule(intent, {name: name for name in slot_names})
@@ -143,7 +150,7 @@ class Assistant:
         insert = "INSERT OR IGNORE INTO things (kind, name) VALUES (?, ?)"
         cursor = self.database.execute(insert, (kind, name))
         if cursor.rowcount:
-            words = [(cursor.lastrowid, word) for word in set(name.split())]
+            words = [(cursor.lastrowid, word) for word in content_words(name)]
             self.database.executemany("INSERT INTO words VALUES (?, ?)", words)
 
     def find(self, kind: str, name: str) -> int | None:
@@ -151,7 +158,7 @@ class Assistant:
         exact = "SELECT id FROM things WHERE kind = ? AND name = ?"
         if found := self.database.execute(exact, (kind, name)).fetchone():
             return int(found[0])
-        words = set(name.split())
+        words = content_words(name)
         places = ", ".join("?" * len(words))
         like = f"""
             SELECT things.id, things.name, COUNT(*) AS common FROM words
@@ -160,7 +167,7 @@ class Assistant:
             GROUP BY things.id
         """
         scored = [
-            (common / len(words | set(other.split())), -number)
+            (common / len(words | content_words(other)), -number)
             for number, other, common in self.database.execute(like, (kind, *sorted(words)))
         ]
         best = max(scored, default=(0.0, 0))

@@ -111,6 +111,11 @@ ROUNDS = 2000
 LEVEL = 0.95
 
 
+def _draws(rng: np.random.Generator, num: int, rounds: int) -> Counts:
+    """Return how often each of `num` is drawn in `num` draws, (rounds, num)."""
+    return rng.multinomial(num, np.full(num, 1 / num), rounds).astype(np.float64)
+
+
 def resample(
     runs: Sequence[Sequence[Counts]],
     statistic: Callable[[Counts], NDArray[np.float64]],
@@ -130,13 +135,11 @@ def resample(
     """
     rng = np.random.default_rng(seed)
     num_utterances = runs[0][0].shape[-2]
-    draws = rng.multinomial(num_utterances, np.full(num_utterances, 1 / num_utterances), rounds)
-    groups = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), rounds)
+    draws = _draws(rng, num_utterances, rounds)
+    groups = _draws(rng, len(runs), rounds)
+    # (rounds, utterances) @ (..., utterances, columns), with the rounds in front afterwards.
     sums = np.stack(
-        [
-            np.mean([np.einsum("ru,...uc->r...c", draws, run) for run in group], axis=0)
-            for group in runs
-        ]
+        [np.mean([np.moveaxis(draws @ run, -2, 0) for run in group], axis=0) for group in runs]
     )
     return statistic(np.einsum("rg,gr...c->r...c", groups / len(runs), sums))
 

@@ -1,0 +1,133 @@
+"""examples/nlu_teacher/finetune_rows.py: the plan of a study, and its files."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nlu_teacher"
+sys.path.append(str(EXAMPLE))
+
+pytest.importorskip("num2words", reason="needs num2words: pip install 'megatron-adams[nlu]'")
+pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'megatron-adams[nlu]'")
+import finetune_rows as rows  # noqa: E402  (the example's files import each other by name)
+from finetune_rows import SWEEP, Plan, Run  # noqa: E402
+from labels import Tagged  # noqa: E402
+
+PLAN = Plan(("S",), ("adams", "adamw"), (1e-3, 2e-3, 4e-3), (20,), subsets=2, seeds=2)
+
+
+def do_all(plan: Plan, score_of=lambda run: abs(run.lr - 2e-3)) -> list[Run]:
+    scores: dict[Run, float] = {}
+    while (run := plan.next_run(scores)) is not None:
+        assert run not in scores
+        scores[run] = score_of(run)
+    return list(scores)
+
+
+def row(run: Run, **more: object) -> dict:
+    filled = dict.fromkeys(rows.COLUMNS, 0.5)
+    names = ("model", "optimizer", "lr", "shots", "subset", "seed")
+    return filled | {name: getattr(run, name) for name in names} | more
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+def test_rates_come_first_and_the_best_one_decides() -> None:
+    done = do_all(PLAN)
+    assert len(done) == PLAN.num_runs() == 2 * (3 + 4)
+    mine = [run for run in done if run.optimizer == "adams"]
+    assert [(run.lr, run.subset, run.seed) for run in mine] == [
+        *((lr, SWEEP, SWEEP) for lr in PLAN.rates),
+        *((2e-3, subset, seed) for subset in (0, 1) for seed in (0, 1)),
+    ]
+
+
+def test_each_optimizer_has_its_own_best_rate() -> None:
+    best = {"adams": 1e-3, "adamw": 4e-3}
+    done = do_all(PLAN, lambda run: abs(run.lr - best[run.optimizer]))
+    assert {(run.optimizer, run.lr) for run in done if run.subset != SWEEP} == set(best.items())
+
+
+def test_deciding_runs_do_not_change_the_rate() -> None:
+    """They score worse than every run of the sweep, or better; the rate stays."""
+    for deciding in (9.0, -9.0):
+        done = do_all(PLAN, lambda run, bad=deciding: run.lr if run.subset == SWEEP else bad)
+        assert {run.lr for run in done if run.subset != SWEEP} == {1e-3}
+
+
+def test_one_rate_needs_no_sweep() -> None:
+    plan = Plan(("S", "T"), ("adams",), (1e-3,), (20, 0), subsets=1, seeds=2)
+    done = do_all(plan)
+    assert len(done) == plan.num_runs() == 8 and not any(run.subset == SWEEP for run in done)
+
+
+def test_a_diverged_run_is_not_the_best() -> None:
+    done = do_all(PLAN, lambda run: float("inf") if run.lr < 4e-3 else 1.0)
+    assert {run.lr for run in done if run.subset != SWEEP} == {4e-3}
+
+
+def test_an_edge_is_told() -> None:
+    table = [{k: str(v) for k, v in row(run).items()} for run in do_all(PLAN)]
+    assert not rows.is_at_edge(table, Run("S", "adams", 2e-3, 20, 0, 0))
+    assert rows.is_at_edge(table, Run("S", "adams", 1e-3, 20, 0, 0))
+    assert rows.is_at_edge(table, Run("S", "adams", 4e-3, 20, 0, 0))
+    assert not rows.is_at_edge([], Run("S", "adams", 4e-3, 20, 0, 0))
+
+
+# --- the files ----------------------------------------------------------------------------------
+
+
+def test_rows_come_back_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    runs = [Run("S", "adams", 2e-3, 20, 0, 0), Run("S", "adamw", 1e-3, 0, 1, 1)]
+    for run in runs:
+        rows.append_row(path, row(run))
+    path.write_bytes(path.read_bytes() + b"S,adams,0.002,2")
+    assert [rows.run_of(each) for each in rows.read_rows(path)] == runs
+    rows.append_row(path, row(runs[0]))
+    assert len(rows.read_rows(path)) == 3
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="must have the columns of this version"):
+        rows.read_rows(path)
+
+
+def test_names_of_runs_differ() -> None:
+    runs = do_all(PLAN)
+    assert len({run.name for run in runs}) == len(runs)
+    assert Run("S", "adams", 1e-3, 0, 0, 1).name == "S-adams-0.001-full-0-1"
+
+
+def test_other_settings_are_refused_and_further_ones_are_added(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    rows.keep_settings(path, {"dropout": 0.1, "rates": (1.0,)})
+    rows.keep_settings(path, {"dropout": 0.1, "rates": [1.0], "model T": "x"})
+    with pytest.raises(ValueError, match=r"model T='y': must be 'x', as in .*settings\.json; give"):
+        rows.keep_settings(path, {"model T": "y"})
+    with pytest.raises(ValueError, match=r"dropout=0\.2: must be 0\.1"):
+        rows.keep_settings(path, {"dropout": 0.2})
+
+
+def test_a_changed_file_has_another_digest(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_text("1")
+    first = rows.digest(paths)
+    assert rows.digest(reversed(paths)) == first
+    paths[1].write_text("2")
+    assert rows.digest(paths) != first
+
+
+def test_answers_come_back_and_those_to_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "test.jsonl"
+    asked = [Tagged(("play", "it"), ("O", "B-a"), "Play"), Tagged(("stop",), ("O",), "Stop")]
+    answers = [Tagged(each.words, ("O",) * len(each.words), "Stop") for each in asked]
+    rows.write_answers(path, answers)
+    read = rows.read_answers(path, asked)
+    assert [(e.words, e.tags, e.intent) for e in read] == [
+        (e.words, e.tags, e.intent) for e in answers
+    ]
+    for others in (asked[:1], [*asked, asked[0]], asked[::-1]):
+        with pytest.raises(ValueError, match="must answer the utterances of the set"):
+            rows.read_answers(path, others)
