@@ -70,7 +70,7 @@ class Encoder(BertModel):
 
     def forward(
         self, tokens: Tensor, padding_mask: Tensor, positions: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Run this rank's stage.
 
         Args:
@@ -81,7 +81,8 @@ class Encoder(BertModel):
 
         Returns:
             Hidden states (length, batch, hidden_size): after the last LayerNorm on the last stage.
-            There, with positions, also logits (n, padded_vocab_size / tensor-parallel size).
+            There, with positions, also logits (n, padded_vocab_size / tensor-parallel size), and
+            with hidden_projection also (length, batch, projection_size): the projected states.
         """
         hidden = self.encoder(
             hidden_states=self._embed(tokens),
@@ -90,7 +91,10 @@ class Encoder(BertModel):
         )
         if positions is None or not self.post_process:
             return hidden
-        return hidden, self.logits(hidden, positions)
+        output = hidden, self.logits(hidden, positions)
+        if self.hidden_projection is None:
+            return output
+        return (*output, self.hidden_projection(hidden))
 
     def _embed(self, tokens: Tensor) -> Tensor | None:
         if not self.pre_process:

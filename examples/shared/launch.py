@@ -1,4 +1,4 @@
-"""Start a recipe: the command line of pretrain_gpt2/train.py and of pretrain_llama2/train.py.
+"""Start a recipe: the command line of pretrain_gpt2/train.py, pretrain_llama2/train.py and others.
 
 It merges the recipe's flags, checks what can be checked before any rank runs, prints the memory
 plan, and becomes torchrun."""
@@ -9,7 +9,7 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,8 +33,6 @@ from shared.recipe import (
     parse_flags,
 )
 
-SCRIPT = REPOSITORY / "examples" / "pretrain_gpt" / "pretrain_gpt.py"
-
 # A rehearsal without --data trains on Megatron's own made-up sequences.
 _MOCK_DATA: Flags = {"mock-data": True, "tokenizer-type": "NullTokenizer", "vocab-size": 512}
 # Any of these after -- says where the data come from.
@@ -45,6 +43,23 @@ _DATA_FLAGS = {
     "data-args-path",
     "per-split-data-args-path",
 }
+
+
+@dataclass(frozen=True)
+class Script:
+    """The Megatron script that a recipe is for.
+
+    Attributes:
+        dataset_flags: the flags that train on a prepared folder.
+        own_flags: those that Megatron's own scripts do not know; the memory plan is made without.
+    """
+
+    path: Path
+    dataset_flags: Callable[[Path], Flags]
+    own_flags: frozenset[str] = frozenset()
+
+
+GPT = Script(REPOSITORY / "examples" / "pretrain_gpt" / "pretrain_gpt.py", dataset_flags)
 
 # How long torchrun waits for its workers after SIGTERM: a step, and then a checkpoint.
 _SHUTDOWN_TIMEOUT_S = 300
@@ -103,6 +118,7 @@ class Job:
         num_ranks: over all nodes.
     """
 
+    script: Script
     job_flags: Flags
     flags: Flags
     notes: list[str]
@@ -124,7 +140,7 @@ class Job:
         words += ["-m", "megatron_adams.launch"]
         # Asked for by name, so that a GPU of this machine is no reason to refuse.
         words += ["--force-cpu-rehearsal"] if self.is_rehearsal else []
-        return [*words, str(SCRIPT), *command_line_flags(self.flags)]
+        return [*words, str(self.script.path), *command_line_flags(self.flags)]
 
     def environment(self) -> dict[str, str]:
         """Return the environment of the torchrun command."""
@@ -224,7 +240,7 @@ def parser(recipe: Recipe) -> argparse.ArgumentParser:
     return arguments
 
 
-def make_job(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> Job:
+def make_job(recipe: Recipe, args: argparse.Namespace, extra: Flags, script: Script = GPT) -> Job:
     """Merge the flags of a job and check them.
 
     Args:
@@ -255,7 +271,7 @@ def make_job(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> Job:
             raise ValueError(f"--without {name}: the recipe of {args.model} has no such flag")
         del job_flags[name]
     if args.data is not None:
-        job_flags |= dataset_flags(args.data)
+        job_flags |= script.dataset_flags(args.data)
     elif args.cpu_rehearsal and not _DATA_FLAGS & extra.keys():
         job_flags |= _MOCK_DATA
     elif not _DATA_FLAGS & extra.keys():
@@ -289,6 +305,7 @@ def make_job(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> Job:
     num_ranks = ranks_per_node * (nodes.num_nodes or 1)
     check_layout(flags, num_ranks)
     return Job(
+        script=script,
         job_flags=job_flags,
         flags=flags,
         notes=notes,
@@ -360,13 +377,13 @@ def memory_plan(flags: Flags, num_ranks: int) -> str:
         return f"There is no memory plan ({type(exc).__name__}: {exc}). Training starts without it."
 
 
-def start(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> None:
+def start(recipe: Recipe, args: argparse.Namespace, extra: Flags, script: Script = GPT) -> None:
     """Print the job's command line, or become it; returns in the first case alone.
 
     Raises:
         ValueError: the job cannot be started as asked for.
     """
-    job = make_job(recipe, args, extra)
+    job = make_job(recipe, args, extra, script)
     if args.print:
         print(job.printed())
         return
@@ -375,13 +392,14 @@ def start(recipe: Recipe, args: argparse.Namespace, extra: Flags) -> None:
         for note in job.notes:
             print(note)
         if not args.no_plan:
-            print(memory_plan(job.job_flags, job.num_ranks))
+            known = {k: v for k, v in job.job_flags.items() if k not in script.own_flags}
+            print(memory_plan(known, job.num_ranks))
         print(f"Starting {job.num_ranks} ranks; everything goes to {job.out}", flush=True)
     command = job.command()
     os.execve(command[0], command, job.environment())
 
 
-def main(recipe_path: Path, argv: Sequence[str] | None = None) -> int:
+def main(recipe_path: Path, argv: Sequence[str] | None = None, script: Script = GPT) -> int:
     """Start a job from the command line; 2 for what the user has to change."""
     argv = list(sys.argv[1:] if argv is None else argv)
 
@@ -391,6 +409,6 @@ def main(recipe_path: Path, argv: Sequence[str] | None = None) -> int:
         if "--" in argv:
             end = argv.index("--")
             own, extra = argv[:end], argv[end + 1 :]
-        start(recipe, parser(recipe).parse_args(own), parse_flags(extra))
+        start(recipe, parser(recipe).parse_args(own), parse_flags(extra), script)
 
     return exit_code_of(program)

@@ -1,0 +1,311 @@
+"""Run the whole pipeline, small, on this machine: the steps of pipeline.toml.
+
+    pipeline.py                          # all of it; `make nlu` is this
+    pipeline.py --quick                  # the same steps in minutes: shows that they run, not more
+    pipeline.py --labelled snips=FOLDER  # SNIPS in place of Home Assistant's templates
+    pipeline.py --until stage2           # the steps up to one
+
+A step is a command with its inputs and outputs. What it did is kept in WORK/steps/NAME.json: its
+command, and a hash of every input and output. It is not run again while these are the same, so that
+a run that was stopped goes on, and a changed step runs again with everything behind it. A step that
+is changed in its code alone is run again with --again NAME."""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import signal
+import string
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from shared.command import REPOSITORY, RunError, exit_code_of, training_environment
+
+FOLDER = Path(__file__).resolve().parent
+STEPS = FOLDER / "pipeline.toml"
+DEFAULT_WORK = REPOSITORY / "runs" / "nlu"
+
+# How a corpus is asked for, and what labelled.py then reads.
+CORPORA = {"snips": "snips", "massive": "massive", "jsonl": "jsonl"}
+_HOME_ASSISTANT = ["--format", "home-assistant", "--source", "en"]
+
+_TERMINATION_TIMEOUT_S = 60
+_HASH_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step with its variables filled in.
+
+    Attributes:
+        command: a script of this folder and its words.
+        inputs, outputs: files and folders.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+
+
+def _filled(words: Sequence[str], variables: dict[str, Any], where: str) -> list[str]:
+    """Fill ${NAME} in; a list of words takes the place of a whole word."""
+    result: list[str] = []
+    for word in words:
+        name = word[2:-1] if word.startswith("${") and word.endswith("}") else None
+        if name is not None and isinstance(variables.get(name), list):
+            result += [str(value) for value in variables[name]]
+            continue
+        try:
+            result.append(string.Template(word).substitute(variables))
+        except (KeyError, ValueError) as exc:
+            raise ValueError(
+                f"{where}: {word!r} has a variable that is not set ({exc}); the file's [numbers] "
+                "and the work folder's names are known"
+            ) from exc
+    return result
+
+
+def load_steps(path: Path, variables: dict[str, Any], *, quick: bool) -> list[Step]:
+    """Read a file of steps.
+
+    Args:
+        variables: what ${...} stands for, besides the file's own numbers.
+        quick: take the numbers of [quick] in place of those of [numbers].
+
+    Raises:
+        ValueError: it is no such file, two steps have a name, or an input is nobody's output.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+        numbers = tables["numbers"] | (tables["quick"] if quick else {})
+        entries = tables["step"]
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as exc:
+        raise ValueError(
+            f"{path}: cannot be read ({type(exc).__name__}: {exc}); it has [numbers], [quick] and "
+            "[[step]]"
+        ) from exc
+    steps = [_load_step(entry, numbers | variables, path) for entry in entries]
+    _check_order(steps, path)
+    return steps
+
+
+def _load_step(entry: dict[str, Any], variables: dict[str, Any], path: Path) -> Step:
+    fields = {"name", "command", "inputs", "outputs"}
+    if entry.keys() != fields:
+        raise ValueError(
+            f"{path}: step {entry.get('name')!r} has {', '.join(sorted(entry))}; it must have "
+            f"{', '.join(sorted(fields))}"
+        )
+    where = f"{path}, step {entry['name']}"
+    words = {name: _filled(entry[name], variables, where) for name in fields - {"name"}}
+    inputs, outputs = (tuple(map(Path, words[name])) for name in ("inputs", "outputs"))
+    return Step(entry["name"], tuple(words["command"]), inputs, outputs)
+
+
+def _check_order(steps: Sequence[Step], path: Path) -> None:
+    names = [step.name for step in steps]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path}: step {', '.join(sorted(repeated))} stands there twice")
+    made: set[Path] = set()
+    for step in steps:
+        for given in step.inputs:
+            if (
+                given not in made
+                and not any(p in made for p in given.parents)
+                and not given.exists()
+            ):
+                raise ValueError(
+                    f"{path}, step {step.name}: its input {given} is there neither now nor as an "
+                    "output of a step before; correct the path, or the order"
+                )
+        made.update(step.outputs)
+
+
+def hash_of(path: Path) -> str | None:
+    """Return a hash of a file, or of a folder's files and their names; None if there is nothing."""
+    if not path.exists():
+        return None
+    result = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        name = str(file.relative_to(path)).encode()
+        result.update(len(name).to_bytes(4, "big") + name + file.stat().st_size.to_bytes(8, "big"))
+        with file.open("rb") as data:
+            while block := data.read(_HASH_BLOCK):
+                result.update(block)
+    return result.hexdigest()
+
+
+def _hashes(paths: Sequence[Path]) -> dict[str, str | None]:
+    return {str(path): hash_of(path) for path in paths}
+
+
+def _record_path(work: Path, step: Step) -> Path:
+    return work / "steps" / f"{step.name}.json"
+
+
+def is_done(step: Step, work: Path) -> bool:
+    """Say whether a step has run with this command and these inputs, and its outputs are there."""
+    try:
+        record = json.loads(_record_path(work, step).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return bool(
+        record["command"] == list(step.command)
+        and record["inputs"] == _hashes(step.inputs)
+        and record["outputs"] == _hashes(step.outputs)
+    )
+
+
+@contextmanager
+def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Run a command in a session of its own, and end it on the way out."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=training_environment(len(os.sched_getaffinity(0))),
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_TERMINATION_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_step(step: Step, work: Path, label: str) -> float:
+    """Run a step, show its last line while it works, and record what it did.
+
+    Returns:
+        Its seconds.
+
+    Raises:
+        RunError: its command failed, or made no output that it declares.
+    """
+    inputs = _hashes(step.inputs)
+    log = work / "steps" / f"{step.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    _record_path(work, step).unlink(missing_ok=True)
+    command = [sys.executable, str(FOLDER / step.command[0]), *step.command[1:]]
+    start, shown = time.monotonic(), 0.0
+    with _running(command) as process, log.open("w") as file:
+        file.write(shlex.join(command) + "\n")
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            now = time.monotonic()
+            if line.strip() and now - shown > 10:
+                print(f"{label}  {now - start:5.0f} s  {line.strip()[:100]}", flush=True)
+                shown = now
+        code = process.wait()
+    seconds = time.monotonic() - start
+    if code:
+        end = "".join(log.read_text().splitlines(keepends=True)[-20:])
+        raise RunError(f"step {step.name} failed (exit code {code}):\n{end}\nits log: {log}")
+    outputs = _hashes(step.outputs)
+    if missing := [path for path, digest in outputs.items() if digest is None]:
+        raise RunError(f"step {step.name} has not made {', '.join(missing)}; its log: {log}")
+    record = {
+        "command": list(step.command),
+        "inputs": inputs,
+        "outputs": outputs,
+        "seconds": round(seconds, 1),
+    }
+    _record_path(work, step).write_text(json.dumps(record, indent=2) + "\n")
+    return seconds
+
+
+def run_steps(steps: Sequence[Step], work: Path, again: Sequence[str] = ()) -> list[str]:
+    """Run the steps that are not done.
+
+    Returns:
+        The names of those that ran.
+
+    Raises:
+        RunError: a step failed.
+    """
+    ran: list[str] = []
+    start = time.monotonic()
+    for index, step in enumerate(steps, 1):
+        label = f"[{index}/{len(steps)} {step.name}]"
+        if step.name not in again and is_done(step, work):
+            print(f"{label}  done before", flush=True)
+            continue
+        print(f"{label}  {shlex.join(step.command)[:200]}", flush=True)
+        seconds = run_step(step, work, label)
+        ran.append(step.name)
+        print(f"{label}  {seconds:.0f} s; {time.monotonic() - start:.0f} s in all", flush=True)
+    return ran
+
+
+def _labelled_words(value: str | None) -> list[str]:
+    """Return labelled.py's words for a corpus that is given as NAME=PATH."""
+    if value is None:
+        return _HOME_ASSISTANT
+    name, _, source = value.partition("=")
+    if name not in CORPORA or not Path(source).exists():
+        raise ValueError(
+            f"--labelled {value}: must be NAME=PATH, with a NAME of {', '.join(CORPORA)} and a "
+            "PATH that is there"
+        )
+    return ["--format", CORPORA[name], "--source", str(Path(source).resolve())]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few steps of training: shows that the steps run")
+    add("--work", type=Path, help="all that is made (runs/nlu, or runs/nlu-quick)")
+    add("--labelled", metavar="NAME=PATH", help="a corpus; default: Home Assistant's templates")
+    add("--steps", type=Path, default=STEPS, help="the file of steps (%(default)s)")
+    add("--until", metavar="NAME", help="the last step to run")
+    add("--again", nargs="+", default=[], metavar="NAME", help="run these, even if they are done")
+    add("--list", action="store_true", help="say what is done, and run nothing")
+    return parser
+
+
+def _chosen(steps: list[Step], args: argparse.Namespace) -> list[Step]:
+    names = [step.name for step in steps]
+    if unknown := sorted({*args.again, *([args.until] if args.until else [])} - set(names)):
+        raise ValueError(f"step {', '.join(unknown)}: must be one of {', '.join(names)}")
+    return steps[: names.index(args.until) + 1] if args.until else steps
+
+
+def main() -> int:
+    """Run the pipeline from the command line."""
+
+    def program() -> None:
+        args = _parser().parse_args()
+        work = args.work or (Path(f"{DEFAULT_WORK}-quick") if args.quick else DEFAULT_WORK)
+        variables = {"work": work.resolve(), "labelled": _labelled_words(args.labelled)}
+        steps = _chosen(load_steps(args.steps, variables, quick=args.quick), args)
+        if args.list:
+            for step in steps:
+                print(f"{'done' if is_done(step, work) else '-':5} {step.name}")
+            return
+        run_steps(steps, work, args.again)
+
+    return exit_code_of(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
