@@ -8,11 +8,11 @@ validation.jsonl and test.jsonl (labelled.py). --random takes the shape and the 
 folder alone, and starts from random weights. Outputs, in --out: rows.csv, predictions/, models/;
 finetune_rows.py says what is in them.
 
-For each model, optimizer and number of shots, one subset and seed choose the rate on the validation
-set, and --subsets times --seeds runs follow at the best one. A subset has the same number of
-utterances of each intent, and so has its validation set. Training stops when the validation score,
-the intent error plus the slot error, has not become better for --patience evaluations, and the
-weights of the best evaluation are kept. A run that is in rows.csv is not repeated: the same command
+For each model, optimizer and number of shots, --sweeps subsets with a seed each choose the rate by
+the validation score, and --subsets times --seeds runs follow at the best one. A subset has the same
+number of utterances of each intent, and so has its validation set. Training stops when the
+validation score, the intent error plus the slot error, has not become better for --patience
+evaluations, and the weights of the best evaluation are kept. A run that is in rows.csv is not repeated: the same command
 goes on where it was stopped. Runs on one process.
 """
 
@@ -373,7 +373,7 @@ def study(
     scores = {run_of(row): float(row["validation_score"]) for row in rows}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn()) as progress:
-        whole = progress.add_task("runs", total=plan.num_runs(), completed=len(scores))
+        whole = progress.add_task("runs", total=plan.num_runs(), completed=plan.num_done(scores))
         while (run := plan.next_run(scores)) is not None and time.monotonic() < end:
             steps = settings.max_steps if run.shots else settings.full_steps
             bar = progress.add_task(run.name, total=steps)
@@ -388,7 +388,7 @@ def study(
             append_row(out / "rows.csv", row)
             scores[run] = float(row["validation_score"])
             progress.remove_task(bar)
-            progress.update(whole, completed=len(scores))
+            progress.update(whole, completed=plan.num_done(scores))
             figures = ", ".join(f"{name} {row[name]}" for name in METRICS)
             progress.console.print(f"{run.name}: {figures} ({row['wall_seconds']} s)")
     return run is None
@@ -415,8 +415,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if min(args.shots) < 0 or args.validation_shots < 0:
         raise ValueError("--shots and --validation-shots: must be 0, for all, or more")
-    if args.subsets < 1 or args.seeds < 1 or args.threads < 1:
-        raise ValueError("--subsets, --seeds and --threads: must be 1 or more")
+    if min(args.subsets, args.seeds, args.sweeps, args.threads) < 1:
+        raise ValueError("--subsets, --seeds, --sweeps and --threads: must be 1 or more")
     if min(args.rates) <= 0:
         raise ValueError(f"--rates {min(args.rates)}: must be over 0")
     if not 0 <= args.dropout < 1:
@@ -440,6 +440,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shots", nargs="+", type=int, default=[20], help="of an intent; 0: all (%(default)s)")
     add("--subsets", type=int, default=5, help="few-shot subsets (%(default)s)")
     add("--seeds", type=int, default=2, help="fine-tuning seeds of each subset (%(default)s)")
+    add("--sweeps", type=int, default=Plan.sweeps, help="subsets that choose rates (%(default)s)")
     add("--batch-size", type=int, default=Settings.batch_size, help="(%(default)s)")
     add("--max-steps", type=int, default=Settings.max_steps, help="few-shot (%(default)s)")
     add("--full-steps", type=int, default=Settings.full_steps, help="shots 0 (%(default)s)")
@@ -476,12 +477,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             tuple(args.shots),
             args.subsets,
             args.seeds,
+            args.sweeps,
         )
         data = read_data(args.data, args.also)
         args.out.mkdir(parents=True, exist_ok=True)
         keep_settings(
             args.out / "settings.json",
-            {**vars(settings), "rates": args.rates, **digests(args, starts)},
+            {**vars(settings), **digests(args, starts)},
         )
         is_done = study(plan, starts, settings, data, args.out, args.seconds)
     except ValueError as exc:

@@ -11,6 +11,7 @@ A row is on the disk before the next run starts, so a study that was stopped goe
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ from labels import Tagged
 from metrics import METRICS
 
 SWEEP = 1000
-"""The few-shot subset and the seed that choose the rates, and decide nothing else."""
+"""The few-shot subsets and seeds from here on choose the rates, and decide nothing else."""
 
 
 @dataclass(frozen=True, order=True)
@@ -56,6 +57,7 @@ class Plan:
     Attributes:
         rates: what each model, optimizer and number of shots is tried with.
         subsets, seeds: how many; all pairs are run at the best rate.
+        sweeps: with how many subsets each rate is tried; one score alone is noisy.
     """
 
     models: tuple[str, ...]
@@ -64,6 +66,7 @@ class Plan:
     shots: tuple[int, ...]
     subsets: int
     seeds: int
+    sweeps: int = 2
 
     def settings(self) -> list[tuple[str, str, int]]:
         """Return the model, optimizer and shots of each comparison."""
@@ -74,38 +77,69 @@ class Plan:
             for optimizer in self.optimizers
         ]
 
+    def sweep(self, model: str, optimizer: str, shots: int) -> list[Run]:
+        """Return the runs that choose a rate; none if there is one rate."""
+        if len(self.rates) == 1:
+            return []
+        places = range(SWEEP, SWEEP + self.sweeps)
+        return [Run(model, optimizer, lr, shots, i, i) for i in places for lr in self.rates]
+
     def num_runs(self) -> int:
         """Count the runs."""
-        sweep = len(self.rates) if len(self.rates) > 1 else 0
-        return len(self.settings()) * (sweep + self.subsets * self.seeds)
+        return sum(len(self.sweep(*each)) + self.subsets * self.seeds for each in self.settings())
 
-    def next_run(self, scores: dict[Run, float]) -> Run | None:
-        """Return the first run that is not done: a setting's rates, then its subsets and seeds.
+    def known_runs(self, scores: dict[Run, float]) -> list[Run]:
+        """Return the runs that are known by now: of each setting its rates, and then the others.
 
         Args:
             scores: of the runs that are done, on the validation set; lower is better.
         """
-        for model, optimizer, shots in self.settings():
-            sweep = [Run(model, optimizer, lr, shots, SWEEP, SWEEP) for lr in self.rates]
-            if len(self.rates) > 1 and (missing := [run for run in sweep if run not in scores]):
-                return missing[0]
-            lr = min(sweep, key=lambda run: scores.get(run, 0)).lr
-            for subset in range(self.subsets):
-                for seed in range(self.seeds):
-                    run = Run(model, optimizer, lr, shots, subset, seed)
-                    if run not in scores:
-                        return run
-        return None
+        runs = []
+        for setting in self.settings():
+            sweep = self.sweep(*setting)
+            runs += sweep
+            if not all(run in scores for run in sweep):
+                continue
+            lr = best_rate({run: scores[run] for run in sweep}, *setting) or self.rates[0]
+            model, optimizer, shots = setting
+            places = itertools.product(range(self.subsets), range(self.seeds))
+            runs += [Run(model, optimizer, lr, shots, *place) for place in places]
+        return runs
+
+    def next_run(self, scores: dict[Run, float]) -> Run | None:
+        """Return the first run that is not done."""
+        return next((run for run in self.known_runs(scores) if run not in scores), None)
+
+    def num_done(self, scores: dict[Run, float]) -> int:
+        """Count the runs of the plan that are done."""
+        return sum(run in scores for run in self.known_runs(scores))
 
 
-def is_at_edge(rows: Iterable[dict[str, str]], run: Run) -> bool:
+def sweep_means(
+    scores: dict[Run, float], model: str, optimizer: str, shots: int
+) -> dict[float, float]:
+    """Return the mean score of each rate in the runs that choose it.
+
+    A rate with fewer of these runs than another is left out: its sweep is not complete.
+    """
+    found: dict[float, list[float]] = {}
+    for run, score in scores.items():
+        is_mine = (run.model, run.optimizer, run.shots) == (model, optimizer, shots)
+        if is_mine and run.subset >= SWEEP:
+            found.setdefault(run.lr, []).append(score)
+    most = max(map(len, found.values()), default=0)
+    return {lr: sum(each) / most for lr, each in found.items() if len(each) == most}
+
+
+def best_rate(scores: dict[Run, float], model: str, optimizer: str, shots: int) -> float | None:
+    """Return the rate with the best mean score; None if none was chosen, as there is one alone."""
+    means = sweep_means(scores, model, optimizer, shots)
+    return min(means, key=lambda lr: (means[lr], lr)) if means else None
+
+
+def is_at_edge(scores: dict[Run, float], run: Run) -> bool:
     """Whether a run's rate is the lowest or highest that was tried, so a better may lie beyond."""
-    tried = {
-        each.lr
-        for each in map(run_of, rows)
-        if each.subset == SWEEP
-        and (each.model, each.optimizer, each.shots) == (run.model, run.optimizer, run.shots)
-    }
+    tried = sweep_means(scores, run.model, run.optimizer, run.shots)
     return bool(tried) and run.lr in (min(tried), max(tried))
 
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from finetune_rows import SWEEP, Run, is_at_edge, read_answers, read_rows, run_of
+from finetune_rows import SWEEP, Run, best_rate, is_at_edge, read_answers, read_rows, run_of
 from labels import Tagged, load_tagged
 from metrics import Counts, Interval, count_all, estimate, metric, relative_change
 from simulate_assistant import abandoned_rate, unsatisfied_rate
@@ -115,7 +115,14 @@ class Study:
             raise ValueError(f"{folder / 'rows.csv'}: must have runs; run finetune_nlu.py first")
         finished = [row for row in self.rows if math.isfinite(float(row["validation_score"]))]
         self.row_of = {run_of(row): row for row in finished}
-        self.runs = [run for run in self.row_of if run.subset != SWEEP]
+        self.scores = {run_of(row): float(row["validation_score"]) for row in self.rows}
+        # Where rates were added later, runs at one that is not the best any more are left out.
+        self.runs = [
+            run
+            for run in self.row_of
+            if run.subset < SWEEP
+            and run.lr == (best_rate(self.scores, run.model, run.optimizer, run.shots) or run.lr)
+        ]
         self.test: list[Tagged] = load_tagged(data / "test.jsonl")
         self._counts: dict[tuple[Run, bool], Counts] = {}
 
@@ -276,7 +283,7 @@ def models_table(study: Study) -> str:
         groups.setdefault((run.model, run.optimizer, run.shots), []).append(run)
     rows = []
     for (model, optimizer, shots), runs in groups.items():
-        edge = ", an edge" if is_at_edge(study.rows, runs[0]) else ""
+        edge = ", an edge" if is_at_edge(study.scores, runs[0]) else ""
         figures = [str(study.value(runs, name)) for name in shown]
         size = f"{int(study.row_of[runs[0]]['num_params']):,}"
         rate = f"{runs[0].lr:g}{edge}"

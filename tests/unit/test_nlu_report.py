@@ -44,12 +44,19 @@ def make_study(folder: Path, subsets: int, seeds: int) -> report.Study:
             deciding = [
                 Run(model, optimizer, 1e-3, 20, i, j) for i in range(subsets) for j in range(seeds)
             ]
-            for run in (*sweep, *deciding):
+            # A run at a rate that a longer sweep has found not to be the best.
+            stale = Run(model, optimizer, 2e-3, 20, 0, 0)
+            for run in (*sweep, *deciding, stale):
                 values = dict.fromkeys(COLUMNS, 0) | {"state_bytes": 8, "slot_error": 0.5}
                 values |= {name: getattr(run, name) for name in COLUMNS[:6]}
+                values["validation_score"] = run.lr
                 append_row(study / "rows.csv", values)
-                # A run of the sweep has no error, and must not count.
-                number = 0 if run.subset == SWEEP else wrong // (2 if optimizer == "adamw" else 1)
+                # Runs of the sweep and at another rate have no error, and must not count.
+                number = (
+                    0
+                    if run.subset == SWEEP or run == stale
+                    else wrong // (2 if optimizer == "adamw" else 1)
+                )
                 answers = [answer(each, index < number) for index, each in enumerate(test)]
                 write_answers(study / "predictions" / run.name / "test.jsonl", answers)
     return report.Study(study, data)

@@ -36,10 +36,10 @@ def row(run: Run, **more: object) -> dict:
 
 def test_rates_come_first_and_the_best_one_decides() -> None:
     done = do_all(PLAN)
-    assert len(done) == PLAN.num_runs() == 2 * (3 + 4)
+    assert len(done) == PLAN.num_runs() == 2 * (2 * 3 + 4)
     mine = [run for run in done if run.optimizer == "adams"]
     assert [(run.lr, run.subset, run.seed) for run in mine] == [
-        *((lr, SWEEP, SWEEP) for lr in PLAN.rates),
+        *((lr, place, place) for place in (SWEEP, SWEEP + 1) for lr in PLAN.rates),
         *((2e-3, subset, seed) for subset in (0, 1) for seed in (0, 1)),
     ]
 
@@ -47,33 +47,52 @@ def test_rates_come_first_and_the_best_one_decides() -> None:
 def test_each_optimizer_has_its_own_best_rate() -> None:
     best = {"adams": 1e-3, "adamw": 4e-3}
     done = do_all(PLAN, lambda run: abs(run.lr - best[run.optimizer]))
-    assert {(run.optimizer, run.lr) for run in done if run.subset != SWEEP} == set(best.items())
+    assert {(run.optimizer, run.lr) for run in done if run.subset < SWEEP} == set(best.items())
 
 
 def test_deciding_runs_do_not_change_the_rate() -> None:
     """They score worse than every run of the sweep, or better; the rate stays."""
     for deciding in (9.0, -9.0):
-        done = do_all(PLAN, lambda run, bad=deciding: run.lr if run.subset == SWEEP else bad)
-        assert {run.lr for run in done if run.subset != SWEEP} == {1e-3}
+        done = do_all(PLAN, lambda run, bad=deciding: run.lr if run.subset >= SWEEP else bad)
+        assert {run.lr for run in done if run.subset < SWEEP} == {1e-3}
+
+
+def test_the_mean_of_the_sweeps_chooses_the_rate() -> None:
+    scores = {
+        (1e-3, SWEEP): 0.1,
+        (1e-3, SWEEP + 1): 0.9,
+        (2e-3, SWEEP): 0.4,
+        (2e-3, SWEEP + 1): 0.5,
+    }
+    runs = {Run("S", "adams", lr, 20, i, i): score for (lr, i), score in scores.items()}
+    assert rows.best_rate(runs, "S", "adams", 20) == 2e-3
+    # A rate whose sweep is not complete, another optimizer, and a deciding run count for nothing.
+    more = {
+        Run("S", "adams", 4e-3, 20, SWEEP, SWEEP): 0.0,
+        Run("S", "adamw", 1e-3, 20, SWEEP + 1, SWEEP + 1): 0.0,
+        Run("S", "adams", 1e-3, 20, 0, 0): 0.0,
+    }
+    assert rows.best_rate(runs | more, "S", "adams", 20) == 2e-3
+    assert rows.best_rate({}, "S", "adams", 20) is None
 
 
 def test_one_rate_needs_no_sweep() -> None:
     plan = Plan(("S", "T"), ("adams",), (1e-3,), (20, 0), subsets=1, seeds=2)
     done = do_all(plan)
-    assert len(done) == plan.num_runs() == 8 and not any(run.subset == SWEEP for run in done)
+    assert len(done) == plan.num_runs() == 8 and not any(run.subset >= SWEEP for run in done)
 
 
 def test_a_diverged_run_is_not_the_best() -> None:
     done = do_all(PLAN, lambda run: float("inf") if run.lr < 4e-3 else 1.0)
-    assert {run.lr for run in done if run.subset != SWEEP} == {4e-3}
+    assert {run.lr for run in done if run.subset < SWEEP} == {4e-3}
 
 
 def test_an_edge_is_told() -> None:
-    table = [{k: str(v) for k, v in row(run).items()} for run in do_all(PLAN)]
+    table = dict.fromkeys(do_all(PLAN), 0.5)
     assert not rows.is_at_edge(table, Run("S", "adams", 2e-3, 20, 0, 0))
     assert rows.is_at_edge(table, Run("S", "adams", 1e-3, 20, 0, 0))
     assert rows.is_at_edge(table, Run("S", "adams", 4e-3, 20, 0, 0))
-    assert not rows.is_at_edge([], Run("S", "adams", 4e-3, 20, 0, 0))
+    assert not rows.is_at_edge({}, Run("S", "adams", 4e-3, 20, 0, 0))
 
 
 # --- the files ----------------------------------------------------------------------------------
