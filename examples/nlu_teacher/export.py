@@ -1,9 +1,10 @@
 """Export a fine-tuned model to Hugging Face's transformers and to ONNX, and compare the logits.
 
-    python export.py --model runs/nlu/finetuned/models/RUN --out runs/nlu/exported \\
+    python export.py --study runs/nlu/finetuned --name S_via --out runs/nlu/exported \\
         --check runs/nlu/snips/test.jsonl
 
-Inputs: a model's folder that finetune_nlu.py wrote, and labelled utterances to compare with.
+Inputs: a model that finetune_nlu.py has kept (subset 0 and seed 0 of the study at the best rate, or
+--model for a model's folder), and labelled utterances to compare with.
 Outputs, in --out: config.json, model.safetensors, tokenizer.json and modeling_joint_nlu.py, which
 transformers loads with trust_remote_code=True; model.onnx; and export.json, the largest difference
 of a logit from Megatron's. The export fails if a difference is over 1e-4.
@@ -24,6 +25,7 @@ import modeling_joint_nlu
 import numpy as np
 import torch
 import vocabulary
+from finetune_rows import kept_model
 from joint import Batch, JointModel
 from labels import load_tagged
 from modeling_joint_nlu import JointNluConfig, JointNluModel
@@ -280,13 +282,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="of finetune_nlu.py's models/")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--check", type=Path, required=True, help="a jsonl of utterances")
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="a folder of a study's models/")
+    source.add_argument("--study", type=Path, help="finetune_nlu.py's --out")
+    add("--name", help="with --study: the name of the model there")
+    add("--optimizer", choices=("adams", "adamw"), default="adams", help="(%(default)s)")
+    add("--shots", type=int, default=20, help="of that model; 0: all (%(default)s)")
+    add("--out", type=Path, required=True)
+    add("--check", type=Path, required=True, help="a jsonl of utterances")
     args = parser.parse_args(argv)
     joint.quiet_megatron()
     try:
-        record = export(args.model, args.out, args.check)
+        if (args.study is None) != (args.name is None):
+            raise ValueError("--study and --name: must be given together")
+        model = args.model or kept_model(args.study, args.name, args.optimizer, args.shots)
+        record = export(model, args.out, args.check)
     except (ValueError, OSError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2

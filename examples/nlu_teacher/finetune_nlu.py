@@ -12,8 +12,8 @@ For each model, optimizer and number of shots, --sweeps subsets with a seed each
 the validation score, and --subsets times --seeds runs follow at the best one. A subset has the same
 number of utterances of each intent, and so has its validation set. Training stops when the
 validation score, the intent error plus the slot error, has not become better for --patience
-evaluations, and the weights of the best evaluation are kept. A run that is in rows.csv is not repeated: the same command
-goes on where it was stopped. Runs on one process.
+evaluations, and the weights of the best evaluation are kept. A run that is in rows.csv is not
+repeated: the same command goes on where it was stopped. Runs on one process.
 """
 
 import argparse

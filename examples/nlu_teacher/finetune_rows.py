@@ -234,6 +234,25 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(before | now, indent=2) + "\n")
 
 
+def kept_model(study: Path, model: str, optimizer: str, shots: int) -> Path:
+    """Return the folder of the model that a study has kept: subset 0, seed 0, at the best rate.
+
+    Raises:
+        ValueError: the study has none.
+    """
+    scores = {run_of(row): float(row["validation_score"]) for row in read_rows(study / "rows.csv")}
+    best = best_rate(scores, model, optimizer, shots)
+    for run in scores:
+        is_asked = (run.model, run.optimizer, run.shots) == (model, optimizer, shots)
+        if is_asked and run.subset == run.seed == 0 and run.lr == (best or run.lr):
+            return study / "models" / run.name
+    known = ", ".join(
+        sorted({f"{run.model} ({run.optimizer}, {run.shots} shots)" for run in scores})
+    )
+    what = f"{model} ({optimizer}, {shots} shots): must be one of the study's: {known or 'none'}"
+    raise ValueError(f"{study}: {what}")
+
+
 # --- answers ------------------------------------------------------------------------------------
 
 

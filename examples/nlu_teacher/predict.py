@@ -1,30 +1,34 @@
 """Read utterances from stdin, a line each, and print the intent and the slots of each.
 
     echo "play thriller by michael jackson" | python predict.py --model runs/nlu/exported
-    python predict.py --model runs/nlu/exported --benchmark < utterances.txt
+    python predict.py --model runs/nlu/exported --benchmark --input runs/nlu/snips/test.jsonl \\
+        --out runs/nlu/exported/benchmark.json
 
-Inputs: a folder that export.py wrote, and lines of text, in written or spoken form. Outputs, on
-stdout: a JSON object a line, {"text", "intent", "slots": [{"name", "value"}]}; with --plain the
-intent and `name=value` pairs, separated by tabs. A line that cannot be answered, as it is too long
-or has no word, gives {"text", "error"} with the reason. The number of such lines is said on stderr,
-and the exit status is then 1.
+Inputs: a folder that export.py wrote, and lines of text, in written or spoken form, from stdin or a
+file; of a file whose name ends in .jsonl, each line's "text". Outputs, on stdout or in --out: a JSON
+object a line, {"text", "intent", "slots": [{"name", "value"}]}; with --plain the intent and
+`name=value` pairs, separated by tabs. A line that cannot be answered, as it is too long or has no
+word, gives {"text", "error"} with the reason. The number of such lines is said on stderr, and the
+exit status is then 1.
 
---benchmark prints instead how long one utterance takes on the CPU, from text to slots, and how
+--benchmark tells instead how long one utterance takes on the CPU, from text to slots, and how
 large the model is: one utterance at a time, --threads threads, after a warm-up of ten.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import joint
 import vocabulary
 from joint import Batch
+from labelled import read_jsonl
 from labels import Encoded, LabelSet, encode, spans_of
 
 BACKENDS = ("onnx", "transformers")
@@ -111,7 +115,7 @@ class Predictor:
         return {"file_bytes": self.weights.stat().st_size, "parameters": numel}
 
 
-def predictions(predictor: Predictor, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+def predictions(predictor: Predictor, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield an answer, or an error, for each line that is not empty."""
     for number, line in enumerate(lines, 1):
         text = line.strip()
@@ -132,7 +136,22 @@ def as_plain(answer: dict[str, Any]) -> str:
     )
 
 
-def benchmark(predictor: Predictor, lines: Sequence[str]) -> dict[str, float]:
+def read_lines(path: Path | None) -> Iterable[str]:
+    """Return the utterances of a file, or of stdin.
+
+    Raises:
+        ValueError: the file is missing, or a line of jsonl is malformed.
+    """
+    if path is None:
+        return sys.stdin
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file: must have an utterance a line")
+    if path.suffix == ".jsonl":
+        return [utterance.text for utterance in read_jsonl(path)]
+    return path.read_text("utf-8").splitlines()
+
+
+def benchmark(predictor: Predictor, lines: Iterable[str]) -> dict[str, float]:
     """Return the milliseconds that one utterance takes, and the model's size.
 
     Raises:
@@ -164,22 +183,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=BACKENDS, default="onnx", help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--plain", action="store_true", help="tabs instead of JSON")
-    parser.add_argument("--benchmark", action="store_true", help="print times and sizes instead")
+    parser.add_argument("--benchmark", action="store_true", help="tell times and sizes instead")
+    parser.add_argument("--input", type=Path, help="a file of utterances, in place of stdin")
+    parser.add_argument("--out", type=Path, help="a file for the answers, in place of stdout")
     args = parser.parse_args(argv)
     try:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads}: must be 1 or more")
+        lines = read_lines(args.input)
         predictor = Predictor(args.model, args.backend, args.threads)
         if args.benchmark:
-            print(json.dumps(benchmark(predictor, sys.stdin.readlines())))
+            record = json.dumps(benchmark(predictor, lines)) + "\n"
+            args.out.write_text(record) if args.out else sys.stdout.write(record)
             return 0
     except ValueError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     failed = 0
-    for answer in predictions(predictor, sys.stdin.readlines()):
-        failed += "error" in answer
-        print(as_plain(answer) if args.plain else json.dumps(answer, ensure_ascii=False))
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(args.out.open("w")) if args.out else sys.stdout
+        for answer in predictions(predictor, lines):
+            failed += "error" in answer
+            text = as_plain(answer) if args.plain else json.dumps(answer, ensure_ascii=False)
+            print(text, file=file, flush=True)
     if failed:
         print(f"{failed} lines were not answered; each says why", file=sys.stderr)
     return 1 if failed else 0

@@ -112,6 +112,20 @@ def test_rows_come_back_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
         rows.read_rows(path)
 
 
+def test_the_model_that_was_kept_is_found(tmp_path: Path) -> None:
+    for run, score in {
+        Run("S", "adams", 1e-3, 20, SWEEP, SWEEP): 0.9,
+        Run("S", "adams", 2e-3, 20, SWEEP, SWEEP): 0.3,
+        Run("S", "adams", 1e-3, 20, 0, 0): 0.1,  # at a rate that is not the best any more
+        Run("S", "adams", 2e-3, 20, 0, 0): 0.4,
+    }.items():
+        rows.append_row(tmp_path / "rows.csv", row(run, validation_score=score))
+    kept = rows.kept_model(tmp_path, "S", "adams", 20)
+    assert kept == tmp_path / "models" / "S-adams-0.002-20-0-0"
+    with pytest.raises(ValueError, match=r"T \(adams, 20 shots\): must be one of .* S \(adams, 20"):
+        rows.kept_model(tmp_path, "T", "adams", 20)
+
+
 def test_names_of_runs_differ() -> None:
     runs = do_all(PLAN)
     assert len({run.name for run in runs}) == len(runs)
