@@ -5,8 +5,8 @@
         --out runs/nlu/exported/benchmark.json
 
 Inputs: a folder that export.py wrote, and lines of text, in written or spoken form, from stdin or a
-file; of a file whose name ends in .jsonl, each line's "text". Outputs, on stdout or in --out: a JSON
-object a line, {"text", "intent", "slots": [{"name", "value"}]}; with --plain the intent and
+file; of a file whose name ends in .jsonl, each line's "text". Outputs, on stdout or in --out: a
+JSON object a line, {"text", "intent", "slots": [{"name", "value"}]}; with --plain the intent and
 `name=value` pairs, separated by tabs. A line that cannot be answered, as it is too long or has no
 word, gives {"text", "error"} with the reason. The number of such lines is said on stderr, and the
 exit status is then 1.
