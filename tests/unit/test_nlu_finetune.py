@@ -87,6 +87,10 @@ def test_training_ends_early_where_nothing_becomes_better(found: Any) -> None:
     assert (slow["best_step"], slow["steps"]) == (5, 15)
 
 
+def test_the_weights_of_the_best_evaluation_are_kept(found: Any) -> None:
+    assert found["stops"]["best"] == {"is_first": True, "is_last": False}
+
+
 def test_a_loss_that_is_no_number_is_the_worst_score(found: Any) -> None:
     diverged = found["stops"]["diverged"]
     assert diverged["validation_score"] == float("inf") and diverged["frame_error"] == ""
