@@ -96,6 +96,11 @@ def refuse_unsupported_flags(args: argparse.Namespace) -> None:
         if getattr(args, name, None):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: an encoder is not trained with it: {reason}; leave it out")
+    if args.bias_gelu_fusion:
+        raise ValueError(
+            "--no-bias-gelu-fusion: must be given for an encoder: Megatron's fused GELU is an "
+            "approximation, and fine-tuning and the exports compute GELU itself"
+        )
     if args.context_parallel_size > 1:
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size}: must be 1 for an encoder, "

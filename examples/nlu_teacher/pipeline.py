@@ -262,7 +262,7 @@ def _labelled_words(value: str | None) -> list[str]:
     if value is None:
         return _HOME_ASSISTANT
     name, _, source = value.partition("=")
-    if name not in CORPORA or not Path(source).exists():
+    if name not in CORPORA or not source or not Path(source).exists():
         raise ValueError(
             f"--labelled {value}: must be NAME=PATH, with a NAME of {', '.join(CORPORA)} and a "
             "PATH that is there"

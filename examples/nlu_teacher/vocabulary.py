@@ -4,6 +4,8 @@ The special tokens have fixed ids: [PAD] is 0, as Megatron's masked dataset take
 here imports Megatron."""
 
 import hashlib
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,31 +19,80 @@ PAD, UNKNOWN, FIRST, LAST, MASK = range(len(SPECIAL_TOKENS))
 
 KINDS = ("wordpiece", "bpe")
 
+MIN_SIZES = {"wordpiece": 20, "bpe": 256 + len(SPECIAL_TOKENS)}
+"""Of a vocabulary: a byte-level BPE has a token for every byte."""
+
+COVERAGE = 0.9999
+"""The share of a text's characters that a WordPiece has a piece for; the others are [UNK]."""
+
 FILE = "tokenizer.json"
 
 
-def _wordpiece() -> tuple[tokenizers.Tokenizer, trainers.Trainer]:
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+def _alphabet(texts: list[str], limit: int) -> list[str]:
+    """Return the most frequent characters that make up COVERAGE of a text, at most `limit`."""
+    counts = Counter(char for text in texts for char in unicodedata.normalize("NFKC", text))
+    counts = Counter({char: n for char, n in counts.items() if not char.isspace()})
+    needed, alphabet = COVERAGE * counts.total(), []
+    for char, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]:
+        if needed <= 0:
+            break
+        alphabet.append(char)
+        needed -= count
+    return sorted(alphabet)
+
+
+def _train_wordpiece(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Train a WordPiece that is the same for the same text.
+
+    The trainer numbers the pieces inside words in the order of a hash table, and breaks ties by
+    their numbers. They are given as special tokens, whose numbers are their places, and are
+    ordinary pieces of the tokenizer that is made of the result.
+    """
+    alphabet = _alphabet(texts, vocab_size // 4)
+    inside = [f"##{char}" for char in alphabet]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL_TOKENS, *inside],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    trained = _wordpiece({})
+    trained.train_from_iterator(texts, trainer)
+    tokenizer = _wordpiece(trained.get_vocab())
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def _wordpiece(vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    return tokenizer, trainers.WordPieceTrainer(show_progress=False)
+    return tokenizer
 
 
-def _bpe() -> tuple[tokenizers.Tokenizer, trainers.Trainer]:
-    """Byte-level: it has a token for every byte, and never needs [UNK]."""
+def _train_bpe(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE: it has a token for every byte, and never needs [UNK]."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    return tokenizer, trainer
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+_TRAINERS = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}
 
 
 def train(texts: Iterable[str], vocab_size: int, kind: str = "wordpiece") -> tokenizers.Tokenizer:
-    """Train a tokenizer.
+    """Train a tokenizer; the same text gives the same one.
 
     Args:
         vocab_size: with the special tokens; a small text gives fewer.
@@ -52,14 +103,10 @@ def train(texts: Iterable[str], vocab_size: int, kind: str = "wordpiece") -> tok
     """
     if kind not in KINDS:
         raise ValueError(f"vocabulary {kind!r}: must be one of {', '.join(KINDS)}")
-    if vocab_size < 2 * len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size={vocab_size}: must be at least {2 * len(SPECIAL_TOKENS)}")
-    tokenizer, trainer = _wordpiece() if kind == "wordpiece" else _bpe()
-    trainer.vocab_size = vocab_size
-    trainer.special_tokens = [
-        tokenizers.AddedToken(token, special=True) for token in SPECIAL_TOKENS
-    ]
-    tokenizer.train_from_iterator(texts, trainer)
+    smallest = MIN_SIZES[kind]
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size}: must be at least {smallest} for {kind}")
+    tokenizer = _TRAINERS[kind](list(texts), vocab_size)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", FIRST), ("[SEP]", LAST)]
     )

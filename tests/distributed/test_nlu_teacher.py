@@ -1,5 +1,6 @@
 """examples/nlu_teacher on ranks of real Megatron-Core: parity, resume, losses, refusals."""
 
+import json
 import math
 import random
 import sys
@@ -16,8 +17,13 @@ from tests.harness.thinning import thinned
 EXAMPLE = REPO / "examples" / "nlu_teacher"
 sys.path.append(str(EXAMPLE))
 
-import vocabulary  # noqa: E402  (the example's files import each other by name)
+import pipeline  # noqa: E402  (the example's files import each other by name)
+import train_encoder  # noqa: E402
+import vocabulary  # noqa: E402
 from prepare_text import Settings, prepare  # noqa: E402
+from shared import launch  # noqa: E402
+from shared.command import command_line_flags  # noqa: E402
+from shared.recipe import Recipe, parse_flags  # noqa: E402
 
 CASES = "tests.distributed.nlu_cases"
 
@@ -32,6 +38,7 @@ MODEL = (
     "--eval-interval 1000 --save-interval 3 --attention-dropout 0 --hidden-dropout 0 "
     "--optimizer adams --use-distributed-optimizer --ckpt-format torch_dist "
     "--make-vocab-size-divisible-by 16 --dist-ckpt-strictness raise_unexpected "
+    "--no-bias-gelu-fusion "
 )
 TEACHER = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 "
 STUDENT = "--num-layers 2 --hidden-size 16 --ffn-hidden-size 32 "
@@ -167,6 +174,18 @@ def test_pretraining_is_the_same_in_every_layout(
     losses = expected["losses"]["lm loss"]
     assert results[-1]["losses"]["lm loss"] == pytest.approx(losses, rel=2e-5)
     assert results[0]["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2e-4)
+
+
+def test_bf16_distils_as_fp32_does(
+    cluster: Cluster, data: Path, teacher: Path, student: Path, one_process: Any
+) -> None:
+    """The teacher's weights were saved in fp32, and it answers in bf16."""
+    flags = distil_flags(data, teacher) + LAYOUTS["tp2"] + "--bf16 "
+    flags += f"--train-iters 2 --pretrained-checkpoint {student} "
+    results = run(cluster, "distil_encoder.py", flags, num_ranks=2)
+    for name, losses in one_process["losses"].items():
+        assert results[0]["losses"][name] == pytest.approx(losses[:2], rel=0.03), name
+    assert len(set(results[0]["teacher"])) == 1
 
 
 def test_losses_add_up_with_their_weights(one_process: Any) -> None:
@@ -327,6 +346,22 @@ def test_saved_model_loads_on_one_process(cluster: Cluster, data: Path, student:
         torch.testing.assert_close(result["together"][: len(text), i], result["alone"][i])
 
 
+def test_checkpoint_of_another_layout_loads_on_one_process(
+    cluster: Cluster, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """Two stages of a pipeline save the weights that they have loaded: the rate is 0."""
+    flags = MODEL + TEACHER + data_flags(data) + LAYOUTS["pp2"] + "--weight-decay 0 --lr 0 "
+    flags += f"--train-iters 1 --pretrained-checkpoint {teacher} --save {tmp_path}/model"
+    run(cluster, "pretrain_encoder.py", flags, num_ranks=2)
+    ids = [vocabulary.load(data).encode("plane riso").ids]
+    first, second = (
+        cluster.run(f"{CASES}:hidden_states", folder=str(folder), ids=ids).results[0]
+        for folder in (teacher, tmp_path / "model")
+    )
+    assert torch.equal(first["together"], second["together"])
+    assert torch.equal(first["logits"], second["logits"])
+
+
 REFUSALS = {
     "--hidden-size 48": "hidden_size 32 and not 48",
     "--sequence-parallel --tensor-model-parallel-size 2": "--sequence-parallel",
@@ -344,6 +379,54 @@ def test_pretraining_refuses(cluster: Cluster, data: Path, teacher: Path, flags:
         words=(given + flags).split(),
     )
     assert REFUSALS[flags] in outcome.results[0]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", thinned(["17m", "9.3b"], full=["9.3b"]))
+def test_size_rehearses_in_its_layout(cluster: Cluster, tmp_path: Path, model: str) -> None:
+    recipe = Recipe.load(train_encoder.RECIPE)
+    args = launch.parser(recipe).parse_args(
+        ["--model", model, "--cpu-rehearsal", "--out", str(tmp_path)]
+    )
+    extra = parse_flags(["--train-iters", "3", "--exit-interval", "2", "--eval-interval", "1"])
+    job = launch.make_job(recipe, args, extra, train_encoder.SCRIPT)
+    outcome = cluster.run(
+        f"{CASES}:run",
+        job.num_ranks,
+        script="pretrain_encoder.py",
+        words=command_line_flags(job.flags),
+        timeout_s=280,
+    )
+    assert job.num_ranks == {"17m": 2, "9.3b": 8}[model]
+    losses = outcome.results[-1]["losses"]["lm loss"]
+    # An untrained model guesses among the 512 made-up tokens, and never among those that pad them.
+    assert losses == pytest.approx([math.log(512)] * 2, rel=0.05)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_pipeline_trains_a_chain_once(data: Path, tmp_path: Path) -> None:
+    """run_training.py under pipeline.py: a teacher, its second stage, and a student."""
+    common = '"--data", "${data}", "--steps", "4", "--batch", "8"'
+    steps = {
+        "T1": "",
+        "T2": ', "--start", "${work}/T1/model", "--blend", "${data}", "0.5"',
+        "S": ', "--teacher", "${work}/T2/model", "--", "--hidden-weight", "0.1"',
+    }
+    text = "[numbers]\n[quick]\n"
+    for name, more in steps.items():
+        words = f'"run_training.py", "--model", "tiny", "--out", "${{work}}/{name}", {common}{more}'
+        text += f'[[step]]\nname = "{name}"\ncommand = [{words}]\ninputs = ["${{data}}"]\n'
+        text += f'outputs = ["${{work}}/{name}/model", "${{work}}/{name}/curve.json"]\n'
+    (tmp_path / "steps.toml").write_text(text)
+    variables = {"work": tmp_path / "work", "data": data}
+    found = pipeline.load_steps(tmp_path / "steps.toml", variables, quick=False)
+    assert pipeline.run_steps(found, tmp_path / "work") == ["T1", "T2", "S"]
+    assert pipeline.run_steps(found, tmp_path / "work") == []
+    curve = json.loads((tmp_path / "work" / "S" / "curve.json").read_text())
+    assert [step for step, _ in curve["train"]] == [1, 2, 3, 4]
+    assert curve["optimizer_bytes"].keys() == {"exp_avg", "param"}
+    assert "kl loss" in (tmp_path / "work" / "S" / "log.txt").read_text()
 
 
 def test_teacher_of_another_vocabulary_is_refused(

@@ -1,0 +1,375 @@
+"""examples/nlu_teacher: steps with hashes, the sizes by name, and what a model's folder refuses."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+EXAMPLE = REPO / "examples" / "nlu_teacher"
+sys.path.append(str(EXAMPLE))
+
+import compare_optimizers  # noqa: E402  (the example's files import each other by name)
+import encoder  # noqa: E402
+import pipeline  # noqa: E402
+import run_training  # noqa: E402
+import train_encoder  # noqa: E402
+import train_student  # noqa: E402
+import vocabulary  # noqa: E402
+from encoder import Description, Shape  # noqa: E402
+from pipeline import Step, is_done, load_steps, run_step, run_steps  # noqa: E402
+from prepare_text import Settings, prepare  # noqa: E402
+from run_training import Training  # noqa: E402
+from shared import launch  # noqa: E402
+from shared.command import RunError  # noqa: E402
+from shared.recipe import Recipe, number, parse_flags  # noqa: E402
+
+# --- steps --------------------------------------------------------------------------------------
+
+COPY = """\
+import sys
+from pathlib import Path
+print("copying", flush=True)
+Path(sys.argv[2]).write_text(Path(sys.argv[1]).read_text().upper())
+with open(sys.argv[2] + ".ran", "a") as file:
+    file.write("x")
+"""
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Two steps: a file, and a copy of the copy."""
+    monkeypatch.setattr(pipeline, "FOLDER", tmp_path)
+    (tmp_path / "copy_text.py").write_text(COPY)
+    names = ["first", "second", "third"]
+    paths = [tmp_path / name for name in names]
+    paths[0].write_text("text")
+    return [
+        Step(
+            names[i],
+            ("copy_text.py", str(paths[i]), str(paths[i + 1])),
+            (paths[i],),
+            (paths[i + 1],),
+        )
+        for i in range(2)
+    ]
+
+
+def count_runs(tmp_path: Path) -> list[int]:
+    return [len((tmp_path / f"{name}.ran").read_text()) for name in ("second", "third")]
+
+
+def test_nothing_is_run_twice(tmp_path: Path, steps: list[Step]) -> None:
+    work = tmp_path / "work"
+    assert run_steps(steps, work) == ["first", "second"]
+    assert (tmp_path / "third").read_text() == "TEXT"
+    assert run_steps(steps, work) == []
+    assert count_runs(tmp_path) == [1, 1]
+    record = json.loads((work / "steps" / "first.json").read_text())
+    assert record["inputs"][str(tmp_path / "first")] == pipeline.hash_of(tmp_path / "first")
+    assert "copying" in (work / "steps" / "first.log").read_text()
+
+
+def test_changed_input_runs_what_depends_on_it(tmp_path: Path, steps: list[Step]) -> None:
+    work = tmp_path / "work"
+    run_steps(steps, work)
+    (tmp_path / "first").write_text("other")
+    assert run_steps(steps, work) == ["first", "second"]
+    assert (tmp_path / "third").read_text() == "OTHER"
+    # The same output again: the step behind is not run.
+    (tmp_path / "first").write_text("Other")
+    assert run_steps(steps, work) == ["first"]
+    assert run_steps(steps, work, again=["second"]) == ["second"]
+
+
+def test_changed_output_or_command_runs_again(tmp_path: Path, steps: list[Step]) -> None:
+    work = tmp_path / "work"
+    run_steps(steps, work)
+    (tmp_path / "third").write_text("changed by hand")
+    assert run_steps(steps, work) == ["second"]
+    (tmp_path / "third").unlink()
+    assert run_steps(steps, work) == ["second"]
+    changed = Step("second", (*steps[1].command, "more"), steps[1].inputs, steps[1].outputs)
+    assert not is_done(changed, work)
+
+
+def test_failed_step_is_not_done(tmp_path: Path, steps: list[Step]) -> None:
+    (tmp_path / "first").unlink()
+    with pytest.raises(RunError, match=r"(?s)step first failed \(exit code 1\).*FileNotFoundError"):
+        run_step(steps[0], tmp_path / "work", "")
+    assert not is_done(steps[0], tmp_path / "work")
+    (tmp_path / "first").write_text("text")
+    silent = Step("first", steps[0].command, steps[0].inputs, (tmp_path / "fourth",))
+    with pytest.raises(RunError, match=r"has not made .*fourth"):
+        run_step(silent, tmp_path / "work", "")
+
+
+def test_hash_of_a_folder_knows_names_and_contents(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    first = pipeline.hash_of(folder)
+    (folder / "a").rename(folder / "b")
+    second = pipeline.hash_of(folder)
+    (folder / "b").write_text("2")
+    assert len({first, second, pipeline.hash_of(folder), pipeline.hash_of(tmp_path / "no")}) == 4
+
+
+def test_steps_of_the_pipeline_follow_each_other() -> None:
+    for quick in (False, True):
+        variables = {"work": Path("/nowhere"), "labelled": ["--format", "snips"]}
+        found = load_steps(pipeline.STEPS, variables, quick=quick)
+        assert [step.name for step in found][:2] == ["public-text", "labelled"]
+        labelled = found[1].command
+        assert labelled[:3] == ("labelled.py", "--format", "snips")
+        for step in found:
+            assert not [word for word in step.command if "$" in word]
+    claims = {"T1", "T2", "S_via", "S_direct", "S_mlm", "S_public"}
+    assert claims <= {step.name for step in found}
+
+
+BAD_STEPS = {
+    "unset": (
+        'command = ["a.py", "${no}"]\ninputs = []\noutputs = []',
+        "a variable that is not set",
+    ),
+    "absent": (
+        'command = ["a.py"]\ninputs = ["/nowhere/x"]\noutputs = []',
+        "neither now nor as an output",
+    ),
+    "fields": ('command = ["a.py"]\ninputs = []', "it must have command, inputs, name, outputs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STEPS)
+def test_bad_steps_are_refused_before_any_runs(tmp_path: Path, case: str) -> None:
+    entry, message = BAD_STEPS[case]
+    (tmp_path / "steps.toml").write_text(f'[numbers]\n[quick]\n[[step]]\nname = "x"\n{entry}\n')
+    with pytest.raises(ValueError, match=message):
+        load_steps(tmp_path / "steps.toml", {}, quick=False)
+
+
+def test_repeated_and_unreadable_steps_are_refused(tmp_path: Path) -> None:
+    step = '[[step]]\nname = "x"\ncommand = ["a.py"]\ninputs = []\noutputs = []\n'
+    (tmp_path / "steps.toml").write_text(f"[numbers]\n[quick]\n{step}{step}")
+    with pytest.raises(ValueError, match="stands there twice"):
+        load_steps(tmp_path / "steps.toml", {}, quick=True)
+    (tmp_path / "steps.toml").write_text("[numbers]\n")
+    with pytest.raises(ValueError, match=r"it has \[numbers\], \[quick\] and"):
+        load_steps(tmp_path / "steps.toml", {}, quick=False)
+
+
+def test_labelled_corpus_is_named(tmp_path: Path) -> None:
+    assert pipeline._labelled_words(None)[:2] == ["--format", "home-assistant"]
+    words = pipeline._labelled_words(f"snips={tmp_path}")
+    assert words == ["--format", "snips", "--source", str(tmp_path)]
+    for bad in ("snips", f"other={tmp_path}", "snips=/nowhere"):
+        with pytest.raises(ValueError, match="must be NAME=PATH"):
+            pipeline._labelled_words(bad)
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+RECIPE = Recipe.load(train_encoder.RECIPE)
+# Of the paper: parameters besides embeddings, in millions.
+PAPER_SIZES = {"17m": 17, "170m": 170, "700m": 700, "2.3b": 2300, "9.3b": 9300}
+
+
+def shape_of(model: str) -> Shape:
+    flags = RECIPE.flags(model, "adams", "bf16", transformer_engine=False)
+    names = ("num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size")
+    sizes = [number(flags, name) for name in names]
+    return Shape(*sizes, max_length=512, position=str(flags["position-embedding-type"]))
+
+
+@pytest.mark.parametrize("model", PAPER_SIZES)
+def test_sizes_are_the_papers(model: str) -> None:
+    millions = shape_of(model).num_params_without_embeddings() / 1e6
+    assert millions == pytest.approx(PAPER_SIZES[model], rel=0.03)
+
+
+@pytest.mark.parametrize("model", RECIPE.models)
+def test_every_size_divides_in_its_layout(model: str) -> None:
+    flags = RECIPE.flags(model, "adams", "bf16", transformer_engine=True)
+    shape = shape_of(model)
+    tensor = number(flags, "tensor-model-parallel-size")
+    assert shape.hidden_size % shape.num_attention_heads == 0
+    assert shape.num_attention_heads % tensor == shape.ffn_hidden_size % tensor == 0
+    assert shape.num_layers % number(flags, "pipeline-model-parallel-size") == 0
+    adamw, adams = (
+        RECIPE.flags(model, o, "bf16", transformer_engine=True) for o in ("adamw", "adams")
+    )
+    assert adams["lr"] == pytest.approx(float(str(adamw["lr"])) / 2)
+
+
+def make_job(script: launch.Script, arguments: str, extra: str = "") -> launch.Job:
+    args = launch.parser(RECIPE).parse_args(arguments.split())
+    return launch.make_job(RECIPE, args, parse_flags(extra.split()), script)
+
+
+@pytest.fixture
+def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("PET_", "WANDB_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("one_machine")
+def test_rehearsal_keeps_the_layout(tmp_path: Path) -> None:
+    arguments = f"--model 9.3b --cpu-rehearsal --out {tmp_path}"
+    job = make_job(train_encoder.SCRIPT, arguments)
+    assert job.num_ranks == 8
+    assert (job.flags["tensor-model-parallel-size"], job.flags["pipeline-model-parallel-size"]) == (
+        4,
+        2,
+    )
+    assert job.flags["num-layers"] == 2 and job.job_flags["num-layers"] == 46
+    assert job.command()[-1] != "" and str(EXAMPLE / "pretrain_encoder.py") in job.command()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nlu")
+    (folder / "a.txt").write_text("\n".join(f"call number {i} again" for i in range(60)))
+    settings = Settings(
+        text=[folder / "a.txt"],
+        key="text",
+        utterances=True,
+        spoken_share=1.0,
+        held_out_fraction=0.2,
+        max_length=24,
+        tokenizer=None,
+        vocabulary="wordpiece",
+        vocab_size=90,
+        forbid=[],
+        drop_forbidden=False,
+        drop_long=False,
+    )
+    prepare(settings, folder / "data")
+    return folder / "data"
+
+
+@pytest.mark.usefixtures("one_machine")
+def test_job_trains_on_a_prepared_dataset(tmp_path: Path, data: Path) -> None:
+    job = make_job(
+        train_student.SCRIPT,
+        f"--model 17m --cpu-rehearsal --out {tmp_path} --data {data}",
+        "--teacher T --kl-weight 1",
+    )
+    assert job.flags["encoder-tokenizer"] == data
+    assert job.flags["vocab-size"] == vocabulary.load(data).get_vocab_size()
+    assert job.flags["train-data-path"] == data / "train"
+    assert str(EXAMPLE / "distil_encoder.py") in job.command()
+    # What the plan of memory is not made with.
+    extra = {"teacher", "kl-weight", "encoder-tokenizer"}
+    assert extra <= job.job_flags.keys() and extra <= train_student.SCRIPT.own_flags
+    with pytest.raises(ValueError, match=r"is no dataset of prepare_text\.py"):
+        make_job(train_encoder.SCRIPT, f"--model 17m --cpu-rehearsal --data {tmp_path}")
+
+
+# --- one training of the pipeline ---------------------------------------------------------------
+
+
+def make_training(data: Path, **changed: Any) -> Training:
+    return Training(
+        **{
+            "model": "tiny",
+            "optimizer": "adams",
+            "data": data,
+            "blend": (),
+            "steps": 40,
+            "batch": 8,
+            "start": None,
+            "teacher": None,
+            "seed": 5,
+            "out": data / "out",
+            "extra": {},
+            **changed,
+        }
+    )
+
+
+def test_flags_of_a_training(data: Path) -> None:
+    flags = make_training(data, blend=((data, 0.25),), start=Path("T1")).flags(0, 24)
+    assert flags["train-data-path"] == [0.75, data / "train", 0.25, data / "train"]
+    assert (flags["seq-length"], flags["train-iters"], flags["seed"]) == (24, 40, 5)
+    assert flags["pretrained-checkpoint"] == Path("T1")
+    assert "bf16" not in flags and "teacher" not in flags
+    assert "bf16" in make_training(data).flags(1, 24)
+    training = make_training(data, teacher=Path("T"), extra={"kl-weight": "1"})
+    flags = training.flags(0, 24)
+    assert (flags["teacher"], flags["kl-weight"]) == (Path("T"), "1")
+    assert training.script().name == "distil_encoder.py"
+    words = run_training.command(training, flags, 0)
+    assert "--cpu-rehearsal" in words
+    assert words[words.index("--micro-batch-size") + 1] == "4"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 2}, "--steps 2"),
+        ({"blend": ((Path("x"), 1.0),)}, "together below 1"),
+        ({"blend": ((Path("x"), 0.0),)}, "must be above 0"),
+        ({"start": Path("a"), "teacher": Path("b")}, "give one"),
+    ],
+)
+def test_training_refuses(data: Path, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_training.check(make_training(data, **changed))
+
+
+def test_optimizers_are_compared(tmp_path: Path) -> None:
+    for name, kinds in (("adams", ["exp_avg"]), ("adamw", ["exp_avg", "exp_avg_sq"])):
+        curve = {
+            "train": [[1, 5.0], [2, 4.0]],
+            "held_out": [[2, 4.5]],
+            "optimizer_bytes": dict.fromkeys(("param", *kinds), 2**20),
+            "seconds": 3.2,
+        }
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "curve.json").write_text(json.dumps(curve))
+    curves = compare_optimizers.read([f"{name}={tmp_path / name}" for name in ("adams", "adamw")])
+    rows = compare_optimizers.table(curves).splitlines()
+    assert rows[2] == "| adams | 4.500 | 1.00 MiB | exp_avg 1.00 MiB | 3 |"
+    assert "| 2.00 MiB | exp_avg 1.00 MiB, exp_avg_sq 1.00 MiB |" in rows[3]
+    compare_optimizers.plot(curves, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="must be NAME=FOLDER"):
+        compare_optimizers.read([str(tmp_path)])
+
+
+# --- a model's folder ---------------------------------------------------------------------------
+
+SHAPE = Shape(2, 16, 4, 32, 24, "rope")
+
+
+def test_description_is_read_as_it_was_written(tmp_path: Path) -> None:
+    description = Description(SHAPE, 90, "abc")
+    description.write(tmp_path)
+    assert Description.read(tmp_path) == description
+    (tmp_path / encoder.FILE).write_text('{"shape": {"num_layers": 2}}')
+    with pytest.raises(ValueError, match="is no description of an encoder"):
+        Description.read(tmp_path)
+
+
+def test_folder_without_a_finished_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no finished checkpoint"):
+        encoder.checkpoint_folder(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12")
+    (tmp_path / "iter_0000012" / "mp_rank_00").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no checkpoint of the format torch_dist"):
+        encoder.checkpoint_folder(tmp_path)
+
+
+def test_model_with_another_tokenizer_is_refused(tmp_path: Path, data: Path) -> None:
+    Description(SHAPE, 90, "of another one").write(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12")
+    (tmp_path / "iter_0000012").mkdir()
+    (tmp_path / "iter_0000012" / "metadata.json").write_text("{}")
+    vocabulary.load(data).save(str(tmp_path / vocabulary.FILE))
+    with pytest.raises(ValueError, match="is not the tokenizer that the model was trained with"):
+        encoder.load_encoder(tmp_path)
