@@ -13,7 +13,9 @@ the validation score, and --subsets times --seeds runs follow at the best one. A
 number of utterances of each intent, and so has its validation set. Training stops when the
 validation score, the intent error plus the slot error, has not become better for --patience
 evaluations, and the weights of the best evaluation are kept. A run that is in rows.csv is not
-repeated: the same command goes on where it was stopped. Runs on one process.
+repeated: the same command goes on where it was stopped. If a model, a set or a setting is another
+one than these rows were made with, the command is refused; with --renew it drops the rows, says how
+many, and does them again. Runs on one process.
 """
 
 import argparse
@@ -33,12 +35,14 @@ import joint
 import torch
 import vocabulary
 from finetune_rows import (
+    MODEL,
     Plan,
     Run,
     append_row,
     digest,
     keep_settings,
     read_rows,
+    renew,
     run_of,
     write_answers,
 )
@@ -400,7 +404,7 @@ def digests(args: argparse.Namespace, starts: dict[str, Start]) -> dict[str, str
     sets |= {name: Path(path) for name, path in map(_pair, args.also)}
     files = {f"set {name}": [path] for name, path in sets.items()}
     return {name: digest(paths) for name, paths in files.items()} | {
-        f"model {name}": digest(start.files()) for name, start in starts.items()
+        f"{MODEL}{name}": digest(start.files()) for name, start in starts.items()
     }
 
 
@@ -449,6 +453,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dropout", type=float, default=Settings.dropout, help="(%(default)s)")
     add("--pooling", choices=joint.POOLINGS, default=Settings.pooling, help="(%(default)s)")
     add("--validation-shots", type=int, default=Settings.validation_shots, help="(%(default)s)")
+    add("--renew", action="store_true", help="do runs of other files or settings again")
     add("--threads", type=int, default=1, help="torch's (%(default)s)")
     add(
         "--seconds", type=float, default=math.inf, help="start no run after these; 3 if any is left"
@@ -481,10 +486,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         data = read_data(args.data, args.also)
         args.out.mkdir(parents=True, exist_ok=True)
-        keep_settings(
-            args.out / "settings.json",
-            {**vars(settings), **digests(args, starts)},
-        )
+        begun_with = {**vars(settings), **digests(args, starts)}
+        if args.renew and (dropped := renew(args.out, begun_with)):
+            print(f"{dropped} runs were done with other files or settings, and are done again")
+        keep_settings(args.out / "settings.json", begun_with)
         is_done = study(plan, starts, settings, data, args.out, args.seconds)
     except ValueError as exc:
         print(f"error: {exc}", file=sys.stderr)

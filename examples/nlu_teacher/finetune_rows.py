@@ -209,6 +209,10 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+MODEL = "model "
+"""What the key of a model's files begins with, in settings.json."""
+
+
 def digest(paths: Iterable[Path]) -> str:
     """Return a hash of files' contents, in the order of their paths."""
     whole = hashlib.sha256()
@@ -232,6 +236,32 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
             was = f"{key}={now[key]!r}: must be {before[key]!r}, as in {path}"
             raise ValueError(f"{was}; give the same settings and files, or another --out")
     path.write_text(json.dumps(before | now, indent=2) + "\n")
+
+
+def renew(folder: Path, settings: dict[str, Any]) -> int:
+    """Drop the rows that other files or settings gave, and return how many these are.
+
+    Where a model's files have changed, these are its rows; where anything else has, all rows.
+    """
+    path = folder / "settings.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = json.loads(json.dumps(settings))
+    changed = {key for key in before.keys() & now.keys() if before[key] != now[key]}
+    models = {key.removeprefix(MODEL) for key in changed if key.startswith(MODEL)}
+    is_all = any(not key.startswith(MODEL) for key in changed)
+    rows = read_rows(folder / "rows.csv")
+    kept = [row for row in rows if not is_all and row["model"] not in models]
+    if len(kept) < len(rows):
+        partial = folder / "rows.csv.partial"
+        partial.unlink(missing_ok=True)
+        for row in kept:
+            append_row(partial, row)
+        partial.touch()
+        partial.replace(folder / "rows.csv")
+    # Only now: a process that is killed in between drops the same rows again.
+    if changed:
+        path.write_text(json.dumps(before | now, indent=2) + "\n")
+    return len(rows) - len(kept)
 
 
 def kept_model(study: Path, model: str, optimizer: str, shots: int) -> Path:

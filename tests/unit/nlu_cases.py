@@ -254,9 +254,26 @@ def export_whole(folder: Path) -> None:
             "speed": speed,
             "parameters": model.num_params(),
         }
+    found["auto"] = of_transformers_alone(model, out)
     export.TOLERANCE, export.to_onnx = -1.0, lambda model, path: None  # the file is there
     found["intolerant"] = export.main([*argv, "--check", str(check)])
     (folder / "found.json").write_text(json.dumps(found))
+
+
+def of_transformers_alone(model: joint.JointModel, exported: Path) -> float:
+    """Load an export as its user does, and return the largest difference of an intent's logit."""
+    from transformers import AutoModel, AutoTokenizer
+
+    theirs = AutoModel.from_pretrained(exported, trust_remote_code=True).eval()
+    assert not isinstance(theirs, sys.modules["modeling_joint_nlu"].JointNluModel)
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    texts = ["play the song of ann", "no more of the list"]
+    given = tokenizer(texts, padding=True, return_tensors="pt")
+    encoded = [model.encode(text.split(), "x:1") for text in texts]
+    batch = joint.Batch.of(encoded)
+    with torch.no_grad():
+        output = theirs(given["input_ids"], given["attention_mask"])
+        return float((output.intent_logits - model(batch.ids, batch.mask)[0]).abs().max())
 
 
 def main() -> None:

@@ -142,6 +142,24 @@ def test_other_settings_are_refused_and_further_ones_are_added(tmp_path: Path) -
         rows.keep_settings(path, {"dropout": 0.2})
 
 
+def test_a_changed_model_is_run_again_and_the_others_stay(tmp_path: Path) -> None:
+    def models() -> list[str]:
+        return [each["model"] for each in rows.read_rows(tmp_path / "rows.csv")]
+
+    settings = {"dropout": 0.1, "model S": "a", "model T": "b"}
+    assert rows.renew(tmp_path, settings) == 0
+    rows.keep_settings(tmp_path / "settings.json", settings)
+    for model in "STS":
+        rows.append_row(tmp_path / "rows.csv", row(Run(model, "adams", 1e-3, 20, 0, 0)))
+    assert rows.renew(tmp_path, settings | {"model U": "c"}) == 0 and models() == ["S", "T", "S"]
+    changed = settings | {"model S": "x"}
+    assert rows.renew(tmp_path, changed) == 2 and models() == ["T"]
+    rows.keep_settings(tmp_path / "settings.json", changed)  # and is taken from now on
+    assert rows.renew(tmp_path, changed | {"dropout": 0.2}) == 1 and models() == []
+    rows.append_row(tmp_path / "rows.csv", row(Run("S", "adams", 1e-3, 20, 0, 0)))
+    assert models() == ["S"]
+
+
 def test_a_changed_file_has_another_digest(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "ab"]
     for path in paths:
