@@ -20,7 +20,7 @@ CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/
 # A file's tests stay together, as they share runs.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test test-all test-versions lint sweep quality rl bench image docs clean
+.PHONY: help setup train test test-all test-versions lint sweep quality rl nlu bench image docs clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -60,6 +60,9 @@ quality: $(SETUP)  ## AdamS beside AdamW at two batch sizes; ARGS="--parts 19" i
 
 rl: $(SETUP)  ## post-train a small Llama by GRPO with AdamS and with AdamW: the short study
 	$(RUN) examples/rl_countdown/rl_study.py --short $(ARGS)
+
+nlu: $(SETUP)  ## encoder teachers, students and their fine-tuning, small; ARGS=--quick shows the steps
+	$(RUN) examples/nlu_teacher/pipeline.py $(ARGS)
 
 bench: $(SETUP)  ## time AdamS's step against other optimizers and the memory stream
 	$(RUN) benchmarks/step.py $(ARGS)
