@@ -64,7 +64,8 @@ class Settings:
         max_steps: at which the rate is zero.
         evaluate_every: steps between two evaluations on the validation set.
         patience: how many evaluations without a better score end a run.
-        validation_shots: utterances of each intent that the validation set has; 0 for all.
+        validation_shots: utterances of each intent that are validated with, or fewer where an
+            intent has fewer; 0 for all.
     """
 
     batch_size: int = 16
@@ -95,9 +96,13 @@ class Diverged(Exception):
 # --- data ---------------------------------------------------------------------------------------
 
 
-def few_shot(utterances: Sequence[Tagged], shots: int, subset: int) -> list[Tagged]:
+def few_shot(
+    utterances: Sequence[Tagged], shots: int, subset: int, *, or_fewer: bool = False
+) -> list[Tagged]:
     """Draw `shots` utterances of each intent (all if 0), in a random order.
 
+    Args:
+        or_fewer: take all of an intent that has fewer.
     Raises:
         ValueError: an intent has fewer.
     """
@@ -109,10 +114,10 @@ def few_shot(utterances: Sequence[Tagged], shots: int, subset: int) -> list[Tagg
     rng = random.Random(subset)
     chosen = []
     for intent, candidates in sorted(by_intent.items()):
-        if len(candidates) < shots:
+        if len(candidates) < shots and not or_fewer:
             what = f"{shots} shots: intent {intent!r} has only {len(candidates)} utterances"
             raise ValueError(f"{what}; take fewer shots, or 0 for all utterances")
-        chosen += rng.sample(candidates, shots)
+        chosen += rng.sample(candidates, min(shots, len(candidates)))
     rng.shuffle(chosen)
     return chosen
 
@@ -247,7 +252,7 @@ def train(
         ValueError: an utterance is too long, or an intent has too few.
     """
     chosen = few_shot(data.train, run.shots, run.subset)
-    validation = few_shot(data.validation, settings.validation_shots, run.subset)
+    validation = few_shot(data.validation, settings.validation_shots, run.subset, or_fewer=True)
     examples = Examples(model, chosen)
     steps = settings.max_steps if run.shots else settings.full_steps
     optimizer = make_optimizer(run.optimizer, model.trained())

@@ -56,7 +56,7 @@ def semantic_errors(
     mine, theirs = Counter(labelled), Counter(predicted)
     names = Counter(name for name, _ in (mine - theirs).elements())
     others = Counter(name for name, _ in (theirs - mine).elements())
-    # Of a name's surplus, as many as both have are substitutions; the rest is on one side alone.
+    # A name's surplus is substituted as far as both sides have one; the rest is on one side alone.
     return sum(max(names[name], others[name]) for name in names | others)
 
 

@@ -117,6 +117,8 @@ def test_a_few_shot_subset_has_as_many_of_each_intent() -> None:
     assert finetune_nlu.few_shot(pool, 0, 0) == pool
     with pytest.raises(ValueError, match="10 shots: intent 'b' has only 9 utterances"):
         finetune_nlu.few_shot(pool, 10, 0)
+    fewer = finetune_nlu.few_shot(pool, 10, 0, or_fewer=True)
+    assert [sum(each.intent == name for each in fewer) for name in "ab"] == [10, 9]
 
 
 def test_each_pass_has_every_utterance_once() -> None:
