@@ -306,24 +306,6 @@ def make_disjoint(
     return kept, left_out
 
 
-def drop_rare(
-    splits: dict[str, list[Utterance]], min_per_intent: int
-) -> tuple[dict[str, list[Utterance]], dict[str, int]]:
-    """Leave intents out of all sets of which the training set has fewer utterances than this.
-
-    Returns:
-        The sets, and for each intent that is left out how many training utterances it has.
-    """
-    num = Counter(each.intent for each in splits["train"])
-    intents = {each.intent for utterances in splits.values() for each in utterances}
-    rare = {intent: num[intent] for intent in sorted(intents) if num[intent] < min_per_intent}
-    kept = {
-        name: [each for each in utterances if each.intent not in rare]
-        for name, utterances in splits.items()
-    }
-    return kept, rare
-
-
 def read_corpus(args: argparse.Namespace) -> dict[str, list[Utterance]]:
     """Read what --format and --source name into the three sets.
 
@@ -361,19 +343,16 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def write_splits(
-    splits: dict[str, list[Utterance]], out: Path, min_per_intent: int
-) -> dict[str, Any]:
+def write_splits(splits: dict[str, list[Utterance]], out: Path) -> dict[str, Any]:
     """Make the sets disjoint, write them, and return what split.json says.
 
     Raises:
         ValueError: no utterance is left in a set.
     """
     kept, left_out = make_disjoint(splits)
-    kept, rare = drop_rare(kept, min_per_intent)
     if empty := [name for name in SPLITS if not kept[name]]:
         what = f"no utterance is left in {', '.join(empty)}: each set must have some"
-        raise ValueError(f"{what}; give more utterances, or a smaller --min-per-intent")
+        raise ValueError(f"{what}, apart from those of the test set; give more utterances")
     out.mkdir(parents=True, exist_ok=True)
     for name in SPLITS:
         write_jsonl(out / f"{name}.jsonl", kept[name])
@@ -386,7 +365,6 @@ def write_splits(
         }
         for name in SPLITS
     }
-    summary["intents_left_out_as_rare"] = rare
     (out / "split.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -412,20 +390,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--per-intent", type=int, default=400, help="draws from the templates (%(default)s)"
     )
-    parser.add_argument(
-        "--min-per-intent",
-        type=int,
-        default=0,
-        help="leave out intents with fewer training utterances (%(default)s)",
-    )
     args = parser.parse_args(argv)
     try:
-        summary = write_splits(read_corpus(args), args.out, args.min_per_intent)
+        summary = write_splits(read_corpus(args), args.out)
     except ValueError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    if rare := summary.pop("intents_left_out_as_rare"):
-        print(f"left out, with too few training utterances: {rare}")
     for name, counts in summary.items():
         print(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
     return 0

@@ -37,8 +37,7 @@ DEFAULT_WORK = REPOSITORY / "runs" / "nlu"
 
 # How a corpus is asked for, and what labelled.py then reads.
 CORPORA = {"snips": "snips", "massive": "massive", "jsonl": "jsonl"}
-# Some intents have a handful of templates, too few to draw subsets from.
-_HOME_ASSISTANT = ["--format", "home-assistant", "--source", "en", "--min-per-intent", "40"]
+_HOME_ASSISTANT = ["--format", "home-assistant", "--source", "en"]
 
 _TERMINATION_TIMEOUT_S = 60
 _HASH_BLOCK = 2**20

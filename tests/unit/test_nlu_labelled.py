@@ -184,20 +184,6 @@ def test_no_test_or_validation_utterance_is_in_training() -> None:
     assert left_out == {"train": 4, "validation": 0, "test": 1}
 
 
-def test_rare_intents_are_left_out_of_all_sets_and_counted() -> None:
-    def say(*intents: str) -> list[Utterance]:
-        return [Utterance(f"word {i}", intent, ()) for i, intent in enumerate(intents)]
-
-    splits = {"train": say("a", "a", "b"), "validation": say("b", "a"), "test": say("c", "a")}
-    kept, rare = labelled.drop_rare(splits, 2)
-    assert {name: [each.intent for each in sets] for name, sets in kept.items()} == {
-        "train": ["a", "a"],
-        "validation": ["a"],
-        "test": ["a"],
-    }
-    assert rare == {"b": 1, "c": 0} and labelled.drop_rare(splits, 0) == (splits, {})
-
-
 def test_a_held_out_set_has_as_many_of_each_intent_and_leaves_most() -> None:
     whole = [
         Utterance(f"{intent} {i}", intent, ())
@@ -226,8 +212,9 @@ def test_the_command_writes_the_sets_and_refuses_a_missing_file(
     assert json.loads(written)["slots"] == [
         {"name": "album", "start": 5, "end": 13, "value": "Thriller"}
     ]
-    assert labelled.main([*argv, "--min-per-intent", "2"]) == 2
-    assert "no utterance is left in train, validation, test" in capsys.readouterr().err
+    write(source / "train.jsonl", GOOD | {"text": "play Thriller test"})
+    assert labelled.main(argv) == 2
+    assert "no utterance is left in train: " in capsys.readouterr().err
     argv[1:4] = ["snips", "--source", str(source)]
     assert labelled.main(argv) == 2
     assert "give the folder of SNIPS" in capsys.readouterr().err

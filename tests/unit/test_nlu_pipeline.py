@@ -16,6 +16,7 @@ import compare_optimizers  # noqa: E402  (the example's files import each other 
 import encoder  # noqa: E402
 import pipeline  # noqa: E402
 import run_training  # noqa: E402
+import select_intents  # noqa: E402
 import train_encoder  # noqa: E402
 import train_student  # noqa: E402
 import vocabulary  # noqa: E402
@@ -340,6 +341,26 @@ def test_optimizers_are_compared(tmp_path: Path) -> None:
     assert (tmp_path / "picture.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="must be NAME=FOLDER"):
         compare_optimizers.read([str(tmp_path)])
+
+
+def test_rare_intents_are_left_out_and_named(tmp_path: Path) -> None:
+    intents = {"train": "aaabbbc", "validation": "aabc", "test": "abbc"}
+    for name, letters in intents.items():
+        rows = [json.dumps({"text": f"{i}", "intent": x}) for i, x in enumerate(letters)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    at_least = {"train": 3, "validation": 1, "test": 1}
+    record = select_intents.write(tmp_path, at_least, tmp_path / "out")
+    assert record == {
+        "intents": ["a", "b"],
+        "dropped": ["c"],
+        "left_out": {"train": 1, "validation": 1, "test": 1},
+    }
+    kept = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    assert "".join(json.loads(line)["intent"] for line in kept) == "aaabbb"
+    with pytest.raises(ValueError, match="1 intents have 3 utterances for training and 2"):
+        select_intents.write(tmp_path, at_least | {"validation": 2}, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"make it with labelled\.py"):
+        select_intents.read(tmp_path / "absent")
 
 
 # --- a model's folder ---------------------------------------------------------------------------
