@@ -399,7 +399,8 @@ def study(
             progress.remove_task(bar)
             progress.update(whole, completed=plan.num_done(scores))
             figures = ", ".join(f"{name} {row[name]}" for name in METRICS)
-            progress.console.print(f"{run.name}: {figures} ({row['wall_seconds']} s)")
+            said = f"{run.name}: {figures} ({row['wall_seconds']} s)"
+            progress.console.print(said, soft_wrap=True)
     return run is None
 
 
