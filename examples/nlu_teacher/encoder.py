@@ -8,7 +8,7 @@ Importing this module does not import Megatron, so that `load_encoder` can prepa
 a GPU for it first."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +62,10 @@ class Description:
     vocabulary: str
 
     def write(self, folder: Path) -> None:
-        """Write encoder.json into a folder."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write encoder.json into a folder, where other ranks may read it meanwhile."""
+        unfinished = folder / f".{FILE}.unfinished"
+        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        unfinished.rename(folder / FILE)
 
     @classmethod
     def read(cls, folder: Path) -> "Description":
@@ -82,6 +84,11 @@ class Description:
                 f"{path}: is no description of an encoder ({type(exc).__name__}: {exc}); give a "
                 "folder that pretrain_encoder.py or distil_encoder.py has saved to"
             ) from exc
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Say whether a checkpoint of any kind has been saved to a folder."""
+    return (folder / _LATEST).is_file()
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -221,8 +228,3 @@ def load_encoder(
     model = build_encoder(description.shape, description.vocab_size, config=config)
     load_weights(model, folder)
     return model.eval(), description.shape, tokenizer
-
-
-def shape_fields() -> list[str]:
-    """Return the names of a shape's fields."""
-    return [field.name for field in fields(Shape)]

@@ -128,12 +128,15 @@ def description_of(args: argparse.Namespace) -> Description:
 
 
 def check_folder(folder: Path, expected: Description, flag: str) -> None:
-    """Check that a folder holds the model that is trained; nothing if it has no encoder.json.
+    """Check that a folder holds the model that is trained, or none yet.
 
     Raises:
-        ValueError: it holds a model of another shape or another vocabulary.
+        ValueError: it holds a model of another shape or another vocabulary, a checkpoint of
+            something else, or one in another format.
     """
-    if not (folder / encoder.FILE).is_file():
+    if encoder.has_checkpoint(folder):
+        encoder.checkpoint_folder(folder)
+    elif not (folder / encoder.FILE).is_file():
         return
     found = Description.read(folder)
     if found.vocabulary != expected.vocabulary or found.vocab_size != expected.vocab_size:
@@ -170,7 +173,9 @@ def prepare_folders(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         expected.write(folder)
         if args.encoder_tokenizer is not None:
-            vocabulary.load(args.encoder_tokenizer).save(str(folder / vocabulary.FILE))
+            unfinished = folder / f".{vocabulary.FILE}.unfinished"
+            vocabulary.load(args.encoder_tokenizer).save(str(unfinished))
+            unfinished.rename(folder / vocabulary.FILE)
 
 
 def build_model(

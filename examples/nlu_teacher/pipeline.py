@@ -6,15 +6,17 @@
     pipeline.py --until stage2           # the steps up to one
 
 A step is a command with its inputs and outputs. What it did is kept in WORK/steps/NAME.json: its
-command, and a hash of every input and output. It is not run again while these are the same, so that
-a run that was stopped goes on, and a changed step runs again with everything behind it. A step that
-is changed in its code alone is run again with --again NAME."""
+command, and a hash of every input and output. It is not run again while these are the same. A step
+that was stopped goes on from what it has made. One with another command or other inputs begins from
+nothing: its outputs are removed. --again NAME does that, too, for a step whose code alone is
+changed."""
 
 import argparse
 import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import string
 import subprocess
@@ -50,12 +52,14 @@ class Step:
     Attributes:
         command: a script of this folder and its words.
         inputs, outputs: files and folders.
+        removes: what else is removed, with the outputs, before it begins from nothing.
     """
 
     name: str
     command: tuple[str, ...]
     inputs: tuple[Path, ...]
     outputs: tuple[Path, ...]
+    removes: tuple[Path, ...] = ()
 
 
 def _filled(words: Sequence[str], variables: dict[str, Any], where: str) -> list[str]:
@@ -102,15 +106,18 @@ def load_steps(path: Path, variables: dict[str, Any], *, quick: bool) -> list[St
 
 def _load_step(entry: dict[str, Any], variables: dict[str, Any], path: Path) -> Step:
     fields = {"name", "command", "inputs", "outputs"}
-    if entry.keys() != fields:
+    if entry.keys() - {"removes"} != fields:
         raise ValueError(
             f"{path}: step {entry.get('name')!r} has {', '.join(sorted(entry))}; it must have "
             f"{', '.join(sorted(fields))}"
         )
     where = f"{path}, step {entry['name']}"
-    words = {name: _filled(entry[name], variables, where) for name in fields - {"name"}}
-    inputs, outputs = (tuple(map(Path, words[name])) for name in ("inputs", "outputs"))
-    return Step(entry["name"], tuple(words["command"]), inputs, outputs)
+    filled = {
+        name: _filled(entry.get(name, []), variables, where)
+        for name in ("command", "inputs", "outputs", "removes")
+    }
+    paths = [tuple(map(Path, filled[name])) for name in ("inputs", "outputs", "removes")]
+    return Step(entry["name"], tuple(filled["command"]), *paths)
 
 
 def _check_order(steps: Sequence[Step], path: Path) -> None:
@@ -191,8 +198,24 @@ def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_step(step: Step, work: Path, label: str) -> float:
+def _begin(step: Step, work: Path, inputs: dict[str, str | None], *, afresh: bool) -> None:
+    """Remove what a run with other inputs or another command has left, and say what begins."""
+    path = work / "steps" / f"{step.name}.begun.json"
+    begun = {"command": list(step.command), "inputs": inputs}
+    if afresh or not path.exists() or json.loads(path.read_text()) != begun:
+        for left in (*step.outputs, *step.removes):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+    path.write_text(json.dumps(begun, indent=2) + "\n")
+
+
+def run_step(step: Step, work: Path, label: str, *, afresh: bool = False) -> float:
     """Run a step, show its last line while it works, and record what it did.
+
+    Args:
+        afresh: begin from nothing, also where a run with this command was stopped.
 
     Returns:
         Its seconds.
@@ -204,6 +227,7 @@ def run_step(step: Step, work: Path, label: str) -> float:
     log = work / "steps" / f"{step.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     _record_path(work, step).unlink(missing_ok=True)
+    _begin(step, work, inputs, afresh=afresh)
     command = [sys.executable, str(FOLDER / step.command[0]), *step.command[1:]]
     start, shown = time.monotonic(), 0.0
     with _running(command) as process, log.open("w") as file:
@@ -251,7 +275,7 @@ def run_steps(steps: Sequence[Step], work: Path, again: Sequence[str] = ()) -> l
             print(f"{label}  done before", flush=True)
             continue
         print(f"{label}  {shlex.join(step.command)[:200]}", flush=True)
-        seconds = run_step(step, work, label)
+        seconds = run_step(step, work, label, afresh=step.name in again)
         ran.append(step.name)
         print(f"{label}  {seconds:.0f} s; {time.monotonic() - start:.0f} s in all", flush=True)
     return ran

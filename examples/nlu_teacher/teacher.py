@@ -12,10 +12,9 @@ from typing import Protocol
 
 import encoder
 import torch
-import vocabulary
 from encoder import Description
 from encoder_model import Encoder
-from encoder_training import Batch
+from encoder_training import Batch, description_of
 from megatron.training import get_args, print_rank_0
 from megatron.training.argument_utils import core_transformer_config_from_args
 from torch import Tensor
@@ -42,8 +41,8 @@ def check_teacher(folder: Path, args: argparse.Namespace) -> Description:
     """
     found = Description.read(folder)
     encoder.checkpoint_folder(folder)
-    ours = vocabulary.digest(args.encoder_tokenizer)
-    if found.vocabulary != ours:
+    ours = description_of(args).vocabulary
+    if (found.vocabulary, found.vocab_size) != (ours, args.vocab_size):
         raise ValueError(
             f"--teacher {folder}: has another vocabulary ({found.vocab_size} tokens, "
             f"{found.vocabulary[:12]}) than --encoder-tokenizer {args.encoder_tokenizer} "

@@ -21,7 +21,6 @@ import encoder
 import encoder_training
 import numpy as np
 import torch
-import vocabulary
 from encoder_training import Batch
 from masked_dataset import NO_LABEL
 from megatron.core import mpu
@@ -44,7 +43,7 @@ def samples_record(args: argparse.Namespace) -> dict[str, Any]:
     """Return everything that decides which samples a training reads, and their order."""
     return {
         "format": _FORMAT_VERSION,
-        "vocabulary": vocabulary.digest(args.encoder_tokenizer),
+        "vocabulary": encoder_training.description_of(args).vocabulary,
         "data": _data_paths(args),
         "samples": get_train_valid_test_num_samples()[0],
         "seq_length": args.seq_length,

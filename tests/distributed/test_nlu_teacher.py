@@ -429,6 +429,37 @@ def test_pipeline_trains_a_chain_once(data: Path, tmp_path: Path) -> None:
     assert "kl loss" in (tmp_path / "work" / "S" / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("kind", ["gpt", "legacy"])
+def test_checkpoint_of_something_else_is_refused(
+    cluster: Cluster, data: Path, tmp_path: Path, kind: str
+) -> None:
+    """A torch_dist checkpoint without an encoder's description, and one in the older format."""
+    step = tmp_path / "iter_0000012"
+    step.mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12")
+    if kind == "gpt":
+        (step / "metadata.json").write_text("{}")
+    flags = MODEL + TEACHER + data_flags(data) + f"--train-iters 1 --load {tmp_path}"
+    (said,) = cluster.run(
+        f"{CASES}:refused", script="pretrain_encoder.py", words=flags.split()
+    ).results
+    expected = "is no description of an encoder" if kind == "gpt" else "--ckpt-format torch_dist"
+    assert expected in said and str(tmp_path) in said
+
+
+def test_rehearsal_distils_on_made_up_text(cluster: Cluster, tmp_path: Path) -> None:
+    mock = "--mock-data --vocab-size 40 --train-iters 1 "
+    run(cluster, "pretrain_encoder.py", MODEL + TEACHER + mock + f"--save {tmp_path}/T")
+    flags = MODEL + STUDENT + ALL_LOSSES + mock + f"--teacher {tmp_path}/T"
+    (result,) = run(cluster, "distil_encoder.py", flags)
+    assert result["losses"]["lm loss"] == pytest.approx([math.log(40)], rel=0.1)
+    other = flags.replace("--vocab-size 40", "--vocab-size 41")
+    (said,) = cluster.run(
+        f"{CASES}:refused", script="distil_encoder.py", words=other.split()
+    ).results
+    assert "40 tokens" in said and "41 tokens" in said
+
+
 def test_teacher_of_another_vocabulary_is_refused(
     cluster: Cluster, data: Path, teacher: Path, tmp_path: Path
 ) -> None:

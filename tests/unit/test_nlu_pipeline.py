@@ -34,6 +34,8 @@ COPY = """\
 import sys
 from pathlib import Path
 print("copying", flush=True)
+if Path(sys.argv[2]).exists():
+    print("going on", flush=True)
 Path(sys.argv[2]).write_text(Path(sys.argv[1]).read_text().upper())
 with open(sys.argv[2] + ".ran", "a") as file:
     file.write("x")
@@ -95,6 +97,31 @@ def test_changed_output_or_command_runs_again(tmp_path: Path, steps: list[Step])
     assert run_steps(steps, work) == ["second"]
     changed = Step("second", (*steps[1].command, "more"), steps[1].inputs, steps[1].outputs)
     assert not is_done(changed, work)
+
+
+def test_stopped_step_goes_on_and_a_changed_one_begins_from_nothing(
+    tmp_path: Path, steps: list[Step]
+) -> None:
+    work, log = tmp_path / "work", tmp_path / "work" / "steps" / "first.log"
+
+    def went_on() -> bool:
+        return "going on" in log.read_text()
+
+    run_steps(steps, work)
+    assert not went_on()
+    (work / "steps" / "first.json").unlink()  # as if it had been stopped before its end
+    assert run_steps(steps, work) == ["first"]
+    assert went_on()
+    (tmp_path / "first").write_text("other")
+    (tmp_path / "other").write_text("left by a run with other inputs")
+    changed = Step(
+        *[getattr(steps[0], n) for n in ("name", "command", "inputs", "outputs")],
+        removes=(tmp_path / "other",),
+    )
+    run_steps([changed], work)
+    assert not went_on() and not (tmp_path / "other").exists()
+    run_steps([changed], work, again=["first"])
+    assert not went_on()
 
 
 def test_failed_step_is_not_done(tmp_path: Path, steps: list[Step]) -> None:
