@@ -1,4 +1,4 @@
-"""examples/nlu_teacher/report.py: the figures of a study with known errors, and the verdicts."""
+"""examples/nlu_teacher/nlu_report.py: figures of a study with known errors, and the verdicts."""
 
 import csv
 import sys
@@ -14,11 +14,11 @@ pytest.importorskip("num2words", reason="needs num2words: pip install 'megatron-
 pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'megatron-adams[nlu]'")
 import labelled  # noqa: E402  (the example's files import each other by name)
 import labels  # noqa: E402
-import report  # noqa: E402
+import nlu_report as report  # noqa: E402
 from finetune_rows import COLUMNS, SWEEP, Run, append_row, write_answers  # noqa: E402
 from labels import Tagged  # noqa: E402
 from metrics import Interval  # noqa: E402
-from report import Claim  # noqa: E402
+from nlu_report import Claim  # noqa: E402
 
 NUM = 60
 # Of the NUM utterances, how many each model answers with another intent.

@@ -1,6 +1,6 @@
 """Write the claims as a table: the paper's figure, ours with its interval, and the verdict.
 
-    python report.py --study runs/nlu/finetuned --data runs/nlu/snips --out runs/nlu/report \\
+    python nlu_report.py --study runs/nlu/finetuned --data runs/nlu/snips --out runs/nlu/report \\
         --benchmark S_via=runs/nlu/exported/benchmark.json
 
 Inputs: a study of finetune_nlu.py; the labelled sets that it was done with; what
