@@ -35,7 +35,7 @@ from shared.recipe import OPTIMIZERS, Recipe, parse_flags
 MODEL = "model"
 CURVE = "curve.json"
 
-# Of a job on a cluster; a small one on this machine has no use for them.
+# They are for a job on a cluster; a small one on this machine has no use for them.
 _LEFT_OUT = ("log-throughput", "log-memory-to-tensorboard", "manual-gc", "manual-gc-interval")
 
 

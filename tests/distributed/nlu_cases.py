@@ -205,3 +205,24 @@ def hidden_states(folder: str, ids: list[list[int]]) -> dict[str, torch.Tensor]:
         together, logits = model(tokens, padding_mask, first)[:2]
         alone = [model(torch.tensor([text]), torch.ones(1, len(text)))[:, 0] for text in ids]
     return {"together": together, "alone": alone, "logits": logits, "size": shape.hidden_size}
+
+
+def padded_vocabulary(vocab_size: int, padded_size: int) -> dict[str, torch.Tensor]:
+    """Return the probabilities of an encoder with a filled-up vocabulary, and a gradient.
+
+    Returns:
+        "probabilities": (n, padded_size); "grad": (padded_size, hidden), of the embedding.
+    """
+    sys.path.insert(0, str(EXAMPLE))
+    import encoder
+
+    encoder.start_single_process()
+    shape = encoder.Shape(1, 16, 2, 32, 8)
+    model = encoder.build_encoder(shape, vocab_size, padded_vocab_size=padded_size)
+    tokens = torch.arange(5, 13).view(1, 8)
+    positions = torch.tensor([1, 6])
+    _, logits = model(tokens, torch.ones_like(tokens), positions)
+    probabilities = torch.softmax(logits, 1)
+    torch.nn.functional.cross_entropy(logits, tokens[0, positions]).backward()
+    grad = model.embedding.word_embeddings.weight.grad
+    return {"probabilities": probabilities.detach(), "grad": grad}

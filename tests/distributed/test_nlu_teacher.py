@@ -362,6 +362,14 @@ def test_checkpoint_of_another_layout_loads_on_one_process(
     assert torch.equal(first["logits"], second["logits"])
 
 
+def test_padding_of_the_vocabulary_has_no_probability(cluster: Cluster) -> None:
+    outcome = cluster.run(f"{CASES}:padded_vocabulary", vocab_size=20, padded_size=32)
+    result = outcome.results[0]
+    assert result["probabilities"].shape == (2, 32)
+    assert not result["probabilities"][:, 20:].any() and not result["grad"][20:].any()
+    assert result["probabilities"][:, :20].all() and result["grad"][:20].any(1).all()
+
+
 REFUSALS = {
     "--hidden-size 48": "hidden_size 32 and not 48",
     "--sequence-parallel --tensor-model-parallel-size 2": "--sequence-parallel",
