@@ -130,14 +130,20 @@ def test_unknown_labels_are_refused_with_their_line(tmp_path: Path) -> None:
 
 # --- sub-words ----------------------------------------------------------------------------------
 
-TEXT = ["play thriller by michael jackson", "what's ann's list", "add bjork to my list of songs"]
+TEXT = [
+    "play thriller by michael jackson",
+    "what's ann's list",
+    "add bjork to my list of songs",
+    "reserve somewhere quiet for yesterday evening",
+    "however nobody knows which forecast mentions thunder",
+]
 
 
 @pytest.fixture(scope="module", params=vocabulary.KINDS)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.json"
     # Too small for whole words, so that most have several sub-words.
-    vocabulary.train(TEXT, {"wordpiece": 48, "bpe": 290}[request.param], request.param).save(
+    vocabulary.train(TEXT, {"wordpiece": 110, "bpe": 290}[request.param], request.param).save(
         str(path)
     )
     return vocabulary.load(path)
