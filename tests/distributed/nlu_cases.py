@@ -104,7 +104,8 @@ def vocabulary_losses(seed: int, temperature: float) -> dict[str, torch.Tensor]:
 
     Returns:
         "student", "teacher", "labels": the whole input; "mlm", "kl": (n,); "mlm_grad", "kl_grad":
-        this rank's columns of the sums' gradients.
+        this rank's columns of the sums' gradients; "ours", "theirs": hidden states, with their
+        loss "hidden" and its gradient "hidden_grad", the same on every rank.
     """
     import megatron.core.parallel_state as parallel_state
 
@@ -128,6 +129,10 @@ def vocabulary_losses(seed: int, temperature: float) -> dict[str, torch.Tensor]:
     (result["mlm_grad"],) = torch.autograd.grad(mlm.sum(), shard)
     kl = losses.distillation_loss(shard, teacher[:, columns].clone(), temperature, group)
     (result["kl_grad"],) = torch.autograd.grad(kl.sum(), shard)
+    ours, theirs = draw(5, 3, 8), draw(5, 3, 8)
+    hidden = losses.hidden_loss(ours.requires_grad_(), theirs)
+    (result["hidden_grad"],) = torch.autograd.grad(hidden.sum(), ours)
+    result |= {"ours": ours.detach(), "theirs": theirs, "hidden": hidden.detach()}
     return {**result, "mlm": mlm.detach(), "kl": kl.detach()}
 
 

@@ -268,7 +268,11 @@ def test_losses_against_float64(cluster: Cluster, ranks: int) -> None:
     kl = terms.sum(1) - (probability[:, :20] * log_student[:, :20]).sum(1)
     kl = temperature**2 * kl
     (kl_grad,) = torch.autograd.grad(kl.sum(), student)
-    for name, expected in (("mlm", mlm), ("kl", kl)):
+    ours = first["ours"].double().requires_grad_()
+    hidden = (ours - first["theirs"].double()).pow(2).sum(2) / 8
+    (hidden_grad,) = torch.autograd.grad(hidden.sum(), ours)
+    torch.testing.assert_close(first["hidden_grad"].double(), hidden_grad, rtol=1e-5, atol=1e-6)
+    for name, expected in (("mlm", mlm), ("kl", kl), ("hidden", hidden)):
         for result in outcome.results:
             torch.testing.assert_close(result[name].double(), expected, rtol=1e-5, atol=1e-5)
     for name, expected in (("mlm_grad", mlm_grad), ("kl_grad", kl_grad)):
