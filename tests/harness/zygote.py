@@ -344,7 +344,7 @@ MADV_COLLAPSE = 25
 
 
 def collapse_pages() -> None:
-    """Have large pages in place of small ones: a fork copies an entry for each page, an exit frees it.
+    """Have large pages in place of small ones: a fork copies an entry for each, an exit frees it.
 
     Half a gigabyte has 130,000 small ones. Where the kernel cannot do it, they stay small.
     """
