@@ -143,7 +143,7 @@ def remembered_parsers(add: Callable[..., Any]) -> Callable[..., argparse.Argume
     return remembered
 
 
-# Of a param and of its main param, in most runs.
+# How a param and its main param are stored in most runs.
 USUAL_STORAGE = (("fp32", "none"), ("bf16", "fp32"), ("bf16", "remainder"), ("fp16", "fp32"))
 
 
@@ -337,10 +337,10 @@ def kill_group(pid: int) -> None:
 
 
 PAGE_BYTES = 2**21
-"""A large page's. A small one has 4096 bytes."""
+"""The size of a large page. A small one has 4096 bytes."""
 
 MADV_COLLAPSE = 25
-"""Of Linux 6.1. Python 3.12's mmap does not name it."""
+"""Linux has it since 6.1. Python 3.12's mmap does not name it."""
 
 
 def collapse_pages() -> None:
