@@ -18,7 +18,8 @@ VERSION_TESTS := $(addprefix tests/distributed/test_,$(addsuffix .py,versions re
 FRAMEWORKS ?= $(patsubst tests/frameworks/%.txt,%,$(wildcard tests/frameworks/*.txt))
 CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/*.h
 
-# Two tests at a time on two cores. More than four hold up each other: each test may start processes.
+# One test more at a time than there are cores (tests/conftest.py), as many tests wait. More than four hold
+# up each other: each test may start processes.
 # A file's tests stay together, as they share runs.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 LONG_FILES_FIRST = {"distributed": 0, "kernels": 1}
+# It waits for the time limits of jobs, and needs a core for little of that time.
+WAITING_FILE = "slurm/test_jobs.py"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,9 +28,16 @@ def is_worker(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     if is_worker(config):
-        # There are as many processes as cores. Read when torch is imported, here and in processes
+        # There are more processes than cores. Read when torch is imported, here and in processes
         # that tests start.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Have one process more than cores: ranks wait for each other, and so do their tests."""
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None  # xdist reads it
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +49,20 @@ def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return folder
 
 
+def start_order(item: pytest.Item) -> int:
+    """What a test's file starts after: the file that waits comes first, then the long ones."""
+    if item.path.as_posix().endswith(WAITING_FILE):
+        return -1
+    return LONG_FILES_FIRST.get(item.path.parent.name, len(LONG_FILES_FIRST))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start with the long files; leave out what is marked `full`, unless it is asked for.
 
     It is asked for by --full, by --only-full, or by its own name.
     """
     # Processes take the next file each: with the short ones last, they end at about one time.
-    items.sort(key=lambda item: LONG_FILES_FIRST.get(item.path.parent.name, len(LONG_FILES_FIRST)))
+    items.sort(key=start_order)
     if config.getoption("--full"):
         return
     named = {argument for argument in config.args if "::" in argument}

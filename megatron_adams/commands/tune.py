@@ -4,14 +4,19 @@ import argparse
 import json
 import math
 import shlex
+import signal
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_adams.checkpoint import DamagedCheckpointError, read_moments
 from megatron_adams.commands.terminal import fail, is_last, report
 from megatron_adams.tuning import TuneError, UpdateSizes, read_sizes, suggest, trial_of
 from megatron_adams.tuning.rule import ACCURACY, BETA2, BETA2_REASON, REASON, RULE, Suggestion
+from megatron_adams.tuning.trial import ADAMW_BETA2
 
 _DESCRIPTION = """\
 Suggest a learning rate for AdamS to somebody who has AdamW's. Three ways, the first is the best:
@@ -52,7 +57,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--adamw-beta2",
         type=float,
         metavar="X",
-        help="beta2 of AdamW in the trial; by default 0.95",
+        help=f"beta2 of AdamW in the trial; by default {ADAMW_BETA2}",
     )
     parser.add_argument(
         "--log", metavar="FILE", help="the log of a job with --adams-log-adamw-rms; - is stdin"
@@ -137,7 +142,7 @@ def _from_trial(args: argparse.Namespace) -> Suggestion:
         args.words,
         lr=args.lr,
         num_steps=200 if args.steps is None else args.steps,
-        adamw_beta2=0.95 if args.adamw_beta2 is None else args.adamw_beta2,
+        adamw_beta2=ADAMW_BETA2 if args.adamw_beta2 is None else args.adamw_beta2,
     )
     report(f"running {shlex.join(trial.words)}", is_last=True, file=sys.stderr)
 
@@ -149,7 +154,25 @@ def _from_trial(args: argparse.Namespace) -> Suggestion:
             file=sys.stderr,
         )
 
-    return _suggest(trial.run(report_step), trial.lr_adamw)
+    with _sigterm_raises():
+        sizes = trial.run(report_step)
+    return _suggest(sizes, trial.lr_adamw)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Have SIGTERM raise, as Ctrl-C does: otherwise Python ends at once, and the job goes on."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        # The next one would interrupt what ends the job.
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _from_log(path: str, lr: float) -> Suggestion:

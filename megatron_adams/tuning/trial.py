@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from megatron_adams.tuning.job_log import MIN_STEPS, UpdateSizes, sizes_in, summary
 from megatron_adams.tuning.rule import TuneError
 
+ADAMW_BETA2 = 0.95
+"""AdamW's, where none is given: that of --adams-log-adamw-rms."""
+
 # Of AdamW's learning rate, for the trial itself: between 0.2 and 0.5, in the studies. The ratio of
 # the RMS depends on the rate only weakly.
 _TRIAL_RATIO = 0.3

@@ -3,6 +3,7 @@
 Training that is watched step by step, and Megatron's own parsing of a command line.
 """
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -174,3 +175,21 @@ def theoretical_memory(argv: str, world_size: int) -> dict[str, Any]:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def parsers() -> tuple[list[Any], list[Any]]:
+    """The flags of the parser that this rank is given, and of one that Megatron builds for it."""
+    from megatron.training import arguments
+
+    add = arguments.add_megatron_arguments
+    given, built = (
+        add_flags(argparse.ArgumentParser(allow_abbrev=False))
+        for add_flags in (add, add.__wrapped__)
+    )
+    return _flags_of(given), _flags_of(built)
+
+
+def _flags_of(parser: argparse.ArgumentParser) -> list[Any]:
+    names = ("option_strings", "dest", "nargs", "const", "default", "required", "choices", "help")
+    flags = [[repr(getattr(action, name)) for name in names] for action in parser._actions]
+    return [(parser.prog, len(parser._action_groups)), *flags]

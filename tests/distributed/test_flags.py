@@ -18,6 +18,7 @@ OBSERVE = "tests.distributed.flag_cases:observe"
 REFUSALS = "tests.distributed.flag_cases:refusals"
 PARSED = "tests.distributed.flag_cases:parsed"
 MEMORY = "tests.distributed.flag_cases:theoretical_memory"
+PARSERS = "tests.distributed.flag_cases:parsers"
 
 
 def num_elements(rank: dict[str, Any]) -> int:
@@ -255,6 +256,13 @@ def test_log_and_argument_dump_say_adams(cluster: Cluster) -> None:
     assert "exp_avg_sq" not in run.log.replace("exp_avg_sq_dtype", "")
     assert "layer_wise" not in run.log.replace("use_layer_wise", "")
     assert not re.search(r"Warning: --adam-beta2", run.log)
+
+
+def test_flags_that_the_ranks_are_forked_with_are_those_of_a_rank(cluster: Cluster) -> None:
+    """The harness builds the parser before the fork; some defaults are of a rank's environment."""
+    for given, built in cluster.run(PARSERS, 2).results:
+        assert len(given) > 500
+        assert given == built
 
 
 def test_adams_hyperparameters_are_adams_but_for_beta2(cluster: Cluster) -> None:

@@ -1,18 +1,22 @@
 """tests/gpu/megatron_runs.py as far as it goes without a GPU: its rehearsal and comparison."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 
 from tests.gpu import megatron_runs
 from tests.gpu.megatron_runs import Record
-from tests.harness.cluster import REPO
+from tests.harness.cluster import REPO, Cluster
 
+RECORDED = "tests.distributed.recorded_cases:pretrain"
 TIMEOUT_S = 240
 
 
@@ -27,12 +31,65 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def records_of(out: Path) -> dict[str, dict[str, Any]]:
+    return {record["name"]: record for record in json.loads(out.read_text())}
+
+
 @pytest.mark.timeout(TIMEOUT_S + 30)
-def test_rehearsal_makes_every_run_and_records_it(tmp_path: Path) -> None:
-    out = tmp_path / "runs.json"
-    done = launch("--out", str(out), "--rehearse")
+def test_rehearsal_makes_and_records_a_run_by_torchrun(tmp_path: Path) -> None:
+    name = "adams, precision-aware, exp_avg bf16"
+    done = launch("--out", str(tmp_path / "runs.json"), "--rehearse", "--only", name)
     assert done.returncode == 0, done.stdout + done.stderr
-    records = {record["name"]: record for record in json.loads(out.read_text())}
+    (record,) = records_of(tmp_path / "runs.json").values()
+    assert record["ok"] and len(record["losses"]) == 8, record["words"]
+    assert f"{name}: ok" in done.stdout
+
+
+class Forked:
+    """Stands in for `subprocess.Popen`: a job of one rank, which the cluster forks at once."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        command: list[str],
+        *,
+        env: dict[str, str],
+        stdout: IO[str],
+        **_: Any,
+    ) -> None:
+        script = command.index(str(megatron_runs.SCRIPT))
+        assert command[script - 2 : script] == ["megatron_adams.launch", "--cpu-rehearsal"]
+        flags = command[script + 1 :]
+        run = cluster.run(RECORDED, flags=flags, record_file=env["RECORD_FILE"], check=False)
+        stdout.write(run.log)
+        (self._code,) = run.codes
+
+    def wait(self, timeout: float | None = None) -> int:
+        return self._code
+
+    def terminate(self) -> None:
+        """It has ended."""
+
+
+def test_rehearsal_makes_every_run_and_records_it(
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All but torchrun, through which the test above goes."""
+    started = SimpleNamespace(
+        Popen=functools.partial(Forked, cluster),
+        STDOUT=subprocess.STDOUT,
+        TimeoutExpired=subprocess.TimeoutExpired,
+    )
+    monkeypatch.setattr(megatron_runs, "subprocess", started)
+    out = tmp_path / "runs.json"
+    monkeypatch.setattr(sys, "argv", ["megatron_runs.py", "--out", str(out), "--rehearse"])
+    code = megatron_runs.main()
+    told = capsys.readouterr().out
+    assert code == 0, told
+    records = records_of(out)
     assert list(records) == list(megatron_runs.RUNS)
     for record in records.values():
         assert record["ok"], record["words"]
@@ -49,7 +106,7 @@ def test_rehearsal_makes_every_run_and_records_it(tmp_path: Path) -> None:
     assert records["adam"]["losses"][-1] != records["adams"]["losses"][-1]
     assert "bit for bit" in records["adams, CUDA graph, no clipping"]["words"]
     # The table, with a line for each run.
-    assert sum(line.startswith("| adam") for line in done.stdout.splitlines()) == len(records)
+    assert sum(line.startswith("| adam") for line in told.splitlines()) == len(records)
 
 
 def test_without_a_gpu_it_says_that_it_did_not_run(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.harness.thinning import thinned
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
 
-NUM_STEPS = 20
+NUM_STEPS = 10
 START = 2
 """The iteration that every layout starts from: pipeline stages draw their weights differently."""
 ITERATIONS = f"--train-iters {START + NUM_STEPS}"

@@ -96,7 +96,7 @@ def test_fused_step_equals_megatrons_own_passes(te_cluster: Cluster, dtype: str)
         assert fused_rank["grad_norms"] == own_rank["grad_norms"]
 
 
-@pytest.mark.parametrize("family", ["dp2", "dp2_legacy", "plain"])
+@pytest.mark.parametrize("family", thinned(["dp2", "dp2_legacy", "plain"], full=["dp2_legacy"]))
 def test_checkpoint_crosses_between_worlds_with_and_without_transformer_engine(
     cluster: Cluster, te_cluster: Cluster, tmp_path: Path, family: str
 ) -> None:

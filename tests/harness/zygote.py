@@ -7,10 +7,12 @@ no tensor operation itself: threads of OpenMP do not survive a fork.
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
 import json
+import linecache
 import os
 import pickle
 import random
@@ -79,6 +81,10 @@ def import_megatron(*, register: bool, transformer_engine: bool) -> None:
             importlib.import_module(module)
     other_megatron.install()
     remember_help_of_flags()
+    if register:
+        remember_parsers()
+        load_kernels()
+    remember_sources()
     remember_mock_data()
     remember_entry_points()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -112,6 +118,68 @@ def remember_help_of_flags() -> None:
 
     ArgumentGroupFactory._get_field_docstrings = remembered
     add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+# Megatron reads its flags twice in a run, the first time for --enable-ft-package alone.
+PARSERS_OF_A_RUN = 2
+# Flags whose defaults are read from the environment, by what they are called there.
+FROM_ENVIRONMENT = {"local_rank": "LOCAL_RANK", "inprocess_active_world_size": "WORLD_SIZE"}
+
+
+def remember_parsers() -> None:
+    """Have the parsers of a run, with 800 flags each, built here and not in every rank."""
+    from megatron.training import arguments
+
+    arguments.add_megatron_arguments = remembered_parsers(arguments.add_megatron_arguments)
+
+
+def remembered_parsers(add: Callable[..., Any]) -> Callable[..., argparse.ArgumentParser]:
+    """`add_megatron_arguments`, which gives the first parsers the flags of some built now."""
+    built = [add(argparse.ArgumentParser(allow_abbrev=False)) for _ in range(PARSERS_OF_A_RUN)]
+
+    @functools.wraps(add)
+    def remembered(parser: argparse.ArgumentParser) -> Any:
+        if not built:
+            return add(parser)
+        given = vars(parser)
+        own = {name: given[name] for name in ("prog", "usage", "description", "epilog")}
+        given.update(vars(built.pop()), **own)
+        for action in parser._actions:
+            if action.dest in FROM_ENVIRONMENT:
+                action.default = int(os.environ[FROM_ENVIRONMENT[action.dest]])
+        return parser
+
+    return remembered
+
+
+# How a param and its main param are stored in most runs.
+USUAL_STORAGE = (("fp32", "none"), ("bf16", "fp32"), ("bf16", "remainder"), ("fp16", "fp32"))
+
+
+def load_kernels() -> None:
+    """Load the kernels of most runs. Where there is no compiler, a rank says so itself."""
+    from megatron_adams.kernels import host
+    from megatron_adams.kernels.compile import CompileError
+    from megatron_adams.kernels.modes import Mode
+
+    with contextlib.suppress(CompileError):
+        for param, main in USUAL_STORAGE:
+            for is_guarded in (False, True):
+                host.load(Mode("fp32", param, "fp32", main, is_guarded))
+
+
+# Where torch.manual_seed is called from, and what it calls.
+IN_STACKS = (
+    *("megatron.training.initialize", "megatron.training.training", "torch._compile"),
+    *("torch._dynamo.eval_frame", "torch.distributed.c10d_logger", "torch.mtia"),
+    *("torch.random", "torch.xpu", "torch.xpu.random"),
+)
+
+
+def remember_sources() -> None:
+    """Read what torch quotes in every rank: it writes down the stack for devices to come."""
+    for name in IN_STACKS:
+        linecache.getlines(str(sys.modules[name].__file__))
 
 
 def remember_mock_data() -> None:
@@ -277,6 +345,27 @@ def kill_group(pid: int) -> None:
         return
 
 
+PAGE_BYTES = 2**21
+"""The size of a large page. A small one has 4096 bytes."""
+
+MADV_COLLAPSE = 25
+"""Linux has it since 6.1. Python 3.12's mmap does not name it."""
+
+
+def collapse_pages() -> None:
+    """Have large pages in place of small ones: a fork copies an entry for each, an exit frees it.
+
+    Half a gigabyte has 130,000 small ones. Where the kernel cannot do it, they stay small.
+    """
+    madvise = ctypes.CDLL(None).madvise
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, access, _, _, inode, *_ = line.split()
+        start, stop = (int(address, 16) for address in addresses.split("-"))
+        start, stop = -(-start // PAGE_BYTES) * PAGE_BYTES, stop // PAGE_BYTES * PAGE_BYTES
+        if access == "rw-p" and inode == "0" and start < stop:
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_COLLAPSE)
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an import prints is no answer
@@ -292,6 +381,7 @@ def main() -> None:
     # Else a collection in a rank would write to, and so copy, every page with an object.
     gc.collect()
     gc.freeze()
+    collapse_pages()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(run_case(json.loads(line))), file=answers, flush=True)

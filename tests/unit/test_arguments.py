@@ -12,7 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_adams.megatron import AdamSOptimizerConfig
+from megatron_adams.megatron import AdamSOptimizerConfig, names
 from megatron_adams.megatron.config import built_as_adam, stated_as_adam
 from megatron_adams.megatron.offload import sub_kernels
 from megatron_adams.megatron.refusals import (
@@ -27,6 +27,7 @@ from megatron_adams.megatron.training.arguments import (
     wrap_validate_args,
     wrap_validate_yaml,
 )
+from megatron_adams.tuning import trial
 
 
 def test_config_has_adams_beta2_and_name() -> None:
@@ -337,3 +338,8 @@ def test_memory_estimate_asks_megatron_to_print_once(optimizer: str, distributed
     }
     assert told == pytest.approx(expected[optimizer, distributed])
     assert args.use_distributed_optimizer == distributed
+
+
+def test_beta2_of_adamw_is_one_in_the_flag_and_in_a_trial() -> None:
+    """The trial's process imports no Megatron, so each has its own."""
+    assert names.ADAMW_BETA2 == trial.ADAMW_BETA2

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,3 +198,29 @@ def test_job_that_fails_or_says_nothing_is_an_error(
 def test_command_that_cannot_be_started_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--", "/no/such/program", *JOB[6:]]) == 1
     assert "/no/such/program" in capsys.readouterr().err
+
+
+# It says that it is there, and ends tune, which has it for a child.
+ENDS_ITS_PARENT = """
+import os, pathlib, signal, sys, time
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(20)
+"""
+
+
+def test_sigterm_ends_the_job_too(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    command = fake_job(ENDS_ITS_PARENT)
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main([*command[:5], str(note), *command[5:]])
+        restored = signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+    assert received == [] and restored not in (signal.SIG_DFL, signal.SIG_IGN)
