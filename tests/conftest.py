@@ -27,6 +27,10 @@ def is_worker(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Not in pyproject.toml, which the run of tests/gpu leaves out.
+    config.addinivalue_line(
+        "markers", "full: left out by default, as other cases cover it in part; --full runs it, too"
+    )
     if is_worker(config):
         # There are more processes than cores. Read when torch is imported, here and in processes
         # that tests start.
