@@ -29,7 +29,12 @@ def make_environment(folder: Path) -> Path:
 
 def pip(folder: Path, *words: object) -> None:
     """Run pip for an environment, without a network and without a configuration."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+    # With PYTHONPATH, pip would take what lies there for what is installed.
+    own = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("PIP_") and key != "PYTHONPATH"
+    }
     python = folder / "bin" / "python"
     subprocess.run(
         [sys.executable, "-m", "pip", "--python", python, "--quiet", *map(str, words)],
