@@ -224,7 +224,6 @@ def _gpu_suite() -> Iterator[Group]:
     large_modes = (FP32, MIXED, REMAINDER, BF16_REMAINDER, BF16, FP8_PARAMS)
     for mode in large_modes[:2]:
         yield Group(mode, _LARGE, _SHORT)
-    yield from _forms_suite()
     for workload in LISTS:
         for mode in (FP32, MIXED):
             yield Group(mode, (workload,), _SHORT - {FOREACH})

@@ -195,10 +195,14 @@ def _wishes(losses: Losses, parts: Sequence[Part]) -> Iterator[Run]:
 
 
 def next_run(
-    losses: Losses, num_parts: int | None = None, parts: Sequence[Part] = PARTS
+    losses: Losses, num_parts: int | None = None, parts: Sequence[Part] | None = None
 ) -> Run | None:
-    """Return the next run of the first `num_parts` parts (all); None if they are complete."""
-    parts = parts if num_parts is None else parts[:num_parts]
+    """Return the next run of the first `num_parts` parts (all); None if they are complete.
+
+    Args:
+        parts: the plan's; None: PARTS.
+    """
+    parts = (PARTS if parts is None else parts)[:num_parts]
     return next((run for run in _wishes(losses, parts) if run not in losses), None)
 
 

@@ -169,15 +169,15 @@ def _beta2_of(plain: OptimizerConfig) -> float:
     return DEFAULT_BETA2
 
 
-def wrap_post_init(original: Callable[[Any], None]) -> Callable[[Any], None]:
+def wrap_post_init(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Let Megatron check a plain OptimizerConfig for adams as it checks one for Adam."""
 
-    def __post_init__(self: Any) -> None:
-        if self.optimizer != ADAMS:
-            original(self)
-            return
+    def __post_init__(self: Any) -> Any:
+        if getattr(self, "optimizer", None) != ADAMS:
+            return original(self)
         check_values(self)
         post_init_as_adams(self, original)
+        return None
 
     return __post_init__
 

@@ -15,6 +15,7 @@ import torch
 
 import megatron_adams
 from megatron_adams.checkpoint import TRACKER, DamagedCheckpointError
+from megatron_adams.megatron import hooks
 from tests.distributed import cases, checkpoint_cases
 
 EXEMPT = {
@@ -105,8 +106,8 @@ def _call(hook: Any, given: Any, optimizer: Any, *, by_name: bool) -> str | None
     Returns:
         What was not passed on as it came; None where nothing was changed.
     """
-    module, _, name = hook.symbol.path.rpartition(".")
-    original = vars(getattr(importlib.import_module(module), name))["__megatron_adams_original__"]
+    function = hooks.resolve(hook.symbol, version="the installed one")[2]
+    original = vars(function)["__megatron_adams_original__"]
     answer = object()
     calls: list[tuple[Any, Any]] = []
 
@@ -118,6 +119,7 @@ def _call(hook: Any, given: Any, optimizer: Any, *, by_name: bool) -> str | None
     values = {
         "args": given,
         "config": given,
+        "self": given,
         "optimizer": optimizer,
         "model_chunks": [torch.nn.Linear(1, 1)],
         "iteration": 3,

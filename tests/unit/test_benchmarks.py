@@ -306,6 +306,32 @@ def test_gpu_suite_runs_to_its_end_and_has_what_a_gpu_is_asked(tmp_path):
     }
 
 
+def test_forms_are_compared_with_each_other_alone(tmp_path):
+    args = ["--device", "cpu", "--suite", "forms", "--shrink", "1000000", "--rounds", "2"]
+    step.main([*args, "--out", str(tmp_path)])
+    results = report.read(tmp_path / "forms.json")
+    groups = list(results.groups())
+    assert len(groups) == len(list(step._forms_suite())) == 4
+    for group in groups:
+        assert set(group) == {contestants.COPY, contestants.ADAMS, *contestants.FORMS}
+
+
+def test_each_form_is_the_optimizer_of_its_name():
+    tensors = contestants.make_tensors(contestants.FP32, [64], torch.device("cpu"))
+    before = tensors.params[0].clone()
+    steps = {}
+    for name in (contestants.ADAMS, *contestants.FORMS):
+        exp_avg = tensors.exp_avgs[0].clone()
+        contestants.adams(tensors, name).step()
+        steps[name] = tensors.params[0] - before
+        tensors.params[0].copy_(before)
+        tensors.exp_avgs[0].copy_(exp_avg)
+    plain, cautious, nesterov = steps.values()
+    assert not plain.equal(nesterov)
+    held = plain != cautious
+    assert held.any() and not held.all()
+
+
 def test_what_does_not_fit_is_said_and_the_next_size_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "_LARGE", tuple(map(workloads.one_tensor, (64_000, 32_000, 16_000))))
     # Of 64,000 elements, what is shared takes 12 bytes and fused state 8.

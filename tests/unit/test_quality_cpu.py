@@ -274,12 +274,33 @@ def test_a_summary_of_nothing_says_what_is_missing(tmp_path: Path) -> None:
         cpu_plot.write(tmp_path)
 
 
+def test_the_second_gpu_plan_names_what_the_code_runs() -> None:
+    text = (EXAMPLE / "PLAN-GPU-2.md").read_text()
+    preset = lab_module.PRESETS["25M, plan 2"]
+    tokens = preset.batch * preset.seq_length
+    for name in cpu_schedule.GPU_SETTINGS:
+        setting = SETTINGS[name]
+        assert f"| {name} | {setting.tokens_per_step:,} tokens a step, {setting.steps} st" in text
+        assert setting.tokens_per_step == tokens * preset.batches_per_step.get(name, 1)
+    assert f"{preset.max_eval_batches * tokens:,} tokens" in text
+    rows = [line.split("|") for line in text.splitlines() if re.match(r"\| [\d, ]+ \|", line)]
+    parts = [
+        (int(number), setting.strip(), seeds.strip())
+        for _, numbers, settings, _, seeds, _ in rows
+        for number, setting in zip(numbers.split(","), settings.split(","), strict=True)
+    ]
+    assert parts == [
+        (number, part.setting, ", ".join(map(str, part.seeds)))
+        for number, part in enumerate(cpu_schedule.GPU_PARTS, start=1)
+    ]
+
+
 def test_the_plan_names_what_the_code_runs() -> None:
     text = (EXAMPLE / "PLAN-CPU.md").read_text()
     for variant in cpu_schedule.VARIANTS.values():
         [line] = [line for line in text.splitlines() if line.startswith(f"| {variant.name} |")]
         assert line.endswith(f"| {variant.rates[0] * 1e3:g}e-3 |")
-    for setting in SETTINGS.values():
+    for setting in (SETTINGS[name] for name in SETTINGS.keys() - set(cpu_schedule.GPU_SETTINGS)):
         assert f"{setting.tokens_per_step:,}" in text and f"{setting.steps} steps" in text
     assert f"{MARGIN:+} nats a byte" in text
     assert f"{cpu_study.HELD_OUT_TOKENS:,} tokens" in text
