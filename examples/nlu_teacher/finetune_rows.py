@@ -8,12 +8,10 @@
 A row is on the disk before the next run starts, so a study that was stopped goes on.
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import json
-import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,10 @@ from typing import Any
 
 from labels import Tagged
 from metrics import METRICS
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from shared import run_table
 
 SWEEP = 1000
 """The few-shot subsets and seeds from here on choose the rates, and decide nothing else."""
@@ -171,42 +173,18 @@ def run_of(row: dict[str, str]) -> Run:
     return Run(row["model"], row["optimizer"], float(row["lr"]), *numbers)
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Read a file's lines; one that a killed process left without its end is cut off the file."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-    return whole.decode().splitlines()
-
-
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Read the rows of rows.csv.
 
     Raises:
         ValueError: the file has other columns.
     """
-    reader = csv.DictReader(_whole_lines(path))
-    rows = list(reader)
-    if reader.fieldnames is not None and tuple(reader.fieldnames) != COLUMNS:
-        raise ValueError(f"{path}: must have the columns of this version; give another --out")
-    return rows
+    return run_table.read(path, COLUMNS)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append a run, whose keys are COLUMNS."""
-    assert set(row) == set(COLUMNS), set(row) ^ set(COLUMNS)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
-        writer.writeheader()
-    writer.writerow(row)
-    with path.open("a", newline="") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
+    run_table.append_row(path, row, COLUMNS)
 
 
 MODEL = "model "

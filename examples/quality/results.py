@@ -4,15 +4,17 @@ A row is on the disk before the next run starts. If the process was killed in th
 the reader drops that line. This module does not import torch.
 """
 
-import csv
-import io
 import json
 import math
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from schedule import Losses, Run
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from shared import run_table
 
 _KINDS = ("matrices", "embedding", "head", "norms")
 COLUMNS = (
@@ -48,55 +50,25 @@ COLUMNS = (
 PER_BYTE = "held_out_loss_per_byte"
 
 
-def _cut_partial_line(path: Path) -> None:
-    """Remove what follows the last line break, which a killed process has left."""
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Read the rows of quality.csv. An incomplete last line is removed from the file.
 
     Raises:
         ValueError: the file has other columns.
     """
-    if not path.exists():
-        return []
-    _cut_partial_line(path)
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-        if reader.fieldnames is not None and tuple(reader.fieldnames) != COLUMNS:
-            raise ValueError(f"{path}: must have the columns of this version; give another --out")
-    return rows
+    return run_table.read(path, COLUMNS)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append a run, whose keys are COLUMNS."""
-    assert set(row) == set(COLUMNS), set(row) ^ set(COLUMNS)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
-        writer.writeheader()
-    writer.writerow(row)
-    _append(path, text.getvalue())
+    run_table.append_row(path, row, COLUMNS)
 
 
 def append_curves(path: Path, run: Run, curves: dict[str, Any]) -> None:
     """Append a line of JSON that identifies a run and has its curves."""
-    if path.exists():
-        _cut_partial_line(path)
+    run_table.whole_lines(path)  # cuts off what a killed process has left
     place = {"axis": run.axis, "variant": run.variant, "lr": run.lr, "seed": run.seed}
-    _append(path, json.dumps(place | curves) + "\n")
+    run_table.append(path, json.dumps(place | curves) + "\n")
 
 
 def read_curves(path: Path) -> dict[Run, dict[str, Any]]:

@@ -3,14 +3,16 @@
 A row is on the disk before the next run starts. This module imports neither torch nor TRL.
 """
 
-import csv
-import io
 import json
-import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from shared import run_table
 
 SWEEP_SEED = 0
 RATES = {
@@ -115,46 +117,18 @@ COLUMNS = (
 )
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Read a file's lines; one that a killed process left without its end is cut off the file."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
-    return whole.decode().splitlines()
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Read the rows of runs.csv.
 
     Raises:
         ValueError: the file has other columns.
     """
-    reader = csv.DictReader(_whole_lines(path))
-    rows = list(reader)
-    if reader.fieldnames is not None and tuple(reader.fieldnames) != COLUMNS:
-        raise ValueError(f"{path}: must have the columns of this version; give another --out")
-    return rows
+    return run_table.read(path, COLUMNS)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append a run, whose keys are COLUMNS."""
-    assert set(row) == set(COLUMNS), set(row) ^ set(COLUMNS)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
-        writer.writeheader()
-    writer.writerow(row)
-    _append(path, text.getvalue())
+    run_table.append_row(path, row, COLUMNS)
 
 
 def results_of(rows: Iterable[dict[str, str]]) -> Results:
@@ -167,14 +141,14 @@ def results_of(rows: Iterable[dict[str, str]]) -> Results:
 
 def read_curves(path: Path) -> dict[Run, dict[str, Any]]:
     """Read each run's last line of curves.jsonl."""
-    entries = [json.loads(line) for line in _whole_lines(path)]
+    entries = [json.loads(line) for line in run_table.whole_lines(path)]
     return {Run(entry["optimizer"], entry["lr"], entry["seed"]): entry for entry in entries}
 
 
 def append_curves(path: Path, entry: dict[str, Any]) -> None:
     """Append a line of JSON with a run's optimizer, lr, seed and curves."""
-    _whole_lines(path)  # cuts off a line without its end
-    _append(path, json.dumps(entry) + "\n")
+    run_table.whole_lines(path)  # cuts off a line without its end
+    run_table.append(path, json.dumps(entry) + "\n")
 
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
