@@ -19,8 +19,7 @@ from encoder_training import Batch, Report
 from losses import distillation_loss, hidden_loss, masked_lm_loss
 from megatron.core import mpu
 from megatron.core.enums import ModelType
-from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_timers, pretrain
+from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from teacher import Targets, Teacher, check_teacher
 from teacher_logits import StoredLogits
@@ -129,18 +128,11 @@ def forward_step(
     data_iterator: Iterator[dict[str, Tensor]] | None, model: Any
 ) -> tuple[object, Callable[..., object]]:
     """Run one micro-batch through this rank's stage of the student."""
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = encoder_training.get_batch(data_iterator)
-    timers("batch-generator").stop()
-    is_last = get_attr_wrapped_model(model, "post_process")
-    output = model(batch.tokens, batch.padding_mask, batch.positions if is_last else None)
+    batch, output = encoder_training.run_stage(data_iterator, model)
     return output, partial(loss_func, batch, model.training)
 
 
 if __name__ == "__main__":
-    # Every rank takes part in building the data sets.
-    encoder_training.build_datasets.is_distributed = True  # type: ignore[attr-defined]
     args = encoder_training.parse_args(add_arguments)
     check(args)
     encoder_training.prepare_folders(args)

@@ -25,7 +25,8 @@ from masked_dataset import (
 from megatron.core import mpu, tensor_parallel
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training import get_args, print_rank_0
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -266,6 +267,10 @@ def build_datasets(
     return [None if dataset is None else Numbered(dataset) for dataset in datasets]
 
 
+# Every rank takes part in building them.
+build_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """A micro-batch on this rank's device.
@@ -310,6 +315,16 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> Batch:
     data = tensor_parallel.broadcast_data(keys, sample, torch.int64)
     trim = mpu.get_pipeline_model_parallel_world_size() == 1
     return make_batch(data["tokens"], data["labels"], data["number"], trim=trim)
+
+
+def run_stage(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) -> tuple[Batch, Any]:
+    """Run the next micro-batch through this rank's stage; return it and the stage's output."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    is_last = get_attr_wrapped_model(model, "post_process")
+    return batch, model(batch.tokens, batch.padding_mask, batch.positions if is_last else None)
 
 
 def check_loss(loss: Tensor) -> None:

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 -m megatron_adams.launch pretrain_encoder.py --optimizer adams \\
         --encoder-tokenizer DATA --train-data-path DATA/train --valid-data-path DATA/held_out ...
 
-It takes Megatron's flags; train.py gives them by the name of a size. Stage 2 goes on from Stage 1
-with --pretrained-checkpoint STAGE1, on a blend of both texts:
+It takes Megatron's flags; train_encoder.py gives them by the name of a size. Stage 2 goes on from
+Stage 1 with --pretrained-checkpoint STAGE1, on a blend of both texts:
 
     --train-data-path 0.8 POOL/train 0.2 PUBLIC/train"""
 
@@ -16,8 +16,7 @@ from encoder_training import Batch, Report
 from losses import masked_lm_loss
 from megatron.core import mpu
 from megatron.core.enums import ModelType
-from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_timers, pretrain
+from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch import Tensor
 
@@ -41,18 +40,11 @@ def forward_step(
     data_iterator: Iterator[dict[str, Tensor]] | None, model: Callable[..., object]
 ) -> tuple[object, Callable[..., object]]:
     """Run one micro-batch through this rank's stage."""
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = encoder_training.get_batch(data_iterator)
-    timers("batch-generator").stop()
-    is_last = get_attr_wrapped_model(model, "post_process")
-    output = model(batch.tokens, batch.padding_mask, batch.positions if is_last else None)
+    batch, output = encoder_training.run_stage(data_iterator, model)
     return output, partial(loss_func, batch)
 
 
 if __name__ == "__main__":
-    # Every rank takes part in building the data sets.
-    encoder_training.build_datasets.is_distributed = True  # type: ignore[attr-defined]
     args = encoder_training.parse_args(lambda parser: parser)
     encoder_training.prepare_folders(args)
     pretrain(
