@@ -8,6 +8,7 @@ no tensor operation itself: threads of OpenMP do not survive a fork.
 import argparse
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import gc
 import importlib
@@ -378,6 +379,8 @@ def main() -> None:
             register="--without-plugin" not in sys.argv,
             transformer_engine="--with-transformer-engine" in sys.argv,
         )
+    # A rank that a signal ends says where it was: to descriptor 2, which is its log by then.
+    faulthandler.enable()
     # Else a collection in a rank would write to, and so copy, every page with an object.
     gc.collect()
     gc.freeze()
