@@ -45,11 +45,25 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 @pytest.fixture(scope="session")
-def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of compiled kernels for all processes of this run: each is compiled once."""
+def shared_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all processes of this run."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if is_worker(request.config) else base) / "kernels"
+    return base.parent if is_worker(request.config) else base
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(shared_folder: Path) -> Path:
+    """Compiled kernels: each is compiled once."""
+    folder = shared_folder / "kernels"
     folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def zygotes(shared_folder: Path) -> Path:
+    """The processes that ranks are forked from: one for each world (harness/cluster.py)."""
+    folder = shared_folder / "zygotes"
+    folder.mkdir(exist_ok=True)
     return folder
 
 

@@ -10,26 +10,26 @@ from tests.harness.cluster import Cluster
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(zygotes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Ranks of real Megatron-Core with the plugin registered, on CPUs over gloo."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster = Cluster(zygotes, tmp_path_factory.mktemp("cluster"))
     yield cluster
     cluster.close()
 
 
 @pytest.fixture(scope="session")
-def plain_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def plain_cluster(zygotes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Ranks of real Megatron-Core without the plugin."""
-    cluster = Cluster(tmp_path_factory.mktemp("plain_cluster"), ["--without-plugin"])
+    cluster = Cluster(zygotes, tmp_path_factory.mktemp("plain_cluster"), ["--without-plugin"])
     yield cluster
     cluster.close()
 
 
 @pytest.fixture(scope="session")
-def apex_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def apex_cluster(zygotes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """As `cluster`, where Megatron finds Apex: a stand-in for it in PyTorch."""
     folder = tmp_path_factory.mktemp("apex_cluster")
-    cluster = Cluster(folder, extra_path=Path(__file__).parent / "with_apex")
+    cluster = Cluster(zygotes, folder, extra_path=Path(__file__).parent / "with_apex")
     yield cluster
     cluster.close()
 
@@ -51,18 +51,18 @@ def apex_fsdp_cluster(apex_cluster: Cluster, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def te_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def te_cluster(zygotes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """As `cluster`, where Megatron finds TransformerEngine: its Python code, see with_te."""
     if missing := with_te.what_is_missing():
         pytest.skip(missing)
     folder = tmp_path_factory.mktemp("te_cluster")
-    cluster = Cluster(folder, ["--with-transformer-engine"])
+    cluster = Cluster(zygotes, folder, ["--with-transformer-engine"])
     yield cluster
     cluster.close()
 
 
 @pytest.fixture(scope="session")
-def oldest_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def oldest_cluster(zygotes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """As `cluster`, with the oldest version of Megatron that is supported."""
     requirements = min((Path(__file__).parents[1] / "versions").glob("*.txt"), key=_number)
     folder = Path(os.environ.get("MEGATRON_ADAMS_TEST_MEGATRONS", Path(sys.prefix) / "megatron"))
@@ -73,7 +73,7 @@ def oldest_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster
             f"--requirement {requirements} (make setup does it), or name another parent folder in "
             "MEGATRON_ADAMS_TEST_MEGATRONS"
         )
-    cluster = Cluster(tmp_path_factory.mktemp("oldest_cluster"), extra_path=installed)
+    cluster = Cluster(zygotes, tmp_path_factory.mktemp("oldest_cluster"), extra_path=installed)
     yield cluster
     cluster.close()
 

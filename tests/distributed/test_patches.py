@@ -48,10 +48,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def patched_cluster(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def patched_cluster(
+    zygotes: Path, tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     """Ranks of the patched tree; nobody but it calls register()."""
     folder = tmp_path_factory.mktemp("patched_cluster")
-    cluster = Cluster(folder, ["--without-plugin"], extra_path=tree)
+    cluster = Cluster(zygotes, folder, ["--without-plugin"], extra_path=tree)
     yield cluster
     cluster.close()
 

@@ -27,15 +27,16 @@ def installed(name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def torch_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def torch_cluster(zygotes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Ranks that have torch alone: without Megatron, and without the rehearsal's stand-ins."""
-    cluster = Cluster(tmp_path_factory.mktemp("torch_cluster"), ["--without-megatron"])
+    cluster = Cluster(zygotes, tmp_path_factory.mktemp("torch_cluster"), ["--without-megatron"])
     yield cluster
     cluster.close()
 
 
 @pytest.fixture(scope="session")
 def cluster_with(
+    zygotes: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[str], Cluster]]:
     """A function: the name of a framework -> ranks as of `torch_cluster` that have it."""
@@ -45,7 +46,7 @@ def cluster_with(
         if name not in clusters:
             folder = tmp_path_factory.mktemp(name)
             flags = ["--without-megatron"]
-            clusters[name] = Cluster(folder, flags, extra_path=installed(name))
+            clusters[name] = Cluster(zygotes, folder, flags, extra_path=installed(name))
         return clusters[name]
 
     yield start
@@ -55,6 +56,7 @@ def cluster_with(
 
 @pytest.fixture(scope="session")
 def ranks_with_megatron(
+    zygotes: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[str], Cluster]]:
     """A function: a version of Megatron, "" for the installed one -> ranks without the plugin."""
@@ -64,7 +66,7 @@ def ranks_with_megatron(
         if version not in clusters:
             folder = tmp_path_factory.mktemp(f"megatron_{version}")
             path = other_megatron_folder(version) if version else None
-            clusters[version] = Cluster(folder, ["--without-plugin"], extra_path=path)
+            clusters[version] = Cluster(zygotes, folder, ["--without-plugin"], extra_path=path)
         return clusters[version]
 
     yield start

@@ -10,15 +10,19 @@ What goes to the ranks, and what comes back, is data: arguments as JSON, results
 """
 
 import copy
+import fcntl
+import hashlib
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TextIO
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -37,16 +41,23 @@ class Outcome:
 
 
 class Cluster:
-    """Forks ranks from a process that has imported Megatron; see zygote.py.
+    """Forks ranks from a process that has imported Megatron, which is a zygote; see zygote.py.
 
     Args:
+        zygotes: a folder that all workers of this run of pytest share. They share the zygotes, too.
         folder: where logs and results are kept, a numbered subfolder for each run.
         flags: for zygote.py.
         extra_path: a folder of packages that the ranks find before the installed ones.
     """
 
+    cpu_s: ClassVar[float] = 0.0
+    """CPU seconds of all cases that clusters of this process have run."""
+    zygote_pids: ClassVar[set[int]] = set()
+    """The zygotes that this process has started. They run other workers' cases, too."""
+
     def __init__(
         self,
+        zygotes: Path,
         folder: Path,
         flags: Sequence[str] = (),
         *,
@@ -56,35 +67,71 @@ class Cluster:
         self._num_runs = 0
         self._variables: dict[str, str] = {}
         path = [extra_path, REPO, os.environ.get("PYTHONPATH")]
+        python_path = os.pathsep.join(str(entry) for entry in path if entry)
+        world = hashlib.sha256(json.dumps([*flags, python_path]).encode()).hexdigest()[:16]
+        self._zygote = zygotes / world
+        self._zygote.mkdir(exist_ok=True)
+        self._log = self._zygote / "log"
+        with open(self._zygote / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # so that one worker starts it
+            self._lines = self._connect() or self._start(flags, python_path)
+
+    def _connect(self) -> TextIO | None:
+        """Requests to the zygote, and answers from it, if there is one that runs."""
+        folder = os.open(self._zygote, os.O_RDONLY)
+        with socket.socket(socket.AF_UNIX) as connection:
+            try:
+                # The folder's own path may be too long: an address has at most 108 bytes.
+                connection.connect(f"/proc/self/fd/{folder}/socket")
+            except (FileNotFoundError, ConnectionRefusedError):
+                return None
+            finally:
+                os.close(folder)
+            lines = connection.makefile("rw")  # keeps the connection open
+        if not lines.readline():  # no greeting: the last worker that it served has just gone
+            lines.close()
+            return None
+        return lines
+
+    def _start(self, flags: Sequence[str], python_path: str) -> TextIO:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # which Megatron wants with tensor parallelism
             "LOCAL_WORLD_SIZE": "8",  # the rehearsal's devices, before a case says its number
             "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(str(entry) for entry in path if entry),
+            "PYTHONPATH": python_path,
             "PYTHONUNBUFFERED": "1",
         }
-        self._log = open(folder / "zygote.log", "ab")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.harness.zygote", *flags],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            cwd=REPO,
-            env=environment,
-            text=True,
-        )
-        self._answer()
+        address = self._zygote / "socket"
+        address.unlink(missing_ok=True)
+        with open(self._log, "ab") as log:
+            # What an import prints goes there, too.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.harness.zygote", str(address), *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=REPO,
+                env=environment,
+            )
+        Cluster.zygote_pids.add(process.pid)
+        while (lines := self._connect()) is None:
+            if process.poll() is not None:
+                raise self._ended()
+            time.sleep(0.05)
+        return lines
 
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+    def _answer(self) -> dict[str, Any]:
+        line = self._lines.readline()
         if not line:
-            self._process.wait()
-            log = (self._folder / "zygote.log").read_text(errors="replace")
-            raise RuntimeError(f"the process that forks the ranks ended:\n{log[-4000:]}")
-        return line
+            raise self._ended()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _ended(self) -> RuntimeError:
+        log = self._log.read_text(errors="replace")
+        return RuntimeError(f"the process that forks the ranks ended:\n{log[-4000:]}")
 
     def with_variables(self, folder: Path, **variables: str) -> "Cluster":
         """Ranks of the same process that see other environment variables; not to be closed.
@@ -122,9 +169,9 @@ class Cluster:
             "variables": self._variables,
             "kwargs": kwargs,
         }
-        assert self._process.stdin is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer = json.loads(self._answer())
+        print(json.dumps(request), file=self._lines, flush=True)
+        answer = self._answer()
+        Cluster.cpu_s += answer["cpu_s"]
         logs = [
             (folder / f"rank{rank}.log").read_text(errors="replace") for rank in range(num_ranks)
         ]
@@ -147,8 +194,5 @@ class Cluster:
         return folder
 
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
-        self._log.close()
+        """Disconnect. The zygote ends when the last worker has done so."""
+        self._lines.close()

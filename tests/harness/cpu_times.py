@@ -3,7 +3,8 @@
     make test ARGS="-p tests.harness.cpu_times"
 
 CPU seconds are counted in the process of the tests and in all that it has started, ranks and
-compilers included. They say more than a test's duration where several tests run at a time.
+compilers included. They say more than a test's duration where several tests run at a time. What a
+zygote does at its start is left out: several workers share it.
 """
 
 import os
@@ -12,6 +13,8 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+from tests.harness.cluster import Cluster
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PROPERTY = "cpu_s"
@@ -22,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process, of its descendants, and of those of them that have ended."""
+    """Of this process, of its descendants, of those of them that have ended, and of ranks."""
     parents: dict[int, int] = {}
     seconds: dict[int, float] = {}
     for entry in Path("/proc").iterdir():
@@ -34,11 +37,11 @@ def cpu_seconds() -> float:
                 continue
             parents[int(entry.name)] = int(fields[1])
             seconds[int(entry.name)] = sum(map(int, fields[11:15])) / _TICKS_PER_S
-    return sum(seconds[pid] for pid in seconds if _is_mine(pid, parents))
+    return Cluster.cpu_s + sum(seconds[pid] for pid in seconds if _is_mine(pid, parents))
 
 
 def _is_mine(pid: int, parents: dict[int, int]) -> bool:
-    while pid in parents:
+    while pid in parents and pid not in Cluster.zygote_pids:
         if pid == os.getpid():
             return True
         pid = parents[pid]

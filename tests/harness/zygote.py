@@ -1,8 +1,12 @@
 """A process that imports Megatron once and forks the ranks of each test case from there.
 
-Started by `cluster.Cluster`; reads one JSON request a line from stdin and answers with one line
-on stdout. A rank costs a fork instead of the many seconds that importing Megatron takes. It runs
-no tensor operation itself: threads of OpenMP do not survive a fork.
+    python -m tests.harness.zygote SOCKET [--without-plugin | --with-transformer-engine |
+                                           --without-megatron]
+
+Started by `cluster.Cluster`, for all workers of pytest that want the same world. Each worker
+connects to SOCKET, and a fork serves it: that one reads one JSON request a line, and answers with
+one line. A rank costs a fork instead of the many seconds that importing Megatron takes. None of
+these processes runs a tensor operation: threads of OpenMP do not survive a fork.
 """
 
 import argparse
@@ -32,6 +36,8 @@ import numpy as np
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.harness import other_megatron
+
+REPO = Path(__file__).resolve().parents[2]
 
 IMPORTED_BY_EVERY_RANK = (
     "megatron.training.training",
@@ -300,6 +306,7 @@ def run_rank(request: dict[str, Any], rank: int, port: int, folder: Path) -> Non
 
 
 def run_case(request: dict[str, Any]) -> dict[str, Any]:
+    started = os.times()
     folder = Path(request["folder"])
     port = free_port()
     pids = {}
@@ -335,7 +342,10 @@ def run_case(request: dict[str, Any]) -> dict[str, Any]:
         if rank not in codes:
             codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     del store
-    return {"codes": [codes[rank] for rank in sorted(codes)], "timed_out": timed_out}
+    # Of this process, and of the ranks, which have ended.
+    cpu_s = sum(os.times()[:4]) - sum(started[:4])
+    codes_of_ranks = [codes[rank] for rank in sorted(codes)]
+    return {"codes": codes_of_ranks, "timed_out": timed_out, "cpu_s": cpu_s}
 
 
 def kill_group(pid: int) -> None:
@@ -367,17 +377,55 @@ def collapse_pages() -> None:
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_COLLAPSE)
 
 
+def serve(path: Path) -> None:
+    """Serve each worker that connects, until the last one has gone."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        os.chdir(path.parent)  # the address of a socket has at most 108 bytes
+        # Under another name first: a worker that finds it can connect.
+        listener.bind(f"{path.name}.new")
+        listener.listen()
+        Path(f"{path.name}.new").rename(path.name)
+        os.chdir(REPO)
+        listener.settimeout(0.5)
+        servants: set[int] = set()
+        has_served = False
+        while servants or not has_served:
+            with contextlib.suppress(TimeoutError):
+                connection, _ = listener.accept()
+                has_served = True
+                with connection:
+                    servants.add(fork_servant(connection))
+            servants = {pid for pid in servants if os.waitpid(pid, os.WNOHANG) == (0, 0)}
+
+
+def fork_servant(connection: socket.socket) -> int:
+    """Fork the process that runs one worker's cases, one after the other; return its ID."""
+    pid = os.fork()
+    if pid == 0:
+        connection.setblocking(True)
+        try:
+            with connection.makefile("rw") as lines:
+                print("ready", file=lines, flush=True)
+                for line in lines:
+                    print(json.dumps(run_case(json.loads(line))), file=lines, flush=True)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    return pid
+
+
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever an import prints is no answer
-    if "--without-megatron" in sys.argv:
+    path, *flags = sys.argv[1:]
+    if "--without-megatron" in flags:
         for module in IMPORTED_WITHOUT_MEGATRON:
             importlib.import_module(module)
         remember_entry_points()
     else:
         import_megatron(
-            register="--without-plugin" not in sys.argv,
-            transformer_engine="--with-transformer-engine" in sys.argv,
+            register="--without-plugin" not in flags,
+            transformer_engine="--with-transformer-engine" in flags,
         )
     # A rank that a signal ends says where it was: to descriptor 2, which is its log by then.
     faulthandler.enable()
@@ -385,9 +433,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     collapse_pages()
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(run_case(json.loads(line))), file=answers, flush=True)
+    serve(Path(path))
 
 
 if __name__ == "__main__":
