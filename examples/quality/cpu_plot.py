@@ -187,6 +187,9 @@ def label_of(setting: str) -> str:
     each = SETTINGS[setting]
     if setting in BATCH_SIZES:
         return f"{each.tokens_per_step:,} tokens a step"
+    if len(each.ramp) > 1:
+        tokens = ", ".join(f"{factor * each.tokens_per_step:,}" for factor in each.ramp)
+        return f"{setting}: {tokens} tokens a step, {each.steps} steps"
     return f"{setting}: {each.tokens_per_step:,} tokens a step, {each.steps} steps"
 
 

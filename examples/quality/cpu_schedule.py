@@ -48,6 +48,8 @@ class Setting:
         upward: whether a larger or a smaller rate is tried second.
         starts: variant's name -> the place of its first rate on the grid; without it, the first of
             the variant's own rates is tried first.
+        ramp: the batch grows: the steps are cut into as many equal parts, and a step of each has
+            this many times `tokens_per_step`.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Setting:
     origin: str | None = "2k"
     upward: bool = True
     starts: Mapping[str, int] = field(default_factory=dict, hash=False)
+    ramp: tuple[int, ...] = (1,)
 
 
 SETTINGS = {
@@ -72,6 +75,8 @@ SETTINGS = {
         Setting("tied", 2048, tied=True, upward=False),
         Setting("wide", 2048, num_layers=2, width=96, upward=False),
         Setting("long", 2048, steps=400, upward=False),
+        Setting("ramp", 512, upward=False, ramp=(1, 2, 4)),
+        Setting("16k", 16_384),
         Setting("98k", 98_304, 225, 6, 512, 8, origin=None, upward=False, starts=_GPU_STARTS),
         Setting("24k", 24_576, 900, 6, 512, 8, origin="98k", upward=False),
     )
@@ -92,10 +97,24 @@ ADAMW_CAUTIOUS = Variant(
     "AdamW cautious", "adamw", (rate(5), rate(7)), cautious=True, cautious_kinds=_ALL_KINDS
 )
 ADAMW_NESTEROV = Variant("AdamW Nesterov", "adamw", (rate(4), rate(6)), nesterov=True)
+ADAMS_BETA1 = (
+    Variant("AdamS beta1 0.8", "adams", (rate(2), rate(4)), beta1=0.8),
+    Variant("AdamS beta1 0.95", "adams", (rate(2), rate(4)), beta1=0.95),
+)
+ADAMW_BETA1 = (
+    Variant("AdamW beta1 0.8", "adamw", (rate(4), rate(6)), beta1=0.8),
+    Variant("AdamW beta1 0.95", "adamw", (rate(4), rate(6)), beta1=0.95),
+)
+ADAMS_RMS = (
+    Variant("AdamS capped", "adams", (rate(3), rate(5)), max_update_rms=0.5),
+    Variant("AdamS matched", "adams", (rate(6), rate(8)), match_update_rms=0.2),
+)
+ADAMW_MATCHED = Variant("AdamW matched", "adamw", (rate(4), rate(6)), match_update_rms=0.2)
 CANDIDATES = (CAUTIOUS, NESTEROV)
 CORE = (ADAMW, ADAMS, *CANDIDATES)
 CHANGED_ADAMW = (ADAMW_CAUTIOUS, ADAMW_NESTEROV)
-VARIANTS = {each.name: each for each in (*CORE, ADAMW_99, *CHANGED_ADAMW, ADAMS_99)}
+AXES = (*ADAMS_BETA1, *ADAMW_BETA1, *ADAMS_RMS, ADAMW_MATCHED)
+VARIANTS = {each.name: each for each in (*CORE, ADAMW_99, *CHANGED_ADAMW, ADAMS_99, *AXES)}
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,10 @@ PARTS = (
     Part("tied", CORE),
     Part("2k", (ADAMS_99,)),
     Part("4k", (ADAMW_99, *CHANGED_ADAMW), fine=False),
+    Part("ramp", (ADAMW, ADAMS, CAUTIOUS), fine=False),
+    Part("2k", (*ADAMS_BETA1, *ADAMW_BETA1)),
+    Part("2k", (*ADAMS_RMS, ADAMW_MATCHED)),
+    Part("16k", (ADAMW, ADAMS, CAUTIOUS), fine=False),
 )
 
 # PLAN-GPU-2.md's.

@@ -72,6 +72,7 @@ def study(args: argparse.Namespace) -> None:
                 max_steps=setting.steps,
                 max_eval_batches=HELD_OUT_TOKENS // setting.tokens_per_step,
                 tied=setting.tied,
+                ramp=setting.ramp,
             )
             labs[setting.name] = Lab(preset, args.data, torch.device("cpu"), VARIANTS)
         return labs[setting.name]

@@ -119,7 +119,7 @@ def study(args: argparse.Namespace, started: float) -> None:
     losses = results.losses_of(rows, column)
     while (run := _next_run(losses, args.plan)) is not None:
         num_steps = steps_of[run.axis]
-        batches = num_steps * lab.batches_per_step(run.axis)
+        batches = sum(lab.batches_of_steps(run.axis, num_steps))
         needed = batches * seconds_per_step + overhead
         if time.monotonic() + needed > deadline:
             say(f"end: {run} would take {needed:.1f} s")

@@ -13,7 +13,7 @@ import numpy as np
 import results
 import torch
 from gpt import KINDS, Gpt, Shape, initialize_, kind_of
-from schedule import BETA1, VARIANTS, WEIGHT_DECAY, Run, Variant
+from schedule import VARIANTS, WEIGHT_DECAY, Run, Variant
 from torch import Tensor
 from variants import Shadow, build
 
@@ -38,6 +38,8 @@ class Preset:
         min_steps, max_steps: the limits for the steps of a run of A.
         max_eval_batches: the held-out loss is that of at most this many batches.
         batches_per_step: axis -> how many batches a step has; of an axis that is not in it, one.
+        ramp: the steps are cut into as many equal parts, and a step of each has this many times as
+            many batches.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Preset:
     max_eval_batches: int
     tied: bool = False
     batches_per_step: Mapping[str, int] = field(default_factory=lambda: {"B": 4}, hash=False)
+    ramp: tuple[int, ...] = (1,)
 
 
 # "98k" and "24k" are settings of the second plan. Both have batches of one shape, so that the model
@@ -246,9 +249,11 @@ class Lab:
         """Return the steps of a run of an axis, given those of a run of A."""
         return steps if axis == "A" else max(2, round(steps * STEPS_FACTOR))
 
-    def batches_per_step(self, axis: str) -> int:
-        """Return how many batches pass through the model in a step."""
-        return self.preset.batches_per_step.get(axis, 1)
+    def batches_of_steps(self, axis: str, steps: int) -> list[int]:
+        """Return how many batches pass through the model in each step."""
+        ramp = self.preset.ramp
+        batches = self.preset.batches_per_step.get(axis, 1)
+        return [batches * ramp[step * len(ramp) // steps] for step in range(steps)]
 
     def train(
         self,
@@ -271,12 +276,14 @@ class Lab:
         """
         begin = time.monotonic()
         variant = self.variants[run.variant]
-        num_batches = self.batches_per_step(run.axis)
+        batches_of_steps = self.batches_of_steps(run.axis, steps)
         initialize_(self.model.params, self.model.shape, run.seed)
-        starts = self.batches(run.seed, steps * num_batches).view(steps, num_batches, -1)
+        starts = self.batches(run.seed, sum(batches_of_steps)).split(batches_of_steps)
         optimizer = build(variant, self._params_by_kind(), run.lr)
         shadow = (
-            Shadow(self.params, self.variants["AdamW"].beta2) if variant.family == "adams" else None
+            Shadow(self.params, variant.beta1, self.variants["AdamW"].beta2)
+            if variant.family == "adams"
+            else None
         )
         losses = torch.zeros(steps, device=self.device)
         half, last = steps // 2, steps - 1
@@ -288,9 +295,9 @@ class Lab:
             lr = learning_rate(step, steps, run.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            for batch in range(num_batches):
-                tokens = self._sequences(self.train_tokens, starts[step, batch])
-                loss = self.model.loss(tokens) / num_batches
+            for batch in starts[step]:
+                tokens = self._sequences(self.train_tokens, batch)
+                loss = self.model.loss(tokens) / batches_of_steps[step]
                 loss.backward()
                 losses[step] += loss.detach()
             if first_kept <= step < first_kept + KEPT_STEPS:
@@ -325,19 +332,19 @@ class Lab:
             held_out = math.inf
         seconds = time.monotonic() - begin
         curve = losses.tolist()[: step + 1]
-        tokens = steps * num_batches * self.batch_tokens
+        tokens = sum(batches_of_steps) * self.batch_tokens
         row = {
             "model": self.preset.name,
             "axis": run.axis,
             "variant": run.variant,
             "lr": run.lr,
             "seed": run.seed,
-            "beta1": BETA1,
+            "beta1": variant.beta1,
             "beta2": variant.beta2,
             "weight_decay": WEIGHT_DECAY,
             "num_params": self.num_params,
             "steps": steps,
-            "tokens_per_step": num_batches * self.batch_tokens,
+            "tokens_per_step": round(tokens / steps),
             "tokens": tokens,
             "held_out_loss": round(held_out, 6),
             "held_out_loss_per_byte": round(held_out / self.bytes_per_token, 6),

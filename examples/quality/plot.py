@@ -22,7 +22,6 @@ from schedule import (
     CANDIDATES,
     CHANGED_ADAMW,
     MARGIN,
-    VARIANTS,
     Losses,
     Run,
     Variant,
@@ -35,11 +34,22 @@ _CANDIDATE_COLORS = ("#009E73", "#CC79A7", "#56B4E9")
 COLORS = {ADAMW.name: "#000000", ADAMS.name: "#D55E00"}
 COLORS |= {each.name: color for each, color in zip(CANDIDATES, _CANDIDATE_COLORS, strict=True)}
 COLORS |= {each.name: color for each, color in zip(CHANGED_ADAMW, _CANDIDATE_COLORS, strict=True)}
+_OTHER_CHANGES = {
+    "beta1 0.8": "#E69F00",
+    "beta1 0.95": "#0072B2",
+    "capped": "#999999",
+    "matched": "#882255",
+}
+COLORS |= {
+    f"{name} {change}": color
+    for name in (ADAMW.name, ADAMS.name)
+    for change, color in _OTHER_CHANGES.items()
+}
 
 
 def style(name: str) -> dict[str, Any]:
     """Return how a variant is drawn: each change has a color, and AdamW's line is dashed."""
-    is_changed_adamw = VARIANTS[name] in CHANGED_ADAMW
+    is_changed_adamw = name.startswith(f"{ADAMW.name} ")
     return {"color": COLORS[name], "linestyle": "--" if is_changed_adamw else "-"}
 
 

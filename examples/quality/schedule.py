@@ -30,6 +30,8 @@ class Variant:
         cautious: whether elements stay if they would move against their gradient.
         cautious_kinds: the kinds of tensors (gpt.KINDS) that the mask acts on.
         nesterov: whether the numerator looks a step ahead.
+        max_update_rms: what the RMS of a tensor's update is cut to, before the learning rate.
+        match_update_rms: what it is scaled to.
     """
 
     name: str
@@ -39,6 +41,9 @@ class Variant:
     cautious: bool = False
     nesterov: bool = False
     cautious_kinds: tuple[str, ...] = ("matrices",)
+    beta1: float = BETA1
+    max_update_rms: float | None = None
+    match_update_rms: float | None = None
 
 
 ADAMW = Variant("AdamW", "adamw", (4e-3, 2e-3))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from schedule import BETA1, EPS, WEIGHT_DECAY, Variant
+from schedule import EPS, WEIGHT_DECAY, Variant
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -30,6 +30,7 @@ def changed_update_(
     step: int,
     cautious: bool,
     nesterov: bool,
+    match_update_rms: float | None = None,
 ) -> None:
     """Apply one step of AdamW with changes to params and state in place.
 
@@ -40,6 +41,7 @@ def changed_update_(
         nesterov: n_t = (beta1 * m_t + (1 - beta1) * g_t) / (1 - beta1^(t+1))
         u_t = n_t / (sqrt(v_t) + eps)
         cautious: u_t = 0 where u_t * g_t <= 0; other elements are not enlarged
+        match_update_rms: u_t is scaled to this RMS; where it is 0, it stays
         p_t = p_{t-1} - lr * (u_t + weight_decay * p_{t-1})
 
     The divisors make the weights of the gradients in n_t and v_t add up to 1.
@@ -65,6 +67,10 @@ def changed_update_(
     if cautious:
         for update, grad in zip(updates, grads, strict=True):
             update.mul_(update * grad > 0)
+    if match_update_rms is not None:
+        for update in updates:
+            norm = update.norm()
+            update.mul_(match_update_rms * math.sqrt(update.numel()) / norm.where(norm > 0, 1.0))
     torch._foreach_mul_(params, 1 - lr * weight_decay)
     torch._foreach_add_(params, updates, alpha=-lr)
 
@@ -74,6 +80,7 @@ class ChangedAdamW(Optimizer):
 
     Args:
         params: param groups; "cautious" and "nesterov" in each say which change is on.
+        match_update_rms: see `changed_update_`.
     """
 
     def __init__(
@@ -83,10 +90,12 @@ class ChangedAdamW(Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
+        match_update_rms: float | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0}
         super().__init__(params, defaults | {"cautious": False, "nesterov": False})
         self.num_steps = 0
+        self.match_update_rms = match_update_rms
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -113,6 +122,7 @@ class ChangedAdamW(Optimizer):
                 step=self.num_steps,
                 cautious=group["cautious"],
                 nesterov=group["nesterov"],
+                match_update_rms=self.match_update_rms,
             )
 
 
@@ -132,11 +142,20 @@ def build(variant: Variant, params_by_kind: dict[str, list[Tensor]], lr: float) 
         for kind, params in params_by_kind.items()
         if params  # a tied model has no head
     ]
-    betas = (BETA1, variant.beta2)
+    betas = (variant.beta1, variant.beta2)
+    matched = variant.match_update_rms
     if variant.family == "adams":
-        return AdamS(groups, lr=lr, betas=betas, eps=EPS)
-    if variant.cautious or variant.nesterov:
-        return ChangedAdamW(groups, lr=lr, betas=betas, eps=EPS)
+        return AdamS(
+            groups,
+            lr=lr,
+            betas=betas,
+            eps=EPS,
+            max_update_rms=variant.max_update_rms,
+            match_update_rms=matched,
+        )
+    assert variant.max_update_rms is None  # AdamW's stays below what AdamS's is cut to
+    if variant.cautious or variant.nesterov or matched is not None:
+        return ChangedAdamW(groups, lr=lr, betas=betas, eps=EPS, match_update_rms=matched)
     is_cuda = groups[0]["params"][0].is_cuda
     return AdamW(groups, lr=lr, betas=betas, eps=EPS, fused=is_cuda)
 
@@ -146,11 +165,12 @@ class Shadow:
 
     Args:
         params: the params of the run.
+        beta1: the run's.
         beta2: AdamW's.
     """
 
-    def __init__(self, params: Sequence[Tensor], beta2: float) -> None:
-        self.params, self.beta2, self.num_steps = params, beta2, 0
+    def __init__(self, params: Sequence[Tensor], beta1: float, beta2: float) -> None:
+        self.params, self.beta1, self.beta2, self.num_steps = params, beta1, beta2, 0
         self.exp_avg_sqs = [torch.zeros_like(param) for param in params]
 
     @torch.no_grad()
@@ -164,7 +184,7 @@ class Shadow:
     @torch.no_grad()
     def updates(self, optimizer: Optimizer) -> list[Tensor]:
         """Return what AdamW's last update would have been, with the run's own exp_avg."""
-        first, second = 1 - BETA1**self.num_steps, math.sqrt(1 - self.beta2**self.num_steps)
+        first, second = 1 - self.beta1**self.num_steps, math.sqrt(1 - self.beta2**self.num_steps)
         return [
             optimizer.state[param]["exp_avg"] / first / (square.sqrt() / second + EPS)
             for param, square in zip(self.params, self.exp_avg_sqs, strict=True)

@@ -190,7 +190,25 @@ def test_mask_and_numerator_act_on_all_parameters() -> None:
         assert len(optimizer.param_groups) == 3
         for group in optimizer.param_groups:
             assert group["cautious"] == variant.cautious and group["nesterov"] == variant.nesterov
-            assert tuple(group["betas"]) == (0.9, variant.beta2)
+            assert tuple(group["betas"]) == (variant.beta1, variant.beta2)
+
+
+def test_each_axis_changes_one_thing() -> None:
+    """Of AdamS and of AdamW alike, but for the cap, which AdamW's updates stay below."""
+    for variant in cpu_schedule.AXES:
+        plain = ADAMS if variant.family == "adams" else ADAMW
+        named = {"name": variant.name, "rates": variant.rates}
+        changed = {
+            key
+            for key, value in dataclasses.asdict(variant).items()
+            if value != dataclasses.asdict(dataclasses.replace(plain, **named))[key]
+        }
+        assert len(changed) == 1 and changed <= {"beta1", "max_update_rms", "match_update_rms"}
+        params = {"norms": [torch.ones(3, requires_grad=True)]}
+        optimizer = variants.build(variant, params, 0.5)
+        if variant.family == "adams":
+            assert optimizer.max_update_rms == variant.max_update_rms
+            assert optimizer.match_update_rms == variant.match_update_rms
 
 
 @pytest.fixture
@@ -267,6 +285,22 @@ def test_wrong_parts_are_refused(small_study: argparse.Namespace) -> None:
     small_study.parts = 99
     with pytest.raises(ValueError, match="--parts 99: must be from 1 to"):
         cpu_study.study(small_study)
+
+
+def test_a_ramp_takes_each_sequence_once(small_study: argparse.Namespace) -> None:
+    preset = lab_module.Preset(
+        "1x16", 1, 16, 2, seq_length=8, batch=2, min_steps=7, max_steps=7, max_eval_batches=2,
+        ramp=(1, 2, 4),
+    )  # fmt: skip
+    lab = lab_module.Lab(preset, small_study.data, torch.device("cpu"), cpu_schedule.VARIANTS)
+    assert lab.batches_of_steps("ramp", 7) == [1, 1, 1, 2, 2, 4, 4]
+    passed = []
+    sequences = lab._sequences
+    lab._sequences = lambda tokens, starts: passed.append(starts) or sequences(tokens, starts)
+    row, _ = lab.train(schedule.Run("ramp", "AdamS", 1e-2, 0), 7)
+    assert row["tokens"] == 15 * 2 * 8 and row["tokens_per_step"] == round(15 * 16 / 7)
+    trained = torch.cat(passed[:15])
+    assert torch.equal(trained, lab.batches(0, 15).flatten())
 
 
 def test_a_summary_of_nothing_says_what_is_missing(tmp_path: Path) -> None:
