@@ -34,10 +34,11 @@ def main() -> int:
     import megatron_adams
 
     megatron_adams.register()
-    from megatron_adams.megatron.training import job_flags, memory
+    from megatron_adams.megatron.training import job_flags
+    from megatron_adams.megatron.training.memory import job
 
     try:
-        plan = memory.count(
+        plan = job.count(
             request["flags"], request["num_ranks"], report=lambda line: answer(progress=line)
         )
     except job_flags.RefusedError as exc:

@@ -13,6 +13,9 @@ import torch
 
 from tests.distributed import cases
 
+MEMORY = "megatron_adams.megatron.training.memory"
+JOB_FLAGS = "megatron_adams.megatron.training.job_flags"
+
 
 def live(argv: str, base: str = cases.TINY_GPT, num_steps: int = 0) -> dict[str, Any]:
     """Run the example's script as far as Megatron's setup, or train, and count live tensors.
@@ -134,29 +137,28 @@ def _address(tensor: torch.Tensor) -> int:
 
 def plans(jobs: Sequence[tuple[Sequence[str], int]]) -> list[dict[str, Any]]:
     """The plans of jobs: (flags, ranks)."""
-    memory = importlib.import_module("megatron_adams.megatron.training.memory")
+    job = importlib.import_module(f"{MEMORY}.job")
     os.environ["LOCAL_WORLD_SIZE"] = "1"
-    return [memory.count(flags, num_ranks) for flags, num_ranks in jobs]
+    return [job.count(flags, num_ranks) for flags, num_ranks in jobs]
 
 
 def built_shapes(flags: Sequence[str], world_size: int) -> list[tuple[int, ...]]:
     """The shapes of the params of the first rank's planned model, in their order."""
-    memory = importlib.import_module("megatron_adams.megatron.training.memory")
-    args = memory.validated(flags, world_size)
-    modes, _ = memory.modes_of(args)
-    stage = memory.Stage(args, modes[:1], 0)
+    args = importlib.import_module(JOB_FLAGS).validated(flags, world_size)
+    modes, _ = importlib.import_module(f"{MEMORY}.modes").modes_of(args)
+    stage = importlib.import_module(f"{MEMORY}.stage").Stage(args, modes[:1], 0)
     return [tuple(p.shape) for chunk in stage.model for p in chunk.parameters()]
 
 
 def refusals(jobs: Sequence[tuple[Sequence[str], int]]) -> list[str | None]:
     """What each job is refused with, None where it is not."""
-    memory = importlib.import_module("megatron_adams.megatron.training.memory")
-    job_flags = importlib.import_module("megatron_adams.megatron.training.job_flags")
+    job = importlib.import_module(f"{MEMORY}.job")
+    job_flags = importlib.import_module(JOB_FLAGS)
     messages: list[str | None] = []
     for flags, num_ranks in jobs:
         try:
-            with patch.object(memory.Stage, "count", lambda stage, rank: {}):
-                memory.count(flags, num_ranks)
+            with patch.object(job.Stage, "count", lambda stage, rank: {}):
+                job.count(flags, num_ranks)
         except job_flags.RefusedError as exc:
             messages.append(str(exc))
         else:

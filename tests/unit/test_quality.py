@@ -466,8 +466,8 @@ def run_study(data: Path, out: Path, seconds: float, plan: int = 1) -> subproces
 def test_a_killed_study_goes_on_and_repeats_no_run(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     table = out / "quality.csv"
-    study = run_study(data, out, 100)
-    for _ in range(600):
+    study = run_study(data, out, 300)
+    for _ in range(1800):
         if table.exists() and len(table.read_text().splitlines()) > 3:
             break
         time.sleep(0.1)

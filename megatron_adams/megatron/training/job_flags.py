@@ -1,7 +1,7 @@
 """A job's flags as `megatron-adams plan` takes them: validated by Megatron, without its machine.
 
 What Megatron refuses is refused here with its own words, and what the plan cannot count with a
-remedy. Used by memory.py.
+remedy. Used by memory/.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Megatron's GPT layers as shapes: the params that a job's layers have, in their order.
 
-`memory.py` builds models of them to count bytes. The layers of --transformer-impl
+`memory/rank.py` builds models of them to count bytes. The layers of --transformer-impl
 transformer_engine need TransformerEngine, a GPU or both to be built; the modules here have their
 params alone (TransformerEngine 2.20, module/layernorm_linear.py, grouped_linear.py): the same
 shapes in the same order, which decides where Megatron's buckets end. Nothing here can run a
