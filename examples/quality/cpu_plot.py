@@ -20,6 +20,7 @@ from cpu_schedule import ADAMS, ADAMW, BATCH_SIZES, GPU_SETTINGS, MARGIN, SETTIN
 from cpu_study import RUNS
 from matplotlib.axes import Axes
 from schedule import Losses, Paired, Run, Variant, best_rate, is_at_edge, rates_of
+from shared.command import exit_code_of
 
 
 def settings_of(losses: Losses) -> list[str]:
@@ -231,16 +232,11 @@ def write(folder: Path) -> str:
 
 
 def main() -> int:
-    """Draw from the command line. Returns 2 if the user has to change something."""
+    """Draw from the command line. The exit codes are `exit_code_of`'s."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=Path, nargs="?", default=RUNS / "cpu", help="(%(default)s)")
     args = parser.parse_args()
-    try:
-        print(write(args.folder))
-    except ValueError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: print(write(args.folder)))
 
 
 if __name__ == "__main__":

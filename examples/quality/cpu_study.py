@@ -16,6 +16,7 @@ from pathlib import Path
 import cpu_schedule
 import results
 from cpu_schedule import PARTS, SETTINGS, VARIANTS, Setting
+from shared.command import exit_code_of
 
 RUNS = Path(__file__).resolve().parents[2] / "runs" / "quality"
 SEQ_LENGTH = 64
@@ -115,7 +116,7 @@ def model_name(setting: Setting) -> str:
 
 
 def main() -> int:
-    """Run the study from the command line. Returns 2 if the user has to change something."""
+    """Run the study from the command line. The exit codes are `exit_code_of`'s."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=RUNS / "cpu", help="results (%(default)s)")
     parser.add_argument("--data", type=Path, default=RUNS / "text", help="tokens (%(default)s)")
@@ -126,12 +127,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (%(default)s)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end before they are over")
     args = parser.parse_args()
-    try:
-        study(args)
-    except ValueError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: study(args))
 
 
 if __name__ == "__main__":

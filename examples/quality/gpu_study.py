@@ -17,6 +17,7 @@ from pathlib import Path
 import cpu_schedule
 import results
 import schedule
+from shared.command import exit_code_of
 
 # A rehearsal of the second plan has a fifth of its steps.
 REHEARSED_SHARE = 1 / 5
@@ -188,7 +189,7 @@ def _reporter(log: Path, started: float) -> Callable[[str], None]:
 
 
 def main() -> int:
-    """Run the study from the command line. Returns 2 if the user has to change something."""
+    """Run the study from the command line. The exit codes are `exit_code_of`'s."""
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder of prepare.py")
@@ -214,12 +215,7 @@ def main() -> int:
         help="compile the model with torch.compile; auto: on a GPU",
     )
     args = parser.parse_args()
-    try:
-        study(args, started)
-    except ValueError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: study(args, started))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from schedule import (
     Run,
     Variant,
 )
+from shared.command import exit_code_of
 
 ORDER = (ADAMW, ADAMS, *CANDIDATES, *CHANGED_ADAMW)
 # The colors are from Okabe and Ito's palette. A changed AdamW has the color of the AdamS with the
@@ -219,30 +220,34 @@ def summary(losses: Losses) -> str:
     return "\n".join([*lines, "", schedule.decide(losses), ""])
 
 
-def main() -> int:
-    """Draw from the command line. Returns 2 if the user has to change something."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("folder", type=Path, help="--out of gpu_study.py")
-    args = parser.parse_args()
-    try:
-        rows = results.read_rows(args.folder / "quality.csv")
-        if not rows:
-            raise ValueError(f"{args.folder}: must hold quality.csv with a run; run gpu_study.py")
-    except ValueError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
+def write(folder: Path) -> None:
+    """Write quality.png and summary.md beside the results, and print the summary.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    rows = results.read_rows(folder / "quality.csv")
+    if not rows:
+        raise ValueError(f"{folder}: must hold quality.csv with a run; run gpu_study.py")
     losses = results.losses_of(rows)
     first = rows[0]
     title = (
         f"{int(first['num_params']):,} parameters, {first['steps']} steps of "
         f"{int(first['tokens_per_step']):,} tokens in A; {first['device']}"
     )
-    curves = results.read_curves(args.folder / "curves.jsonl")
-    draw(losses, curves, title, args.folder / "quality.png")
+    curves = results.read_curves(folder / "curves.jsonl")
+    draw(losses, curves, title, folder / "quality.png")
     text = summary(losses)
-    (args.folder / "summary.md").write_text(text)
+    (folder / "summary.md").write_text(text)
     print(text)
-    return 0
+
+
+def main() -> int:
+    """Draw from the command line. The exit codes are `exit_code_of`'s."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("folder", type=Path, help="--out of gpu_study.py")
+    args = parser.parse_args()
+    return exit_code_of(lambda: write(args.folder))
 
 
 if __name__ == "__main__":

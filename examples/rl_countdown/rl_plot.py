@@ -27,6 +27,7 @@ from rl_results import (
     read_rows,
     results_of,
 )
+from shared.command import exit_code_of
 
 COLORS = {"AdamS": "#D55E00", "AdamW": "#000000"}
 # A step's reward is the mean over its few problems, so the curve is the mean of this many steps.
@@ -185,17 +186,16 @@ def write(folder: Path) -> None:
 
 
 def main() -> int:
-    """Draw from the command line. Returns 2 if the user has to change something."""
+    """Draw from the command line. The exit codes are `exit_code_of`'s."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=Path, help="--out of rl_study.py")
     args = parser.parse_args()
-    try:
+
+    def program() -> None:
         write(args.folder)
-    except ValueError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    print((args.folder / "summary.md").read_text())
-    return 0
+        print((args.folder / "summary.md").read_text())
+
+    return exit_code_of(program)
 
 
 if __name__ == "__main__":

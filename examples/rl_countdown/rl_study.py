@@ -37,6 +37,7 @@ from rl_results import (
     read_rows,
     results_of,
 )
+from shared.command import exit_code_of
 from transformers import LlamaForCausalLM
 
 transformers.utils.logging.disable_progress_bar()  # of loading a model
@@ -122,7 +123,7 @@ def plan_of(runs: list[Run]) -> Callable[[Results], Run | None]:
 
 
 def main() -> int:
-    """Run from the command line. Returns 2 if the user has to change something."""
+    """Run from the command line. The exit codes are `exit_code_of`'s."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--short", action="store_true", help="one seed and one rate, in fewer steps")
@@ -138,12 +139,7 @@ def main() -> int:
     preset, plan = FULL, next_run
     if args.short or args.tiny:
         preset, plan = SHORT if args.short else TINY, plan_of(FEW_RUNS)
-    try:
-        study(preset, plan, out, RUNS / name)
-    except ValueError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: study(preset, plan, out, RUNS / name))
 
 
 if __name__ == "__main__":
