@@ -378,7 +378,8 @@ def collapse_pages() -> None:
 
 
 def serve(path: Path) -> None:
-    """Serve each worker that connects, until the last one has gone."""
+    """Serve each worker that connects, until the last one has gone, or nobody has come."""
+    starter = os.getppid()
     with socket.socket(socket.AF_UNIX) as listener:
         os.chdir(path.parent)  # the address of a socket has at most 108 bytes
         # Under another name first: a worker that finds it can connect.
@@ -389,7 +390,7 @@ def serve(path: Path) -> None:
         listener.settimeout(0.5)
         servants: set[int] = set()
         has_served = False
-        while servants or not has_served:
+        while servants or (not has_served and os.getppid() == starter):
             with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
                 has_served = True
