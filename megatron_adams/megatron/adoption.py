@@ -92,10 +92,10 @@ def _warn_of_take_over(config: Any) -> None:
     log_single_rank(logger, logging.WARNING, words)
 
 
-def wrap_get_megatron_emerging_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_builder_of_others(original: Callable[..., Any]) -> Callable[..., Any]:
     """Say why adams comes here: by Megatron's own `get_megatron_optimizer`, in spite of ours."""
 
-    def get_megatron_emerging_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+    def build_other(config: Any, *args: Any, **kwargs: Any) -> Any:
         if asks_for_adams(config):
             raise RuntimeError(
                 f"optimizer={ADAMS!r} reached Megatron's own get_megatron_optimizer, which the "
@@ -105,7 +105,7 @@ def wrap_get_megatron_emerging_optimizer(original: Callable[..., Any]) -> Callab
             )
         return original(config, *args, **kwargs)
 
-    return get_megatron_emerging_optimizer
+    return build_other
 
 
 def adopt_built(optimizer: Any, config: Any) -> AdamSChainedOptimizer | AdamSFsdpOptimizer:

@@ -31,6 +31,7 @@ from megatron_adams.megatron.refusals import rates_refusal, refusal
 from megatron_adams.megatron.versions import (
     IDENTIFIER_KEYS,
     groups_as_given,
+    is_quantized,
     reset_param_sync_dispatch_state,
     set_groups,
     with_bucket_padding,
@@ -184,7 +185,7 @@ class AdamSDistributedOptimizer(FusedStepOptimizer):
                 "train the params of the run that saved it, or load the weights alone with "
                 "--no-load-optim",
             )
-        if self._is_distopt_quantized_param(model_param):
+        if is_quantized(self, model_param):
             return
         shard = self._get_model_param_range_map(model_param)["param"]
         weights = model_param.detach().view(-1)[shard.start : shard.end]

@@ -58,7 +58,7 @@ _RELIED_ON = (
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._copy_main_params_to_model_params", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._collect_main_grad_data_for_unscaling", ("self",)),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._get_model_param_range_map", ("self", "param")),
-    Symbol(f"{_DISTRIBUTED_OPTIMIZER}._is_distopt_quantized_param"),
+    Symbol("megatron.core.fp8_utils.is_float8tensor"),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}.sharded_param_state_fsdp_dtensor", ("self", "is_loading")),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._param_name", ("self", "param")),
     Symbol(f"{_DISTRIBUTED_OPTIMIZER}._param_groups_to_param2group_meta", ("self", "param_groups")),
@@ -130,7 +130,7 @@ _RELIED_ON_IN_TRAINING = (
 
 
 def _core_hooks() -> list[Hook]:
-    from megatron_adams.megatron import adoption, config, datasets, fsdp, fused_step
+    from megatron_adams.megatron import adoption, config, datasets, fsdp, fused_step, versions
 
     clip_grads = "megatron.core.optimizer.clip_grads"
     return [
@@ -139,8 +139,8 @@ def _core_hooks() -> list[Hook]:
             adoption.wrap_get_megatron_optimizer,
         ),
         Hook(
-            Symbol("megatron.core.optimizer._get_megatron_emerging_optimizer", ("config",)),
-            adoption.wrap_get_megatron_emerging_optimizer,
+            Symbol(versions.BUILDER_OF_OTHERS, ("config",)),
+            adoption.wrap_builder_of_others,
         ),
         Hook(
             Symbol("megatron.core.optimizer.OptimizerConfig.__post_init__", ("self",)),

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
+import megatron.core.optimizer
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.tensor_parallel import layers
@@ -38,13 +40,22 @@ _METHODS_WITH_ADAM_KEYS = (
 # What makes two param groups different to the scheduler. Megatron 0.18 compares other keys alone.
 _SCHEDULER_KEYS = ("max_lr", "min_lr", "start_wd", "end_wd")
 
+# Where Megatron builds what it does not know, "adams" too: from 0.18 on one of the emerging
+# optimizers, before any optimizer.
+_BUILDERS = ("_get_megatron_emerging_optimizer", "_get_megatron_optimizer_based_on_param_groups")
+
 _HAS_STATE_KEYS = hasattr(DistributedOptimizer, "optimizer_state_keys")
 _HAS_DISPATCH_RESET = hasattr(DistributedDataParallel, "reset_param_sync_dispatch_state")
 _TAKES_EXPERT_GROUP = (
     "expert_tp_group"
     in inspect.signature(tensor_parallel.param_is_not_tensor_parallel_duplicate).parameters
 )
+_HAS_EMERGING = hasattr(megatron.core.optimizer, _BUILDERS[0])
+_GROUPS_QUANTIZED = hasattr(DistributedOptimizer, "_is_distopt_quantized_param")
 _COMPARES_RATES = set(_SCHEDULER_KEYS) <= set(param_group_identifier_keys)
+
+BUILDER_OF_OTHERS = f"megatron.core.optimizer.{_BUILDERS[0 if _HAS_EMERGING else 1]}"
+"""The function that gets a configuration for adams which the plugin has not seen before it."""
 
 IDENTIFIER_KEYS: tuple[str, ...] = (
     *param_group_identifier_keys,
@@ -60,6 +71,8 @@ def describe_differences() -> list[str]:
         "dispatch reset": not _HAS_DISPATCH_RESET,
         "expert groups": not _TAKES_EXPERT_GROUP,
         "group identity": not _COMPARES_RATES,
+        "emerging optimizers": not _HAS_EMERGING,
+        "quantized groups": not _GROUPS_QUANTIZED,
         "bucket padding": not counts_bucket_padding(),
     }
     return [name for name, is_different in found.items() if is_different]
@@ -113,6 +126,13 @@ def reset_param_sync_dispatch_state(model_chunk: DistributedDataParallel) -> Non
     for bucket_group in model_chunk.bucket_groups + model_chunk.expert_parallel_bucket_groups:
         assert bucket_group.param_gather_handle is None, "an all-gather of params is under way"
         bucket_group.param_gather_dispatched = False
+
+
+def is_quantized(part: DistributedOptimizer, param: Tensor) -> bool:
+    """Whether a model's param is kept in fp8, alone or, which came with 0.18, as one of a group."""
+    if _GROUPS_QUANTIZED:
+        return bool(part._is_distopt_quantized_param(param))
+    return bool(is_float8tensor(param))
 
 
 def tp_group_of(part: Any, param: Tensor) -> Any:

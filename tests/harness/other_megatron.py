@@ -10,6 +10,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
 
 def install() -> None:
     """Complete the installed Megatron. Nothing is done where nothing is missing."""
@@ -20,9 +22,66 @@ def install() -> None:
     if hasattr(argument_utils, "gpt_config_from_args"):
         return
     argument_utils.gpt_config_from_args = lambda args: None
-    utils.get_batch_on_this_tp_rank = _with_older_names(utils.get_batch_on_this_tp_rank)
-    pretrain = _building_by_a_function(training.pretrain)
+    if hasattr(utils, "get_batch_on_this_tp_rank"):
+        utils.get_batch_on_this_tp_rank = _with_older_names(utils.get_batch_on_this_tp_rank)
+        pretrain = _building_by_a_function(training.pretrain)
+    else:
+        _install_for_0_17()
+        pretrain = _without_container(training.pretrain)
     megatron.training.pretrain = training.pretrain = pretrain
+
+
+def _install_for_0_17() -> None:
+    """Complete Megatron 0.17, where `pretrain` reads the command line itself."""
+    from megatron.core import utils
+    from megatron.training import argument_utils, arguments
+    from megatron.training import utils as training_utils
+
+    # Not validated: `pretrain` reads them again, and validates.
+    arguments.parse_and_validate_args = arguments.parse_args
+    argument_utils.pretrain_cfg_container_from_args = lambda args, model: None
+    utils.get_batch_on_this_tp_rank = _from_an_iterator(training_utils.get_batch_on_this_tp_rank)
+    utils.get_batch_on_this_cp_rank = _of_one_kind(utils.get_batch_on_this_cp_rank)
+
+
+def _without_container(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's `pretrain` of 0.17, which has no container of configurations either.
+
+    Up to 0.17 a virtual stage frees its output while gloo still sends it (pull request 4047): the
+    next stage reads NaN or other numbers, with any optimizer. So nothing is freed here.
+    """
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        model = build_gpt(*args, **kwargs)
+        model.config.deallocate_pipeline_outputs = False
+        return model
+
+    def pretrain(
+        container: Any, datasets: Callable[..., Any], model_type: Any, forward_step: Any
+    ) -> Any:
+        return original(datasets, build, model_type, forward_step)
+
+    return pretrain
+
+
+def _from_an_iterator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's get_batch_on_this_tp_rank of 0.17, which takes a batch from its iterator."""
+
+    def get_batch_on_this_tp_rank(batch: Any, **others: Any) -> Any:
+        received = original(iter([batch]))
+        return {key: received[key] for key in BATCH_KEYS}
+
+    return get_batch_on_this_tp_rank
+
+
+def _of_one_kind(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's get_batch_on_this_cp_rank of 0.17, where the other kind has its own function."""
+
+    def get_batch_on_this_cp_rank(batch: Any, is_hybrid_cp: bool = False, **others: Any) -> Any:
+        assert not is_hybrid_cp, "the script refuses --hybrid-context-parallel"
+        return original(batch, **others)
+
+    return get_batch_on_this_cp_rank
 
 
 def _building_by_a_function(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -244,11 +244,13 @@ def wrap_get_megatron_optimizer_config(original: Callable[..., Any]) -> Callable
             return original(args)
         # Megatron's OptimizerConfig takes precisions for adam alone, with TransformerEngine.
         plain = copy.copy(args)
-        vars(plain).update(NO_PRECISION)
+        # Up to 0.17 it refuses names that it does not know.
+        vars(plain).update(NO_PRECISION, optimizer="adam")
         config, overrides = original(plain)
         own = _own(args)
         config = AdamSOptimizerConfig.from_config(
             config,
+            optimizer=ADAMS,
             **{name: getattr(args, name, False) for name in _SCHEDULER_FLAGS},
             store_param_remainders=not own.pop("adams_no_param_remainders"),
             **own,
