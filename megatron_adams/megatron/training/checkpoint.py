@@ -9,7 +9,8 @@ what adams saved.
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +28,9 @@ from megatron_adams.checkpoint import (
     saved_arguments,
     unfit_for_adams,
 )
-from megatron_adams.megatron.callers import bound, global_arguments, saves_as_adams
+from megatron_adams.megatron.callers import bound, global_arguments, is_adams, saves_as_adams
 from megatron_adams.megatron.fsdp import AdamSFsdpOptimizer
-from megatron_adams.megatron.names import ADAMS, FSDP_FORMAT
+from megatron_adams.megatron.names import ADAMS, FSDP_FORMAT, rates_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         given = bound(original, args, kwargs)
         optimizer = given.get("optimizer")
         settings = global_arguments(checkpointing.get_args)
+        is_overridden = getattr(settings, "override_opt_param_scheduler", False)
         load_dir = getattr(settings, given.get("load_arg", "load"), None)
         # Non-persistent checkpoints have a manager of their own, which checks them.
         if load_dir is not None and saves_as_adams(optimizer):
@@ -96,9 +98,30 @@ def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         elif load_dir is not None and optimizer is not None and torch.distributed.is_initialized():
             settings = _loading(settings)
             _on_rank_0(lambda: refuse_adams_checkpoint(Path(load_dir), settings))
-        return original(*args, **kwargs)
+        if not (is_overridden and is_adams(optimizer)):
+            return original(*args, **kwargs)
+        with own_rates_kept(optimizer, given.get("opt_param_scheduler")):
+            return original(*args, **kwargs)
 
     return load_checkpoint
+
+
+@contextmanager
+def own_rates_kept(optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """Let every param group have the learning rates that it was built with after a load.
+
+    With --override-opt_param-scheduler, Megatron's main gives --lr to the groups of --decoupled-lr,
+    too: it asks for a mark of these groups that it never sets (load_checkpoint, d98e8a64dd).
+    """
+    own = [rates_of(group) for group in optimizer.param_groups]
+    yield
+    groups = optimizer.param_groups
+    if [rates_of(group) for group in groups] == own:
+        return
+    for group, rates in zip(groups, own, strict=True):
+        group.update({key: rate for key, rate in rates.items() if rate is not None})
+    if scheduler is not None:
+        scheduler.step(increment=0)
 
 
 # Megatron's arguments that say what is loaded, and what they are where a caller has left them out.
