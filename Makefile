@@ -99,7 +99,7 @@ test-versions: $(if $(MEGATRON),,$(VERSIONS:%=$(VENV)/megatron/%/.complete))  ##
 	    $(RUN) -m pytest $(PARALLEL) $(VERSION_TESTS) $(ARGS) || exit 1; \
 	done
 
-test-frameworks: $(FRAMEWORKS:%=$(VENV)/frameworks/%/.complete) $(OLDEST)  ## AdamS in DeepSpeed, verl and others
+test-frameworks: $(FRAMEWORKS:%=$(VENV)/frameworks/%/.complete) $(VERSIONS:%=$(VENV)/megatron/%/.complete)  ## AdamS in DeepSpeed, verl and others
 	$(RUN) -m pytest $(PARALLEL) tests/frameworks $(ARGS)
 
 lint: $(SETUP)

@@ -16,7 +16,8 @@ from megatron.core.utils import log_single_rank
 from typing_extensions import Self
 
 from megatron_adams.megatron.names import ADAMS, DEFAULT_BETA2, KERNELS
-from megatron_adams.megatron.refusals import check_config, check_values
+from megatron_adams.megatron.refusals import check_config, check_values, graph_version_refusal
+from megatron_adams.megatron.versions import CAPTURES_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
     adams_nesterov: bool = False
     """Let the numerator of updates look ahead by one step."""
 
+    optimizer_cuda_graph: bool = False
+    """Megatron's own field, which came with 0.17: capture the optimizer's step."""
+
     override_opt_param_scheduler: bool = False
     """Load a checkpoint that was saved at other learning rates; Megatron's flag of this name."""
 
@@ -89,6 +93,8 @@ class AdamSOptimizerConfig(OptimizerConfig):
         Raises:
             ValueError: two fields contradict each other, or one asks for what adams has not.
         """
+        if self.optimizer_cuda_graph and not CAPTURES_STEPS:
+            raise graph_version_refusal()
         # Before Megatron's own checks, which name other flags.
         check_config(self)
         post_init_as_adams(self, OptimizerConfig.__post_init__)

@@ -13,10 +13,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
 from megatron_adams.megatron.refusals import GRAPH_FLAG, refusal
+from megatron_adams.megatron.versions import norm_is_read
 from megatron_adams.optimizer import SWITCHES, AdamS
 
 # The numbers that a step takes from a param group. A graph repeats those of the capture.
@@ -60,7 +60,7 @@ def norm_on_device(is_graph: bool) -> Iterator[None]:
 
     With TransformerEngine, Megatron's own functions keep the norm on the device.
     """
-    stays = is_graph and clip_grads.multi_tensor_scale_tensor_impl is None
+    stays = is_graph and norm_is_read()
     token = _norm_stays.set(stays)
     try:
         yield

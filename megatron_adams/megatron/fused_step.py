@@ -77,7 +77,8 @@ class FusedStepOptimizer(ExpAvgOptimizer):
         """Return why Megatron's own pass must write the model params, or None."""
         if self.has_main_params_inside():
             return None
-        if self.ddp_config.fp8_param_gather or self.ddp_config.fp4_param_gather:
+        # 4 bits came with 0.17.
+        if self.ddp_config.fp8_param_gather or getattr(self.ddp_config, "fp4_param_gather", False):
             return "the model params are quantized from the main params"
         return None
 

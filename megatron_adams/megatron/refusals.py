@@ -257,7 +257,7 @@ def check_offloaded_model(config: Any, ddp_config: Any) -> None:
         ValueError: naming the setting.
     """
     for name in ("fp8_param_gather", "fp4_param_gather"):
-        if config.optimizer_cpu_offload and getattr(ddp_config, name):
+        if config.optimizer_cpu_offload and getattr(ddp_config, name, False):
             rule = "not supported, the CPU has no copies of quantized params"
             raise refusal(f"--optimizer-cpu-offload with {name}", rule, _ONE_OF_TWO)
 
@@ -328,7 +328,7 @@ def _check_shadow(config: Any) -> None:
         raise refusal(
             _with_adams(given), "must be in (0, 1), AdamW's beta2", "give AdamW's --adam-beta2"
         )
-    if config.optimizer_cuda_graph:
+    if getattr(config, "optimizer_cuda_graph", False):
         rule = "a CUDA graph would repeat the first step's bias correction"
         raise refusal(f"{given} with {GRAPH_FLAG}", rule, _ONE_OF_TWO)
     if config.optimizer_cpu_offload:
@@ -410,9 +410,18 @@ def _graph_refusal(given: str, rule: str, remedy: str) -> ValueError:
     return refusal(f"{given} with {GRAPH_FLAG}", rule, remedy)
 
 
+def graph_version_refusal() -> ValueError:
+    """The error of a Megatron that has no such field (up to 0.16)."""
+    return refusal(
+        "optimizer_cuda_graph=True",
+        "this Megatron captures no optimizer step",
+        "leave it out, or install megatron-core 0.17 or newer",
+    )
+
+
 def _check_graph(config: Any) -> None:
     """Refuse what a replay cannot follow, as far as a configuration shows it."""
-    if not config.optimizer_cuda_graph:
+    if not getattr(config, "optimizer_cuda_graph", False):
         return
     on_host = (
         "the host reads on each step whether it overflowed, which a CUDA graph cannot wait for"
@@ -434,7 +443,7 @@ def _check_graph(config: Any) -> None:
 
 def _check_graph_arguments(args: Namespace) -> None:
     """Refuse what a replay cannot follow, of Megatron's other arguments."""
-    if not args.optimizer_cuda_graph:
+    if not getattr(args, "optimizer_cuda_graph", False):
         return
     if args.start_weight_decay != args.end_weight_decay:
         raise _graph_refusal(
@@ -463,17 +472,18 @@ def check_graph_model(config: Any, ddp_config: Any) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    if not config.optimizer_cuda_graph:
+    if not getattr(config, "optimizer_cuda_graph", False):
         return
     for name in ("fp8_param_gather", "fp4_param_gather"):
-        if getattr(ddp_config, name):
+        if getattr(ddp_config, name, False):
             rule = "not supported, the params are quantized behind the step"
             raise _graph_refusal(name, rule, _ONE_OF_TWO)
     if ddp_config.use_megatron_fsdp:
         raise _graph_refusal("use_megatron_fsdp", "not supported", "use use_distributed_optimizer")
-    if math.isfinite(config.grad_norm_skip_threshold):
+    threshold = getattr(config, "grad_norm_skip_threshold", math.inf)
+    if math.isfinite(threshold):
         raise _graph_refusal(
-            f"grad_norm_skip_threshold={config.grad_norm_skip_threshold}",
+            f"grad_norm_skip_threshold={threshold}",
             "the host decides by the norm of each step, which a CUDA graph cannot wait for",
             f"must be inf, or {_ONE_OF_TWO}",
         )
@@ -512,7 +522,9 @@ def check_fsdp_model(config: Any, model_chunks: Sequence[Any]) -> None:
             "must be one, its device mesh has no pipeline stages",
             "build the model in one chunk",
         )
-    is_decoupled = model_chunks[0].ddp_config.megatron_fsdp_use_decoupled_grad
+    is_decoupled = getattr(model_chunks[0].ddp_config, "megatron_fsdp_use_decoupled_grad", None)
+    if is_decoupled is None:
+        raise _fsdp_too_old()
     if is_decoupled != config.use_precision_aware_optimizer:
         raise refusal(
             f"megatron_fsdp_use_decoupled_grad={is_decoupled} in the model's ddp_config with "
@@ -530,8 +542,18 @@ def _fsdp_version_refusal(given: str) -> ValueError:
     return refusal(given, "must be 1, the other's optimizer is another class", "give 1")
 
 
+def _fsdp_too_old() -> ValueError:
+    return refusal(
+        _with_adams("--use-megatron-fsdp"),
+        "this version of Megatron-FSDP keeps gradients in another way, and was not run",
+        "use --use-distributed-optimizer, or install megatron-core 0.18 or newer",
+    )
+
+
 def _check_fsdp_arguments(args: Namespace) -> None:
     """Refuse flags that Megatron-FSDP contradicts, or drops without a word."""
+    if not hasattr(args, "megatron_fsdp_main_params_dtype"):
+        raise _fsdp_too_old()
     # Up to 0.19 there is one version, and no flag.
     if (version := getattr(args, "megatron_fsdp_version", 1)) != 1:
         raise _fsdp_version_refusal(_with_adams(f"--megatron-fsdp-version {version}"))

@@ -70,7 +70,6 @@ _RELIED_ON = (
     Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.zero_grad", ("self", "set_to_none")),
     Symbol(f"{_OPTIMIZERS}.ChainedOptimizer.grads_states_parallel_group_is_shared", ("self",)),
     Symbol(f"{_OPTIMIZERS}.ChainedOptimizer._synchronize_steps", ("self",)),
-    Symbol("megatron.core.optimizer.clip_grads.multi_tensor_scale_tensor_impl"),
     Symbol(f"{_OPTIMIZERS}.param_group_identifier_keys"),
     Symbol("megatron.core.dist_checkpointing.mapping.ShardedTensor"),
     Symbol(f"{_DDP}.start_param_sync", ("self",)),
@@ -112,10 +111,7 @@ _RELIED_ON = (
     Symbol("megatron.core.utils.log_single_rank"),
     Symbol("megatron.core.dist_checkpointing.load_common_state_dict", ("checkpoint_dir",)),
     Symbol("megatron.core.dist_checkpointing.load_content_metadata"),
-    Symbol(
-        "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
-        "._persistent_process"
-    ),
+    Symbol("megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"),
 )
 
 # The same for megatron.training.
@@ -172,6 +168,7 @@ def _core_hooks() -> list[Hook]:
 
 
 def _training_hooks() -> list[Hook]:
+    from megatron_adams.megatron import versions
     from megatron_adams.megatron.training import arguments, async_save, checkpoint, log
 
     training = "megatron.training"
@@ -228,8 +225,8 @@ def _training_hooks() -> list[Hook]:
             checkpoint.wrap_save_checkpoint,
         ),
         Hook(
-            Symbol(f"{training}.async_utils.init_persistent_async_worker", ("rank", "mp_mode")),
-            async_save.wrap_init_persistent_async_worker,
+            Symbol(*versions.STARTER_OF_WORKER),
+            async_save.wrap_starter_of_worker,
         ),
     ]
 

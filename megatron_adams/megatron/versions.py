@@ -6,6 +6,7 @@ not from its number: fixes are backported, and a checkout has the number of a ve
 Imports megatron.core alone.
 """
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -19,9 +20,10 @@ import megatron.core.optimizer
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import is_float8tensor
-from megatron.core.optimizer import DistributedOptimizer
+from megatron.core.optimizer import DistributedOptimizer, OptimizerConfig, clip_grads
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
@@ -57,6 +59,23 @@ _COMPARES_RATES = set(_SCHEDULER_KEYS) <= set(param_group_identifier_keys)
 BUILDER_OF_OTHERS = f"megatron.core.optimizer.{_BUILDERS[0 if _HAS_EMERGING else 1]}"
 """The function that gets a configuration for adams which the plugin has not seen before it."""
 
+CAPTURES_STEPS = "optimizer_cuda_graph" in {f.name for f in dataclasses.fields(OptimizerConfig)}
+"""Whether this Megatron can capture an optimizer's step in a CUDA graph. It came with 0.17."""
+
+STARTS_WORKER_FIRST = hasattr(PersistentAsyncCaller, "_persistent_process")
+"""Whether the persistent checkpoint worker is started before the first save, and once a process."""
+
+STARTER_OF_WORKER: tuple[str, tuple[str, ...]] = (
+    ("megatron.training.async_utils.init_persistent_async_worker", ("rank", "mp_mode"))
+    if STARTS_WORKER_FIRST
+    else (
+        "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
+        ".schedule_async_call",
+        ("self", "async_req"),
+    )
+)
+"""What starts that worker, up to 0.16 the first save, and its parameters."""
+
 IDENTIFIER_KEYS: tuple[str, ...] = (
     *param_group_identifier_keys,
     *(key for key in _SCHEDULER_KEYS if key not in param_group_identifier_keys),
@@ -73,6 +92,8 @@ def describe_differences() -> list[str]:
         "group identity": not _COMPARES_RATES,
         "emerging optimizers": not _HAS_EMERGING,
         "quantized groups": not _GROUPS_QUANTIZED,
+        "captured steps": not CAPTURES_STEPS,
+        "checkpoint worker": not STARTS_WORKER_FIRST,
         "bucket padding": not counts_bucket_padding(),
     }
     return [name for name, is_different in found.items() if is_different]
@@ -224,6 +245,22 @@ class _NoThreshold:
     def __lt__(self, norm: object) -> bool:
         # `norm > threshold`: torch leaves the comparison with what is no number to the other side.
         return False
+
+
+def norm_is_read() -> bool:
+    """Whether Megatron's grad norm is a number of the host's, for which a step waits."""
+    return getattr(clip_grads, "multi_tensor_scale_tensor_impl", None) is None
+
+
+def worker_of(caller: Any = None) -> Any:
+    """Return the persistent checkpoint worker, None if there is none.
+
+    Args:
+        caller: the PersistentAsyncCaller; needed where each has a worker of its own (up to 0.16).
+    """
+    if STARTS_WORKER_FIRST:
+        return PersistentAsyncCaller._persistent_process
+    return caller.process
 
 
 @contextmanager

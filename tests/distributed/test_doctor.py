@@ -90,7 +90,7 @@ def judged(found: dict[str, Any], **answer: Any) -> dict[str, Status]:
     """The checks that the doctor makes of an answer."""
     whole = {
         "version": "0.19.2",
-        "supported": ">=0.18,<0.20",
+        "supported": ">=0.17,<0.21",
         "refused": None,
         "transformer_engine": "missing",
         "apex": "missing",
@@ -122,4 +122,4 @@ def test_unknown_flags_and_other_optimizers_are_told_of(cluster: Cluster) -> Non
 def test_package_that_megatron_passes_over_in_silence_is_told_of() -> None:
     statuses = judged({"refused": "no"}, transformer_engine="OSError: undefined symbol")
     assert statuses["megatron.transformerengine"] is Status.PROBLEM
-    assert judged({"refused": "no"}, refused="0.18")["megatron.import"] is Status.PROBLEM
+    assert judged({"refused": "no"}, refused="0.16")["megatron.import"] is Status.PROBLEM

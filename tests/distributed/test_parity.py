@@ -121,7 +121,8 @@ def test_expert_layout_matches_single_process(
     cluster: Cluster, experts: Reference, tmp_path: Path, layout: str
 ) -> None:
     num_ranks, flags = MOE_LAYOUTS[layout]
-    base = f"{COMMON} {MOE} {flags} --use-distributed-optimizer"
+    # A step draws nothing, and 0.16 loads no generators at another expert parallel size.
+    base = f"{COMMON} {MOE} {flags} --use-distributed-optimizer --no-load-rng"
     run = cluster.run(TRAIN, num_ranks, argv=_resumed(base, experts.start, tmp_path))
     np.testing.assert_allclose(run.results[-1]["losses"], experts.losses, rtol=1e-5)
     saved = cluster.run(LOAD, 1, checkpoint=_iteration(tmp_path)).results[0]

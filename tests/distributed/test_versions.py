@@ -111,7 +111,16 @@ def test_oldest_version_saves_what_lies_behind_padded_buckets(
     assert all(torch.equal(saved[key], tensor) for key, tensor in live.items())
 
 
+def test_oldest_version_refuses_megatron_fsdp(oldest_cluster: Cluster) -> None:
+    argv = "--optimizer adams --use-megatron-fsdp --ckpt-format fsdp_dtensor --train-iters 1"
+    run = oldest_cluster.run(TRAIN, 2, argv=argv, check=False)
+    words = "--use-megatron-fsdp with --optimizer adams: this version of Megatron-FSDP keeps"
+    assert run.codes == [1, 1]
+    assert all(f"ValueError: {words}" in log for log in run.logs)
+
+
 def test_oldest_version_is_the_oldest_supported_one(oldest_cluster: Cluster) -> None:
     version = oldest_cluster.run(f"{CASES}:differences").results[0]["version"]
-    oldest = min(documented_differences(), key=lambda name: [int(n) for n in name.split(".")])
-    assert version.startswith(f"{oldest}.")
+    hooks = (REPO / "megatron_adams" / "megatron" / "hooks.py").read_text()
+    oldest = re.findall(r'^SUPPORTED_MEGATRON = ">=([0-9.]+),<[0-9.]+"$', hooks, re.MULTILINE)
+    assert oldest == [".".join(version.split(".")[:2])]

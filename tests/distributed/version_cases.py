@@ -28,6 +28,13 @@ def has(flag: str | None = None, attribute: str | None = None) -> bool:
     return str(attribute) in inspect.getsource(optimizer)
 
 
+def is_megatron_fsdp_stepped() -> bool:
+    """Whether adams takes this Megatron's FSDP. Up to 0.17 it is refused."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    return hasattr(DistributedDataParallelConfig(), "megatron_fsdp_use_decoupled_grad")
+
+
 def save_with_the_padding_of_another_version(argv: str) -> list[dict[str, Any]]:
     """`train_and_place`, with buckets' padding handled as this Megatron does not want it."""
     from megatron_adams.megatron import versions

@@ -5,7 +5,10 @@ calls, `install` puts one there that does the same with the means of that versio
 older Megatron has that version's own pretrain_gpt.py in its place.
 """
 
+import importlib.util
 import inspect
+import multiprocessing
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -32,16 +35,38 @@ def install() -> None:
 
 
 def _install_for_0_17() -> None:
-    """Complete Megatron 0.17, where `pretrain` reads the command line itself."""
+    """Complete Megatron 0.17 or 0.16, where `pretrain` reads the command line itself."""
     from megatron.core import utils
     from megatron.training import argument_utils, arguments
     from megatron.training import utils as training_utils
 
+    place = "megatron.core.tokenizers.{}utils.build_tokenizer"
+    if importlib.util.find_spec(place.format("").rpartition(".")[0]) is None:
+        # 0.16 has it one folder deeper.
+        sys.modules[place.format("")] = importlib.import_module(place.format("text."))
+        _name_results_queue()
+        # 0.16 defines it with TransformerEngine alone, and asks for it in any case.
+        moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+        moe_utils.te_general_gemm = None
     # Not validated: `pretrain` reads them again, and validates.
     arguments.parse_and_validate_args = arguments.parse_args
     argument_utils.pretrain_cfg_container_from_args = lambda args, model: None
     utils.get_batch_on_this_tp_rank = _from_an_iterator(training_utils.get_batch_on_this_tp_rank)
     utils.get_batch_on_this_cp_rank = _of_one_kind(utils.get_batch_on_this_cp_rank)
+
+
+def _name_results_queue() -> None:
+    """Give the queue of a save's results the name and the argument that it has from 0.17 on."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as module
+
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        if module._results_queue is None:
+            module._results_queue = multiprocessing.get_context(mp_mode).Manager().Queue()
+        return module._results_queue
+
+    module.get_write_results_queue = get_write_results_queue
+    # By its module's name: the tests replace it there.
+    module._get_write_results_queue = lambda: module.get_write_results_queue()
 
 
 def _without_container(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +93,8 @@ def _from_an_iterator(original: Callable[..., Any]) -> Callable[..., Any]:
     """Megatron's get_batch_on_this_tp_rank of 0.17, which takes a batch from its iterator."""
 
     def get_batch_on_this_tp_rank(batch: Any, **others: Any) -> Any:
-        received = original(iter([batch]))
+        given = {key: tensor for key, tensor in batch.items() if tensor is not None}
+        received = original(iter([given]))
         return {key: received[key] for key in BATCH_KEYS}
 
     return get_batch_on_this_tp_rank

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
 from megatron_adams.megatron.callers import asks_for_adams, global_arguments
+from megatron_adams.megatron.versions import STARTS_WORKER_FIRST, worker_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,30 +22,45 @@ _CLOSE_TIMEOUT_S = 5.0
 """A worker that was told to end is forgotten by its caller within milliseconds."""
 
 
-def wrap_init_persistent_async_worker(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Watch the worker that is started, from now on."""
+_START_POLL_S = 0.1
 
-    def init_persistent_async_worker(*args: Any, **kwargs: Any) -> Any:
+
+def wrap_starter_of_worker(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Watch the worker that is started, from its start on.
+
+    Args:
+        original: versions.py:STARTER_OF_WORKER; a method has the worker's caller for its `self`.
+    """
+
+    def start(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import async_utils
 
-        outcome = original(*args, **kwargs)
         settings = global_arguments(async_utils.get_args)
-        # The worker of the other strategy, nvrx, is nvidia-resiliency-ext's own.
-        is_megatrons = getattr(settings, "async_strategy", None) == "mcore"
-        if asks_for_adams(settings) and is_megatrons:
-            worker = PersistentAsyncCaller._persistent_process
-            threading.Thread(
-                target=_watch, args=(worker,), name="checkpoint worker watch", daemon=True
-            ).start()
+        # The worker of the other strategy, nvrx, is nvidia-resiliency-ext's own. Up to 0.16 there
+        # is the one, and no flag.
+        is_megatrons = getattr(settings, "async_strategy", "mcore") == "mcore"
+        caller = args[0] if args else None
+        if not (asks_for_adams(settings) and is_megatrons and worker_of(caller) is None):
+            return original(*args, **kwargs)
+        watch = threading.Thread(
+            target=_watch, args=(caller,), name="checkpoint worker watch", daemon=True
+        )
+        if not STARTS_WORKER_FIRST:
+            watch.start()  # The save that starts it waits for it, too.
+            return original(*args, **kwargs)
+        outcome = original(*args, **kwargs)
+        watch.start()  # The worker may be forked, which is to be done with no thread.
         return outcome
 
-    return init_persistent_async_worker
+    return start
 
 
-def _watch(worker: Any) -> None:
+def _watch(caller: Any) -> None:
+    while (worker := worker_of(caller)) is None:
+        time.sleep(_START_POLL_S)
     wait([worker.sentinel])
     time.sleep(_CLOSE_TIMEOUT_S)
-    if PersistentAsyncCaller._persistent_process is not worker:
+    if worker_of(caller) is not worker:
         return  # Ended by its caller.
     logger.error(
         "the checkpoint worker (pid %d) died with exit code %s and its save is lost: stopping "
