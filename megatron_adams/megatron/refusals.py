@@ -524,7 +524,7 @@ def check_fsdp_model(config: Any, model_chunks: Sequence[Any]) -> None:
         )
     is_decoupled = getattr(model_chunks[0].ddp_config, "megatron_fsdp_use_decoupled_grad", None)
     if is_decoupled is None:
-        raise _fsdp_too_old()
+        raise fsdp_too_old()
     if is_decoupled != config.use_precision_aware_optimizer:
         raise refusal(
             f"megatron_fsdp_use_decoupled_grad={is_decoupled} in the model's ddp_config with "
@@ -542,7 +542,8 @@ def _fsdp_version_refusal(given: str) -> ValueError:
     return refusal(given, "must be 1, the other's optimizer is another class", "give 1")
 
 
-def _fsdp_too_old() -> ValueError:
+def fsdp_too_old() -> ValueError:
+    """The error of a Megatron-FSDP that cannot be told how to keep gradients (up to 0.17)."""
     return refusal(
         _with_adams("--use-megatron-fsdp"),
         "this version of Megatron-FSDP keeps gradients in another way, and was not run",
@@ -552,8 +553,6 @@ def _fsdp_too_old() -> ValueError:
 
 def _check_fsdp_arguments(args: Namespace) -> None:
     """Refuse flags that Megatron-FSDP contradicts, or drops without a word."""
-    if not hasattr(args, "megatron_fsdp_main_params_dtype"):
-        raise _fsdp_too_old()
     # Up to 0.19 there is one version, and no flag.
     if (version := getattr(args, "megatron_fsdp_version", 1)) != 1:
         raise _fsdp_version_refusal(_with_adams(f"--megatron-fsdp-version {version}"))

@@ -21,7 +21,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import DistributedOptimizer, OptimizerConfig, clip_grads
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
@@ -58,6 +58,11 @@ _COMPARES_RATES = set(_SCHEDULER_KEYS) <= set(param_group_identifier_keys)
 
 BUILDER_OF_OTHERS = f"megatron.core.optimizer.{_BUILDERS[0 if _HAS_EMERGING else 1]}"
 """The function that gets a configuration for adams which the plugin has not seen before it."""
+
+TAKES_FSDP = "megatron_fsdp_use_decoupled_grad" in {
+    field.name for field in dataclasses.fields(DistributedDataParallelConfig)
+}
+"""Whether Megatron-FSDP can be told how to keep gradients. adams was run with such a one alone."""
 
 CAPTURES_STEPS = "optimizer_cuda_graph" in {f.name for f in dataclasses.fields(OptimizerConfig)}
 """Whether this Megatron can capture an optimizer's step in a CUDA graph. It came with 0.17."""

@@ -30,9 +30,9 @@ def has(flag: str | None = None, attribute: str | None = None) -> bool:
 
 def is_megatron_fsdp_stepped() -> bool:
     """Whether adams takes this Megatron's FSDP. Up to 0.17 it is refused."""
-    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron_adams.megatron.versions import TAKES_FSDP
 
-    return hasattr(DistributedDataParallelConfig(), "megatron_fsdp_use_decoupled_grad")
+    return TAKES_FSDP
 
 
 def save_with_the_padding_of_another_version(argv: str) -> list[dict[str, Any]]:

@@ -33,9 +33,11 @@ from megatron_adams.megatron.refusals import (
     check_arguments,
     check_own_flags,
     exp_avg_sq_refusal,
+    fsdp_too_old,
     yaml_refusal,
 )
 from megatron_adams.megatron.training import gpu_memory
+from megatron_adams.megatron.versions import TAKES_FSDP
 from megatron_adams.update import update_bound
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -178,6 +180,8 @@ def wrap_validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(exp_avg_sq_dtype, str) and not isinstance(exp_avg_sq_dtype, _UnsetText):
             # Text: from the command line. Only other values than fp32 are refused as a dtype.
             raise exp_avg_sq_refusal(exp_avg_sq_dtype)
+        if args.use_megatron_fsdp and not TAKES_FSDP:
+            raise fsdp_too_old()
         check_arguments(args)
         _warn_of_beta2(args)
         with stated_as_adam(args), _printed_as_adams(args):
