@@ -17,7 +17,6 @@ from typing_extensions import Self
 
 from megatron_adams.megatron.names import ADAMS, DEFAULT_BETA2, KERNELS
 from megatron_adams.megatron.refusals import check_config, check_values, graph_version_refusal
-from megatron_adams.megatron.versions import CAPTURES_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +92,9 @@ class AdamSOptimizerConfig(OptimizerConfig):
         Raises:
             ValueError: two fields contradict each other, or one asks for what adams has not.
         """
+        # versions.py imports what `register()` looks for first, with a better error.
+        from megatron_adams.megatron.versions import CAPTURES_STEPS
+
         if self.optimizer_cuda_graph and not CAPTURES_STEPS:
             raise graph_version_refusal()
         # Before Megatron's own checks, which name other flags.

@@ -123,16 +123,15 @@ def change_weight_decay() -> None:
 
 def reduce_in_bf16() -> None:
     """Gradients in the params' dtype, which megatron.core's API allows, and Megatron converts."""
-    from megatron.training import training
+    from megatron.core.distributed import DistributedDataParallelConfig
 
-    original = training.get_megatron_ddp_config
+    original = DistributedDataParallelConfig.__post_init__
 
-    def bf16_grads(*args: Any, **kwargs: Any) -> Any:
-        config = original(*args, **kwargs)
+    def bf16_grads(config: Any) -> None:
         config.grad_reduce_in_fp32 = False
-        return config
+        original(config)
 
-    training.get_megatron_ddp_config = bf16_grads
+    DistributedDataParallelConfig.__post_init__ = bf16_grads
 
 
 def forget_gradients() -> None:

@@ -68,8 +68,8 @@ RESHARDINGS = {
     ),
     "dp2_to_tp2": ("--num-layers 4", (2, ""), (2, "--tensor-model-parallel-size 2")),
     "pp2_to_single": ("--num-layers 4", (2, "--pipeline-model-parallel-size 2"), (1, "")),
-    "ep2_to_ep1": (MOE, (2, "--expert-model-parallel-size 2"), (2, "")),
     # A step draws nothing, and 0.16 loads no generators at another expert parallel size.
+    "ep2_to_ep1": (MOE, (2, "--expert-model-parallel-size 2"), (2, "--no-load-rng")),
     "ep1_to_ep2": (MOE, (2, ""), (2, "--expert-model-parallel-size 2 --no-load-rng")),
     "ep2_to_pp2": (
         MOE,

@@ -149,6 +149,8 @@ def test_norm_of_scaled_gradients_is_unscaled_to_the_last_bit(cluster: Cluster) 
 
 
 def test_step_that_is_skipped_for_its_norm_changes_nothing(cluster: Cluster) -> None:
+    if not cluster.run(HAS, attribute="grad_norm_skip_threshold").results[0]:
+        pytest.skip("this Megatron skips no step for its norm (up to 0.17)")
     rank = cluster.run(TRAIN, 1, argv=f"{BASE} --bf16 {CLIPPED}", disturbance="skip").results[0]
     assert rank["skipped"] == [0, 0, 1, 1, 1]
     assert rank["changed"] == [True, True, False, False, False]
