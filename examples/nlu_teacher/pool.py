@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from spoken import spoken_form
@@ -58,19 +59,33 @@ def _open_lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from exc
 
 
-def _json_text(path: Path, number: int, line: str, key: str) -> str:
+def _json_object(place: str, line: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as exc:
-        raise ValueError(
-            f"{path}, line {number}: is no JSON ({exc.msg}); give one object a line"
-        ) from exc
-    text = entry.get(key) if isinstance(entry, dict) else None
+        raise ValueError(f"{place}: is no JSON ({exc.msg}); give one object a line") from exc
+    return entry if isinstance(entry, dict) else {}
+
+
+def _text_of(place: str, entry: dict[str, Any], key: str) -> str:
+    text = entry.get(key)
     if not isinstance(text, str):
-        raise ValueError(
-            f"{path}, line {number}: has no string {key!r}; name the text of an object with --key"
-        )
+        raise ValueError(f"{place}: has no string {key!r}; name the text of an object with --key")
     return text
+
+
+def read_objects(path: Path, key: str = "text") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place and the object of each line of a file of JSON lines that is not empty.
+
+    Raises:
+        ValueError: it cannot be read, is no UTF-8, or a line has no text.
+    """
+    for number, line in _open_lines(path):
+        if line.strip():
+            place = f"{path}, line {number}"
+            entry = _json_object(place, line)
+            _text_of(place, entry, key)
+            yield place, entry
 
 
 def _is_json_lines(path: Path) -> bool:
@@ -86,7 +101,9 @@ def read_documents(path: Path, key: str = "text") -> Iterator[Document]:
     document: Document = []
     for number, raw in _open_lines(path):
         if _is_json_lines(path):
-            lines = _json_text(path, number, raw, key).splitlines() if raw.strip() else []
+            place = f"{path}, line {number}"
+            text = _text_of(place, _json_object(place, raw), key) if raw.strip() else ""
+            lines = text.splitlines()
             document = [Line(line.strip(), path, number) for line in lines if line.strip()]
         elif raw.strip():
             document.append(Line(raw.strip(), path, number))
@@ -109,7 +126,12 @@ def split_sentences(document: Document) -> Document:
 
 def fingerprint(text: str) -> int:
     """Return 64 bits of a line's spoken form, by which repetitions are found."""
-    return _hash(spoken_form(text))
+    return fingerprint_of_spoken(spoken_form(text))
+
+
+def fingerprint_of_spoken(form: str) -> int:
+    """Return the fingerprint of the texts that have this spoken form."""
+    return _hash(form)
 
 
 def _hash(text: str, salt: str = "") -> int:
