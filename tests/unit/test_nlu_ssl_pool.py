@@ -35,7 +35,8 @@ def write(path: Path, texts: list[str]) -> Path:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Settings:
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setattr(domain_filter, "_HASHED", 1 << 12)  # enough here, and trained at once
     write_jsonl(tmp_path / "train.jsonl", [Utterance(text, "a", ()) for text in MUSIC[:12]])
     pool = [
         *MUSIC[10:40],  # the first two of them are labelled
