@@ -207,7 +207,7 @@ def plan(sizes: Sequence[int]) -> list[Row]:
         runs += [
             {"method": method, "pool": size, "budget": tenth} for method in ("random", "committee")
         ]
-        for budget in (tenth, 1000):
+        for budget in (tenth, min(1000, tenth)):
             runs.append({"method": "greedy", "pool": size, "budget": budget, "concave": "log"})
         for shards in (4, 16) if size < sizes[-1] else (4,):
             given = {"budget": tenth, "shards": shards, "concave": "log"}

@@ -181,6 +181,15 @@ def test_increments_never_grow_where_floats_cannot_tell_them_apart(concave: str)
     np.testing.assert_allclose(table[places] / 2.0**44, expected, rtol=1e-9)
 
 
+def test_a_logarithm_with_errors_gives_no_increment_that_grows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exact = np.log1p
+    monkeypatch.setattr(np, "log1p", lambda x: exact(x) + 1e-9 * (np.arange(len(x)) % 2))
+    steps = np.diff(submodular._increments("log", 1 << 16))
+    assert (np.diff(steps) <= 0).all()
+
+
 def test_lazy_greedy_evaluates_less() -> None:
     rng = np.random.default_rng(0)
     features = sparse.random(3000, 400, 0.01, "csr", rng=rng)
@@ -207,6 +216,9 @@ def test_no_choice_is_above_the_upper_bound(concave: str) -> None:
     bound = submodular.upper_bound(features, start, found.indices, 3, concave)
     assert found.gains.sum() <= best + 1e-12 <= bound + 2e-12
     assert found.gains.sum() >= (1 - 1 / math.e) * best
+    everything = submodular.greedy(features, start, 12, concave)
+    bound = submodular.upper_bound(features, start, everything.indices, 12, concave)
+    assert bound == pytest.approx(everything.gains.sum(), abs=1e-11)  # nothing is left to add
 
 
 @CONCAVE
