@@ -213,11 +213,9 @@ class _Block:
             num *= 2
         return None
 
-    def _take(self, best: int) -> tuple[int, int] | None:
-        gain = int(self.bounds[best])
-        if gain == _CHOSEN:
-            return None
-        row = int(self.rows[best])
+    def _take(self, best: int) -> tuple[int, int]:
+        row, gain = int(self.rows[best]), int(self.bounds[best])
+        assert gain != _CHOSEN, row
         self.gains_of.add(row, self.mass)
         self.bounds[best] = _CHOSEN
         self.is_fresh[:] = False
