@@ -207,7 +207,7 @@ def plan(sizes: Sequence[int]) -> list[Row]:
         runs += [
             {"method": method, "pool": size, "budget": tenth} for method in ("random", "committee")
         ]
-        for budget in (tenth, min(1000, tenth)):
+        for budget in (tenth, min(10_000, tenth), min(1000, tenth)):
             runs.append({"method": "greedy", "pool": size, "budget": budget, "concave": "log"})
         for shards in (4, 16) if size < sizes[-1] else (4,):
             given = {"budget": tenth, "shards": shards, "concave": "log"}
@@ -253,7 +253,8 @@ def _label(row: dict[str, str]) -> str:
     if row["method"] == "greedi":
         return f"GreeDi, {row['shards']} shards"
     if row["method"] == "greedy":
-        return "lazy greedy" + (", 1,000 chosen" if row["budget"] == "1000" else "")
+        is_tenth = row["budget"] == row["pool"][:-1]
+        return "lazy greedy" + ("" if is_tenth else f", {int(row['budget']):,} chosen")
     return row["method"]
 
 

@@ -260,19 +260,15 @@ def greedy(
     bounds = gains_of.of_all(mass)
     indices: list[int] = []
     gains: list[int] = []
-    size = _BLOCK
     with tqdm(total=budget, desc="choosing", unit="utt", disable=not progress) as bar:
         while len(indices) < budget:
-            rows, limit = _largest(bounds, size)
+            rows, limit = _largest(bounds, _BLOCK)
             block = _Block(rows, gains_of, mass)
-            before = len(indices)
             while len(indices) < budget and (pair := block.choose(limit)) is not None:
                 indices.append(pair[0])
                 gains.append(pair[1])
                 bar.update()
             bounds[rows] = block.bounds
-            # A look at all bounds costs as much as tens of choices.
-            size = size * 2 if len(indices) - before < size // 64 else max(_BLOCK, size // 2)
     return _selection(indices, gains, gains_of.num_evaluated)
 
 
