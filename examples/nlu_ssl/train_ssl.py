@@ -55,7 +55,16 @@ from method_rows import (
     read_rows,
     run_of,
 )
-from method_training import LossLog, SslSettings, check_teacher, first_of, make_method, read_pool
+from method_training import (
+    LossLog,
+    SslSettings,
+    check_teacher,
+    first_of,
+    fitting,
+    make_method,
+    read_pool,
+    teach,
+)
 from metrics import METRICS, count_all, rates
 from models import EncoderModel, NluModel
 
@@ -293,7 +302,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     needs_pool = [name for name in args.method if name != SUPERVISED]
     if needs_pool and not args.pool:
         raise ValueError(f"--method {needs_pool[0]}: must have a --pool to learn from; give one")
-    if args.pool and not needs_pool:
+    if args.pool and not needs_pool and args.model != BILSTM:
+        # The BiLSTM's tokenizer reads the pools, also for supervised runs.
         raise ValueError("--pool: must go with a method that reads it, not supervised alone")
     if args.teacher and not set(args.method) & set(TAUGHT):
         raise ValueError(f"--teacher: must go with {' or '.join(TAUGHT)}, which alone ask one")
@@ -334,6 +344,26 @@ def read_pools(paths: dict[str, Path], sizes: Sequence[int], data: Data) -> dict
         for size in sizes:
             first_of(pools[name], size, name)
     return pools
+
+
+def try_teacher(
+    folder: Path, labels: LabelSet, pools: dict[str, list[Tagged]], tasks: Sequence[str]
+) -> None:
+    """Have a teacher answer the first utterances of each pool, before anything is trained.
+
+    Raises:
+        ValueError: the folder holds no model, or one with other labels or answers that are no
+            numbers.
+    """
+    teacher = load_model(folder)
+    check_teacher(teacher.labels, labels, str(folder))
+    for pool in pools.values():
+        tried, _ = fitting(teacher, pool[:_NUM_TRIED])
+        for task in tasks:
+            teach(teacher, tried, task, temperature=1.0)
+
+
+_NUM_TRIED = 64
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -400,7 +430,7 @@ def make_study(args: argparse.Namespace) -> Study:
     if methods & set(TAUGHT) and args.teacher is None:
         methods.add(SUPERVISED)
     if args.teacher is not None:
-        check_teacher(load_model(args.teacher).labels, data.labels, str(args.teacher))
+        try_teacher(args.teacher, data.labels, pools, args.task)
     plan = Plan(
         tuple(sorted(methods, key=METHODS.index)),
         *(tuple(each) for each in (args.task, args.optimizer, args.rates, args.shots)),
