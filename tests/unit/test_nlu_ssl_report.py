@@ -1,0 +1,165 @@
+"""examples/nlu_ssl: what the report says of studies whose errors are made up."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for package in ("num2words", "tokenizers", "safetensors", "matplotlib"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'megatron-adams[nlu]'")
+for example in ("nlu_ssl", "nlu_teacher"):
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / example))
+
+import labelled  # noqa: E402  (the example's files import each other by name)
+import method_report  # noqa: E402
+from finetune_rows import write_answers  # noqa: E402
+from labels import Tagged, load_tagged  # noqa: E402
+from method_report import Results  # noqa: E402
+from method_rows import COLUMNS, Run, append_row  # noqa: E402
+
+NUM = 120
+KEY = ("ic", "adams", 10)
+
+
+class Study:
+    """A folder with rows and answers, whose errors are as many as is said."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.labelled = folder / "study", folder / "labelled"
+        self.folder.mkdir()
+        self.labelled.mkdir()
+        utterances = [labelled.Utterance(f"word{i}", "Play", ()) for i in range(NUM)]
+        labelled.write_jsonl(self.labelled / "test.jsonl", utterances)
+        self.test = load_tagged(self.labelled / "test.jsonl")
+
+    def add(self, run: Run, num_wrong: int, *, score: float = 0.5, cpu: float = 10.0) -> None:
+        """Add a run that answers some utterances wrongly, others in each subset."""
+        wrong = {(11 * run.subset + 7 * i) % NUM for i in range(num_wrong)}
+        answers = [
+            Tagged(each.words, each.tags, "Stop" if i in wrong else "Play")
+            for i, each in enumerate(self.test)
+        ]
+        write_answers(self.folder / "predictions" / run.name / "test.jsonl", answers)
+        row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+        row |= vars(run) | {"validation_score": score, "cpu_seconds": cpu, "model": "m"}
+        append_row(self.folder / "rows.csv", row)
+
+    def add_all(
+        self, method: str, num_wrong: int, selection: str = "random", num: int = 5, **row: float
+    ) -> None:
+        """Add a run of each few-shot subset."""
+        pool = ("", 0) if method == "supervised" else (selection, 100)
+        for subset in range(num):
+            self.add(Run(method, "ic", "adams", 1e-3, 10, subset, 0, *pool), num_wrong, **row)
+
+    def report(self, out: Path) -> tuple[str, list[dict[str, Any]]]:
+        argv = ["--study", str(self.folder), "--labelled", str(self.labelled), "--out", str(out)]
+        assert method_report.main(argv) == 0
+        assert (out / "methods.png").stat().st_size > 5000
+        answers = json.loads((out / "guidelines.json").read_text())
+        return (out / "report.md").read_text(), answers
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(tmp_path)
+
+
+def test_the_cheapest_of_the_best_methods_is_recommended(study: Study, tmp_path: Path) -> None:
+    study.add_all("supervised", 40, score=0.40)
+    study.add_all("pl", 39, score=0.39, cpu=1.0)
+    study.add_all("kd", 41, score=0.38)
+    study.add_all("vat", 12, score=0.10, cpu=50.0)
+    study.add_all("cvt", 12, score=0.12, cpu=20.0)
+    text, (answer,) = study.report(tmp_path / "out")
+    assert (answer["method"], answer["selection"], answer["pool_size"]) == ("cvt", "random", 100)
+    assert "it is as good as vat, random 100, and takes less CPU time" in answer["why"]
+    assert "-70.0%" in answer["why"] and "ic, adams, 10 shots: cvt, random 100" in text
+    assert "| VAT and CVT against PL and KD | ic, adams, 10 shots | -70.0% [" in text
+    with (tmp_path / "out" / "table.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert float(rows["vat"]["error"]) == pytest.approx(0.1)
+    assert float(rows["vat"]["change"]) == pytest.approx(-0.7)
+    assert rows["vat"]["verdict"] == "better" and rows["pl"]["verdict"] == "open"
+    # PL's one second, and its teacher's ten.
+    assert float(rows["pl"]["cpu_seconds"]) == 11.0 and float(rows["vat"]["cpu_seconds"]) == 50.0
+
+
+def test_a_cheaper_method_that_is_worse_than_the_best_is_not_recommended(
+    study: Study, tmp_path: Path
+) -> None:
+    study.add_all("supervised", 60)
+    study.add_all("vat", 12, score=0.10, cpu=50.0)
+    study.add_all("cvt", 40, score=0.30, cpu=20.0)
+    _, (answer,) = study.report(tmp_path / "out")
+    assert answer["method"] == "vat" and "best validation score" in answer["why"]
+
+
+@pytest.mark.parametrize(("num_wrong", "verdict"), [(40, "open"), (70, "worse")])
+def test_supervised_training_is_recommended_where_nothing_is_better(
+    study: Study, tmp_path: Path, num_wrong: int, verdict: str
+) -> None:
+    study.add_all("supervised", 40)
+    study.add_all("vat", num_wrong, score=0.0)
+    text, (answer,) = study.report(tmp_path / "out")
+    assert answer["method"] == "supervised" and "no method's intent error" in answer["why"]
+    assert f"| {verdict} |" in text
+
+
+def test_few_subsets_give_no_guideline_and_no_verdict(study: Study, tmp_path: Path) -> None:
+    study.add_all("supervised", 60, num=4)
+    study.add_all("vat", 5, num=4)
+    text, (answer,) = study.report(tmp_path / "out")
+    assert answer["method"] is None and "fewer than 5 subsets" in answer["why"]
+    assert "open: fewer than 5 subsets" in text and "no guideline" in text
+
+
+def test_selections_are_compared_on_the_same_runs(study: Study, tmp_path: Path) -> None:
+    study.add_all("supervised", 60)
+    for selection, num_wrong in (("random", 50), ("committee", 20), ("submodular", 20)):
+        study.add_all("vat", num_wrong, selection)
+        study.add_all("pl", num_wrong + 5, selection)
+    text, _ = study.report(tmp_path / "out")
+    lines = [line for line in text.splitlines() if "| selection" in line]
+    assert len(lines) == 3
+    assert all("| better |" in line for line in lines if "against random" in line)
+    (other,) = (line for line in lines if "submodular against committee" in line)
+    assert "+0.0%" in other and "| open |" in other
+
+
+def test_the_optimizers_are_compared_in_points(study: Study) -> None:
+    for optimizer, num_wrong in (("adams", 12), ("adamw", 24)):
+        for subset in range(5):
+            study.add(Run("supervised", "ic", optimizer, 1e-3, 10, subset, 0), num_wrong)
+    (found,) = method_report.optimizers(Results(study.folder, study.test))
+    assert found.comparison.change is not None
+    assert found.comparison.change.value == pytest.approx(-0.1)
+    assert found.verdict == "no worse than 0.5 points"
+
+
+def test_what_chose_a_rate_or_diverged_is_left_out(study: Study, tmp_path: Path) -> None:
+    for lr, score in ((1e-3, 0.2), (2e-3, 0.1)):
+        for subset in (1000, 1001):
+            study.add(Run("supervised", "ic", "adams", lr, 10, subset, subset), 3, score=score)
+        study.add(Run("supervised", "ic", "adams", lr, 10, 0, 0), 30, score=0.1)
+    study.add(Run("supervised", "ic", "adams", 2e-3, 10, 1, 0), 30, score=math.inf)
+    results = Results(study.folder, study.test)
+    assert [(run.lr, run.subset) for run in results.rows] == [(2e-3, 0)]
+    assert results.num_diverged == 1
+    text, _ = study.report(tmp_path / "out")
+    assert "1 runs, 120 test utterances; 1 runs diverged" in text
+
+
+def test_a_study_without_runs_is_refused(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--study", str(study.folder), "--out", str(tmp_path / "out")]
+    assert method_report.main([*argv, "--labelled", str(study.labelled)]) == 2
+    assert "no run that is done" in capsys.readouterr().err
+    assert method_report.main([*argv, "--labelled", str(tmp_path)]) == 2
+    assert "test.jsonl: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
