@@ -11,6 +11,9 @@ as JSON lines with a "text", from which the first --pool-sizes utterances are ta
 "bilstm-crf", which begins from random weights, or the folder of a pretrained encoder. Outputs, in
 --out: rows.csv, losses/, predictions/, models/; method_rows.py says what is in them.
 
+--method auto takes the method that --guidelines say, which are what method_report.py wrote about a
+study, prints why, and trains that one. Each model that is kept has a README.md: its card.
+
 PL and KD need a teacher. Without --teacher it is the supervised model of the same task, optimizer,
 labelled utterances and seed, whose run is made first and has a row of its own. All other arguments
 that take several values are combined with each other. If there are several --rates, --sweeps
@@ -65,6 +68,7 @@ from method_training import (
     read_pool,
     teach,
 )
+from method_use import AUTO, choose, model_card, read_guidelines
 from metrics import METRICS, count_all, rates
 from models import EncoderModel, NluModel
 
@@ -154,6 +158,8 @@ class Study:
     Attributes:
         pools: whole, by name.
         teacher: a folder; None for the supervised runs.
+        digests: of the files that it is made of, by their names.
+        why: the methods were taken.
     """
 
     plan: Plan
@@ -163,6 +169,8 @@ class Study:
     pools: dict[str, list[Tagged]]
     teacher: Path | None
     out: Path
+    digests: dict[str, str]
+    why: str
 
     def teacher_of(self, run: Run, scores: dict[Run, float]) -> NluModel | None:
         """Return a run's teacher; None for a method without one.
@@ -217,7 +225,17 @@ class Study:
         found = rates(count_all(self.data.test, answers).sum(0))
         row |= {name: round(float(found[name]), 5) for name in METRICS_OF[run.task]}
         if run.method == SUPERVISED or run.subset == run.seed == 0:
-            model.save(self.out / "models" / run.name)
+            folder = self.out / "models" / run.name
+            model.save(folder)
+            card = model_card(
+                row,
+                why=self.why,
+                labels=(len(model.labels.intents), len(model.labels.tags)),
+                digests=self.digests,
+                settings=vars(self.settings),
+                num_test=len(self.data.test),
+            )
+            (folder / "README.md").write_text(card)
 
     def go_on(self, seconds: float = math.inf) -> bool:
         """Do the runs that are not done, until `seconds` are over. Returns whether all are.
@@ -302,11 +320,36 @@ def check_arguments(args: argparse.Namespace) -> None:
     needs_pool = [name for name in args.method if name != SUPERVISED]
     if needs_pool and not args.pool:
         raise ValueError(f"--method {needs_pool[0]}: must have a --pool to learn from; give one")
-    if args.pool and not needs_pool and args.model != BILSTM:
-        # The BiLSTM's tokenizer reads the pools, also for supervised runs.
+    is_read = args.model == BILSTM or args.guidelines is not None
+    if args.pool and not needs_pool and not is_read:
+        # The BiLSTM's tokenizer reads the pools, also for supervised runs; and guidelines may say
+        # that a pool is better left alone.
         raise ValueError("--pool: must go with a method that reads it, not supervised alone")
     if args.teacher and not set(args.method) & set(TAUGHT):
         raise ValueError(f"--teacher: must go with {' or '.join(TAUGHT)}, which alone ask one")
+
+
+def take_guideline(args: argparse.Namespace) -> str:
+    """Put the method that the guidelines say in the place of "auto". Returns why.
+
+    Raises:
+        ValueError: there is no guideline, or more than one is asked for.
+    """
+    if AUTO not in args.method:
+        if args.guidelines is not None:
+            raise ValueError(f"--guidelines {args.guidelines}: must go with --method {AUTO}")
+        return "it was asked for"
+    if args.guidelines is None:
+        what = f"--method {AUTO}: must have --guidelines; give what method_report.py wrote"
+        raise ValueError(f"{what}, or name a method")
+    asked = [args.method, args.task, args.optimizer, args.shots]
+    if any(len(each) > 1 for each in asked):
+        raise ValueError(f"--method {AUTO}: must go with one task, one optimizer and one --shots")
+    names = args.task[0], args.optimizer[0], args.shots[0]
+    method, why = choose(read_guidelines(args.guidelines), *names)
+    print(f"{method}: {why}", flush=True)
+    args.method = [method]
+    return why
 
 
 def pool_paths(values: Sequence[str]) -> dict[str, Path]:
@@ -373,7 +416,8 @@ def _parser() -> argparse.ArgumentParser:
     add, of = parser.add_argument, SslSettings
     add("--labelled", type=Path, required=True, help="the folder of train.jsonl and the others")
     add("--pool", action="append", default=[], metavar="[NAME=]FILE", help="a pool or selection")
-    add("--method", nargs="+", choices=METHODS, required=True)
+    add("--method", nargs="+", choices=(*METHODS, AUTO), required=True)
+    add("--guidelines", type=Path, help=f"what --method {AUTO} follows")
     add("--task", nargs="+", choices=tuple(METRICS_OF), default=["both"], help="(%(default)s)")
     add("--model", required=True, help=f"{BILSTM}, or an encoder's folder")
     add("--random", action="store_true", help="take the shape of the folder alone")
@@ -420,6 +464,7 @@ def make_study(args: argparse.Namespace) -> Study:
     Raises:
         ValueError: something cannot be used.
     """
+    why = take_guideline(args)
     check_arguments(args)
     paths = pool_paths(args.pool)
     data = read_data(args.labelled, [])
@@ -451,13 +496,14 @@ def make_study(args: argparse.Namespace) -> Study:
     files["model"] = beginning.files()
     if args.teacher is not None:
         files["teacher"] = [path for path in args.teacher.iterdir() if path.is_file()]
-    begun_with = vars(settings) | {name: digest(each) for name, each in files.items()}
+    digests = {name: digest(each) for name, each in files.items()}
+    begun_with = vars(settings) | digests
     begun_with |= {"name": beginning.name, "sizes": [args.embedding_size, args.hidden_size]}
     # A sweep is on the first pool and size, so these decide the rates of all.
     begun_with |= {"sweeps": args.sweeps, "rates": args.rates, "first pool": list(paths)[:1]}
     args.out.mkdir(parents=True, exist_ok=True)
     keep_settings(args.out / "settings.json", begun_with)
-    return Study(plan, beginning, settings, data, pools, args.teacher, args.out)
+    return Study(plan, beginning, settings, data, pools, args.teacher, args.out, digests, why)
 
 
 _SETS = ("train", "validation", "test")

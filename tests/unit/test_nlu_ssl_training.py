@@ -23,6 +23,7 @@ for example in ("nlu_ssl", "nlu_teacher"):
 import conll  # noqa: E402  (the example's files import each other by name)
 import labelled  # noqa: E402
 import method_training  # noqa: E402
+import method_use  # noqa: E402
 import torch  # noqa: E402
 import train_ssl  # noqa: E402
 from labels import LabelSet, Tagged, tag  # noqa: E402
@@ -347,6 +348,10 @@ def test_names_of_runs_differ() -> None:
         ("--method supervised --dropout 1", "--dropout 1.0: must be in"),
         ("--method supervised --rates 0", "--rates 0.0: must be over 0"),
         ("--method vat --pool LEAK", "is in the set test"),
+        ("--method auto --pool POOL", "--method auto: must have --guidelines"),
+        ("--method auto vat --guidelines x", "must go with one task, one optimizer"),
+        ("--method auto --guidelines x", "x: must be a guidelines.json"),
+        ("--method vat --pool POOL --guidelines x", "--guidelines x: must go with --method auto"),
     ],
 )
 def test_arguments_that_give_no_study_are_refused(
@@ -360,6 +365,49 @@ def test_arguments_that_give_no_study_are_refused(
     assert train_ssl.main([*argv, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and not (tmp_path / "out").exists()
+
+
+# --- use ----------------------------------------------------------------------------------------
+
+
+def guideline(shots: int, method: str | None, **changes: Any) -> dict[str, Any]:
+    entry = {"task": "ic", "optimizer": "adams", "shots": shots, "method": method}
+    return {**entry, "selection": "random", "pool_size": 0, "why": f"of {shots}", **changes}
+
+
+def test_the_guideline_of_the_nearest_number_of_shots_is_followed() -> None:
+    entries = [guideline(10, "vat"), guideline(100, "pl"), guideline(0, "kd"), guideline(30, None)]
+    for shots, method in ((5, "vat"), (30, "vat"), (33, "pl"), (500, "pl"), (0, "kd")):
+        found, why = method_use.choose(entries, "ic", "adams", shots)
+        assert found == method and "on random all was recommended: of" in why
+    for asked in (("ner", "adams", 10), ("ic", "adamw", 10)):
+        with pytest.raises(
+            ValueError, match=r"no guideline for .* must be among .*: ic with adams"
+        ):
+            method_use.choose(entries, *asked)
+    with pytest.raises(ValueError, match="those of the study: none"):
+        method_use.choose([guideline(10, None)], "ic", "adams", 10)
+
+
+def test_auto_trains_what_the_guidelines_say_and_writes_a_card(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "guidelines.json"
+    path.write_text(json.dumps([guideline(10, "cvt", task="both")]))
+    rest = f"--method auto --guidelines {path} --rates 1e-2 --max-steps 4"
+    assert train_ssl.main(arguments(data, tmp_path / "out", rest)) == 0
+    assert "cvt: with 10 shots, cvt on random all was recommended: of 10" in capsys.readouterr().out
+    (row,) = read_rows(tmp_path / "out" / "rows.csv")
+    assert row["method"] == "cvt"
+    (card,) = (tmp_path / "out" / "models").glob("*/README.md")
+    text = card.read_text()
+    assert "Why cvt: with 10 shots" in text and f"| frame error | {row['frame_error']} |" in text
+    assert f"{len(TEXTS)} unlabelled utterances of the pool pool" in text
+    for name in ("set test", "pool pool", "model"):
+        assert f"| {name} | `" in text
+    path.write_text('[{"task": "ic"}]')
+    with pytest.raises(ValueError, match=r"must be a guidelines\.json"):
+        method_use.read_guidelines(path)
 
 
 # --- CoNLL --------------------------------------------------------------------------------------
