@@ -117,11 +117,11 @@ class LinearChainCrf(torch.nn.Module):
         before = []
         for word in range(1, words):
             steps = paths.unsqueeze(3) + self.transitions[:, None, :]  # from, rank, to
-            best = steps.flatten(1, 2).topk(k, dim=1)  # (batch, k, to)
-            moved = best.values.transpose(1, 2) + scores[:, word, :, None]
+            values, indices = _highest(steps.flatten(1, 2), k)  # (batch, k, to)
+            moved = values.transpose(1, 2) + scores[:, word, :, None]
             is_word = mask[:, word, None, None]
             paths = torch.where(is_word, moved, paths)
-            before.append(torch.where(is_word, best.indices.transpose(1, 2), itself))
+            before.append(torch.where(is_word, indices.transpose(1, 2), itself))
         final = (paths + self.end[:, None]).flatten(1).topk(k, dim=1)
         place = final.indices
         found = [place // k]
@@ -130,6 +130,13 @@ class LinearChainCrf(torch.nn.Module):
             found.append(place // k)
         sequences = torch.stack(found[::-1], 2)
         return sequences.masked_fill(~mask.unsqueeze(1), 0), final.values
+
+
+def _highest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k highest values of dimension 1 and their places."""
+    if k == 1:  # most decoding is; it takes a third of topk's time on a CPU
+        return torch.max(values, dim=1, keepdim=True)
+    return torch.topk(values, k, dim=1)
 
 
 @dataclass(frozen=True)

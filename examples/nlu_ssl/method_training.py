@@ -173,7 +173,7 @@ class Lesson:
 
     Attributes:
         intent: number of the most likely one.
-        tags: numbers of the most likely ones, of each word.
+        tags: numbers of the most likely ones, of each word; none if the task has no tags.
         soft: log-probabilities at the teacher's temperature: (intents,), (words, tags).
         confidence: of the task; the probability of the intent, and the geometric mean over words of
             the most likely tag's. The lower one, if the task is both.
@@ -217,9 +217,13 @@ def teach(
     encoded = [teacher.encode(each.words, each.place) for each in pool]
     lessons: dict[int, Lesson] = {}
     for chosen, prediction in teacher.predictions(encoded):
-        intents, tags = prediction.intent_log_probs(), prediction.tag_log_probs()
-        soft = prediction.intent_log_probs(temperature), prediction.tag_log_probs(temperature)
-        best = prediction.intents.argmax(-1).tolist(), teacher.best_tags(prediction).tolist()
+        intents, soft_intents = (prediction.intent_log_probs(t) for t in (1.0, temperature))
+        best_intents = prediction.intents.argmax(-1).tolist()
+        tags = soft_tags = prediction.tags[:, :0]
+        best_tags: list[list[int]] = [[]] * len(chosen)
+        if has_tags(task):
+            tags, soft_tags = (prediction.tag_log_probs(t) for t in (1.0, temperature))
+            best_tags = teacher.best_tags(prediction).tolist()
         for row, index in enumerate(chosen):
             num = len(pool[index].words)
             certain = []
@@ -232,9 +236,9 @@ def teach(
                 remedy = "train the teacher again, at a lower rate"
                 raise ValueError(f"{pool[index].place}: {what}: must be a number; {remedy}")
             lessons[index] = Lesson(
-                best[0][row],
-                best[1][row][:num],
-                (soft[0][row].clone(), soft[1][row, :num].clone()),
+                best_intents[row],
+                best_tags[row][:num],
+                (soft_intents[row].clone(), soft_tags[row, :num].clone()),
                 min(certain),
             )
         on_utterances(len(chosen))
@@ -529,7 +533,8 @@ def train(
         if (step + 1) % settings.evaluate_every == 0 or is_last:
             means = log.means()
             log.flush(step + 1)
-            score = score_of(validation, model.answer(validation), run.task)
+            answers = model.answer(validation, with_tags=has_tags(run.task))
+            score = score_of(validation, answers, run.task)
             if score < best_score:
                 best_score, best_step = score, step + 1
                 best_weights = copy.deepcopy(model.weights())

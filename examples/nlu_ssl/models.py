@@ -216,13 +216,20 @@ class NluModel(torch.nn.Module, ABC):
                 answer = self(self.batch([encoded[index] for index in chosen]))
             yield chosen, answer
 
-    def answer(self, utterances: Sequence[Tagged], batch_size: int = 64) -> list[Tagged]:
-        """Return the utterances with the intents and tags that the model says."""
+    def answer(
+        self, utterances: Sequence[Tagged], batch_size: int = 64, *, with_tags: bool = True
+    ) -> list[Tagged]:
+        """Return the utterances with the intents and tags that the model says.
+
+        Args:
+            with_tags: False leaves all tags at O, for a model that was taught none.
+        """
         encoded = [self.encode(each.words, each.place) for each in utterances]
         answers: dict[int, Tagged] = {}
         for chosen, prediction in self.predictions(encoded, batch_size):
             intents = prediction.intents.argmax(-1).tolist()
-            tags = self.best_tags(prediction).tolist()
+            tags = prediction.word_mask.long() * 0  # O, the first tag of a LabelSet
+            tags = (self.best_tags(prediction) if with_tags else tags).tolist()
             for index, intent, row in zip(chosen, intents, tags, strict=True):
                 each = utterances[index]
                 names = tuple(self.labels.tags[number] for number in row[: len(each.words)])

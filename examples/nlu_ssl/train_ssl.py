@@ -47,6 +47,7 @@ from finetune_nlu import Data, Diverged, Start, read_data
 from finetune_rows import digest, keep_settings, write_answers
 from joint import POOLINGS
 from labels import LabelSet, Tagged
+from losses_ssl import has_tags
 from method_rows import (
     METHODS,
     METRICS_OF,
@@ -220,7 +221,7 @@ class Study:
         return row
 
     def _evaluate(self, model: NluModel, run: Run, row: dict[str, Any]) -> None:
-        answers = model.answer(self.data.test)
+        answers = model.answer(self.data.test, with_tags=has_tags(run.task))
         write_answers(self.out / "predictions" / run.name / "test.jsonl", answers)
         found = rates(count_all(self.data.test, answers).sum(0))
         row |= {name: round(float(found[name]), 5) for name in METRICS_OF[run.task]}

@@ -130,6 +130,9 @@ def arguments(data: Path, out: Path, rest: str) -> list[str]:
 def study(data: Path) -> dict[str, Any]:
     """Train by all methods at once, and in several goes in another folder."""
     rest = "--method pl kd vat cvt --rates 1e-2 --max-steps 8"
+    for task in ("ic", "ner"):
+        argv = arguments(data, data.parent / task, f"{rest} --task {task}")
+        assert train_ssl.main(argv) == 0
     whole, parts = data.parent / "whole", data.parent / "parts"
     codes = [train_ssl.main(arguments(data, whole, rest))]
     codes.append(train_ssl.main(arguments(data, parts, f"{rest} --seconds 0")))
@@ -201,6 +204,22 @@ def test_a_saved_teacher_gives_the_answers_that_were_written(
     for answer, line in zip(model.answer(test, batch_size=5), lines, strict=True):
         written = json.loads(line)
         assert (answer.intent, list(answer.tags)) == (written["intent"], written["tags"])
+
+
+@pytest.mark.parametrize("task", ["ic", "ner"])
+def test_a_task_alone_has_its_metrics_and_losses_alone(
+    study: dict[str, Any], data: Path, task: str
+) -> None:
+    folder = data.parent / task
+    assert list(without_times(folder)) == ["supervised", "pl", "kd", "vat", "cvt"]
+    for row in read_rows(folder / "rows.csv"):
+        assert (row["intent_error"] == "") == (task == "ner")
+        assert (row["slot_f1"] == "") == (task == "ic") and row["frame_error"] == ""
+    parts = set()
+    for path in (folder / "losses").iterdir():
+        with path.open() as file:
+            parts |= {row["part"] for row in csv.DictReader(file)}
+    assert parts == {{"ic": "intents", "ner": "tags"}[task]}
 
 
 def test_another_setting_in_the_same_folder_is_refused(
@@ -381,9 +400,7 @@ def test_the_guideline_of_the_nearest_number_of_shots_is_followed() -> None:
         found, why = method_use.choose(entries, "ic", "adams", shots)
         assert found == method and "on random all was recommended: of" in why
     for asked in (("ner", "adams", 10), ("ic", "adamw", 10)):
-        with pytest.raises(
-            ValueError, match=r"no guideline for .* must be among .*: ic with adams"
-        ):
+        with pytest.raises(ValueError, match=r"no guideline for .* those of .*: ic with adams"):
             method_use.choose(entries, *asked)
     with pytest.raises(ValueError, match="those of the study: none"):
         method_use.choose([guideline(10, None)], "ic", "adams", 10)
