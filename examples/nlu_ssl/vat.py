@@ -82,7 +82,7 @@ def sequence_kl(clean: Prediction, perturbed: Prediction, k: int) -> Tensor:
         target = clean.crf.log_prob(clean.tags, mask, sequences)
     log_probs = perturbed.crf.log_prob(perturbed.tags, mask, sequences)
     target, log_probs = (torch.where(exists, each, -torch.inf) for each in (target, log_probs))
-    # Of a sequence that does not exist, both are -inf, and `kl` takes the difference as 0.
+    # Where a sequence does not exist, its target is -inf: `kl` takes the term as 0.
     pairs = [(target, torch.where(exists, log_probs, 0.0))]
     pairs.append((_log_rest(target), _log_rest(log_probs)))
     return kl(*(torch.cat(each, dim=1) for each in zip(*pairs, strict=True)))
