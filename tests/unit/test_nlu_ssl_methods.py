@@ -232,6 +232,14 @@ def test_a_task_has_its_losses_alone(crf: LinearChainCrf, task: str) -> None:
         }[task]
 
 
+def test_no_gradient_goes_to_what_is_imitated() -> None:
+    target, answer = random_like((3, 4), 1), random_like((3, 4), 2)
+    both = target.requires_grad_(), answer.requires_grad_()
+    found = losses_ssl.kl(*(each.log_softmax(-1) for each in both)).sum()
+    grads = torch.autograd.grad(found, both, allow_unused=True)
+    assert grads[0] is None and grads[1] is not None and grads[1].any()
+
+
 # --- VAT ----------------------------------------------------------------------------------------
 
 
