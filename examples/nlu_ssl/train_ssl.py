@@ -286,6 +286,14 @@ _AT_LEAST_ONE = (
     *("unlabelled_batch_size", "subsets", "seeds", "sweeps", "threads", "window"),
     *("embedding_size", "hidden_size", "max_length"),
 )
+_VOCAB_SIZE = 4000
+_OF_BILSTM = {
+    "vocab_size": _VOCAB_SIZE,
+    "embedding_size": Sizes.embedding,
+    "hidden_size": Sizes.hidden,
+    "max_length": Sizes.max_length,
+}
+_OF_ENCODER = {"pooling": SslSettings.pooling, "window": SslSettings.window}
 _OVER_ZERO = ("temperature", "teacher_temperature", "xi", "epsilon", "unlabelled_weight")
 
 
@@ -318,6 +326,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {values}: must name each value once")
     if args.random and args.model == BILSTM:
         raise ValueError(f"--random: must go with an encoder's folder; {BILSTM} is random already")
+    others = _OF_ENCODER if args.model == BILSTM else _OF_BILSTM
+    for name, default in others.items():
+        value = getattr(args, name)
+        if value != default:
+            what = f"--{name.replace('_', '-')} {value}: must be left out with --model {args.model}"
+            raise ValueError(f"{what}, which has no such setting")
     needs_pool = [name for name in args.method if name != SUPERVISED]
     if needs_pool and not args.pool:
         raise ValueError(f"--method {needs_pool[0]}: must have a --pool to learn from; give one")
@@ -448,7 +462,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epsilon", type=float, default=of.epsilon, help="VAT's, the same (%(default)s)")
     add("--k-best", type=int, default=of.k_best, help="VAT with a CRF; 0: marginals (%(default)s)")
     add("--window", type=int, default=of.window, help="CVT, an encoder's (%(default)s)")
-    add("--vocab-size", type=int, default=4000, help=f"{BILSTM}'s (%(default)s)")
+    add("--vocab-size", type=int, default=_VOCAB_SIZE, help=f"{BILSTM}'s (%(default)s)")
     add("--embedding-size", type=int, default=Sizes.embedding, help=f"{BILSTM}'s (%(default)s)")
     add("--hidden-size", type=int, default=Sizes.hidden, help=f"{BILSTM}'s (%(default)s)")
     add("--max-length", type=int, default=Sizes.max_length, help=f"{BILSTM}'s (%(default)s)")
@@ -499,7 +513,8 @@ def make_study(args: argparse.Namespace) -> Study:
         files["teacher"] = [path for path in args.teacher.iterdir() if path.is_file()]
     digests = {name: digest(each) for name, each in files.items()}
     begun_with = vars(settings) | digests
-    begun_with |= {"name": beginning.name, "sizes": [args.embedding_size, args.hidden_size]}
+    begun_with |= {"name": beginning.name}
+    begun_with |= {name: getattr(args, name) for name in _OF_BILSTM}
     # A sweep is on the first pool and size, so these decide the rates of all.
     begun_with |= {"sweeps": args.sweeps, "rates": args.rates, "first pool": list(paths)[:1]}
     args.out.mkdir(parents=True, exist_ok=True)

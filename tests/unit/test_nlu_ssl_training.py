@@ -367,6 +367,8 @@ def test_names_of_runs_differ() -> None:
         ("--method supervised --dropout 1", "--dropout 1.0: must be in"),
         ("--method supervised --rates 0", "--rates 0.0: must be over 0"),
         ("--method vat --pool LEAK", "is in the set test"),
+        ("--method cvt --pool POOL --window 2", "--window 2: must be left out with --model bi"),
+        ("--method cvt --pool POOL --model f --hidden-size 9", "--hidden-size 9: must be left out"),
         ("--method auto --pool POOL", "--method auto: must have --guidelines"),
         ("--method auto vat --guidelines x", "must go with one task, one optimizer"),
         ("--method auto --guidelines x", "x: must be a guidelines.json"),
