@@ -190,9 +190,17 @@ class Study:
         return load_model(self.out / "models" / teacher.name)
 
     def do_run(
-        self, run: Run, scores: dict[Run, float], on_step: Callable[[], None]
+        self,
+        run: Run,
+        scores: dict[Run, float],
+        on_step: Callable[[], None],
+        on_utterances: Callable[[int], None],
     ) -> dict[str, Any]:
         """Train, answer the test set, and return the row; a run that diverges scores inf.
+
+        Args:
+            on_step: called after each step.
+            on_utterances: called with how many more of the pool a teacher has answered.
 
         Raises:
             ValueError: the data, a model, or a teacher cannot be used.
@@ -206,7 +214,7 @@ class Study:
         if run.method != SUPERVISED:
             pool = first_of(self.pools[run.selection], run.pool_size, run.selection)
             teacher = self.teacher_of(run, scores)
-            method = make_method(run, model, pool, self.settings, teacher)
+            method = make_method(run, model, pool, self.settings, teacher, on_utterances)
         log = LossLog(self.out / "losses" / f"{run.name}.csv")
         try:
             row |= method_training.train(model, run, self.settings, self.data, method, log, on_step)
@@ -264,11 +272,17 @@ class Study:
             while (run := plan.next_run(scores)) is not None and time.monotonic() < end:
                 steps = self.settings.max_steps if run.shots else self.settings.full_steps
                 bar = progress.add_task(run.name, total=steps)
+                pool = first_of(self.pools.get(run.selection, []), run.pool_size, run.selection)
+                taught = progress.add_task(
+                    "the teacher answers the pool", total=len(pool), visible=run.method in TAUGHT
+                )
                 row = self.do_run(
                     run,
                     scores,
                     lambda bar=bar: progress.advance(bar),  # type: ignore[misc]
+                    lambda num, bar=taught: progress.advance(bar, num),  # type: ignore[misc]
                 )
+                progress.remove_task(taught)
                 append_row(self.out / "rows.csv", row)
                 scores[run] = float(row["validation_score"])
                 progress.remove_task(bar)
