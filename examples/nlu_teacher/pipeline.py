@@ -3,7 +3,9 @@
     pipeline.py                          # all of it; `make nlu` is this
     pipeline.py --quick                  # the same steps in minutes: shows that they run, not more
     pipeline.py --labelled snips=FOLDER  # SNIPS in place of Home Assistant's templates
-    pipeline.py --until stage2           # the steps up to one
+    pipeline.py --until T2               # the steps up to one
+
+Steps that do not wait for each other run beside each other: --jobs.
 
 A step is a command with its inputs and outputs. What it did is kept in WORK/steps/NAME.json: its
 command, and a hash of every input and output. It is not run again while these are the same. A step
@@ -21,9 +23,11 @@ import signal
 import string
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +35,13 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from shared.command import REPOSITORY, RunError, exit_code_of, training_environment
+from shared.command import (
+    REPOSITORY,
+    RunError,
+    exit_code_of,
+    num_visible_gpus,
+    training_environment,
+)
 
 FOLDER = Path(__file__).resolve().parent
 STEPS = FOLDER / "pipeline.toml"
@@ -40,6 +50,9 @@ DEFAULT_WORK = REPOSITORY / "runs" / "nlu"
 # How a corpus is asked for, and what labelled.py then reads.
 CORPORA = {"snips": "snips", "massive": "massive", "jsonl": "jsonl"}
 _HOME_ASSISTANT = ["--format", "home-assistant", "--source", "en"]
+
+# A training is one process on a CPU, so that this many steps run beside each other.
+_CPU_JOBS = 2
 
 _TERMINATION_TIMEOUT_S = 60
 _HASH_BLOCK = 2**20
@@ -175,8 +188,45 @@ def is_done(step: Step, work: Path) -> bool:
     )
 
 
+class _Stopped(Exception):
+    """Another step failed."""
+
+
+class _Processes:
+    """The processes of the steps that run now."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._is_stopped = False
+
+    def add(self, process: subprocess.Popen[str]) -> None:
+        """Know a process until `remove`."""
+        with self._lock:
+            self._running.add(process)
+            if self._is_stopped:
+                process.terminate()
+
+    def remove(self, process: subprocess.Popen[str]) -> None:
+        """Forget a process that has ended."""
+        with self._lock:
+            self._running.discard(process)
+
+    def stop(self) -> None:
+        """End all of them, and any that is added later."""
+        with self._lock:
+            self._is_stopped = True
+            for process in self._running:
+                process.terminate()
+
+    def check(self) -> None:
+        """Raise _Stopped after `stop`."""
+        if self._is_stopped:
+            raise _Stopped
+
+
 @contextmanager
-def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+def _running(command: Sequence[str], processes: _Processes) -> Iterator[subprocess.Popen[str]]:
     """Run a command in a session of its own, and end it on the way out."""
     process = subprocess.Popen(
         command,
@@ -187,6 +237,7 @@ def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         env=training_environment(len(os.sched_getaffinity(0))),
         start_new_session=True,
     )
+    processes.add(process)
     try:
         yield process
     finally:
@@ -196,6 +247,7 @@ def _running(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
                 process.wait(_TERMINATION_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+        processes.remove(process)
 
 
 def _begin(step: Step, work: Path, inputs: dict[str, str | None], *, afresh: bool) -> None:
@@ -211,11 +263,19 @@ def _begin(step: Step, work: Path, inputs: dict[str, str | None], *, afresh: boo
     path.write_text(json.dumps(begun, indent=2) + "\n")
 
 
-def run_step(step: Step, work: Path, label: str, *, afresh: bool = False) -> float:
+def run_step(
+    step: Step,
+    work: Path,
+    label: str,
+    *,
+    afresh: bool = False,
+    processes: _Processes | None = None,
+) -> float:
     """Run a step, show its last line while it works, and record what it did.
 
     Args:
         afresh: begin from nothing, also where a run with this command was stopped.
+        processes: what ends the step when another one fails.
 
     Returns:
         Its seconds.
@@ -230,7 +290,8 @@ def run_step(step: Step, work: Path, label: str, *, afresh: bool = False) -> flo
     _begin(step, work, inputs, afresh=afresh)
     command = [sys.executable, str(FOLDER / step.command[0]), *step.command[1:]]
     start, shown = time.monotonic(), 0.0
-    with _running(command) as process, log.open("w") as file:
+    processes = processes or _Processes()
+    with _running(command, processes) as process, log.open("w") as file:
         file.write(shlex.join(command) + "\n")
         assert process.stdout is not None
         for line in process.stdout:
@@ -242,6 +303,7 @@ def run_step(step: Step, work: Path, label: str, *, afresh: bool = False) -> flo
                 shown = now
         code = process.wait()
     seconds = time.monotonic() - start
+    processes.check()
     if code:
         end = "".join(log.read_text().splitlines(keepends=True)[-20:])
         raise RunError(f"step {step.name} failed (exit code {code}):\n{end}\nits log: {log}")
@@ -258,26 +320,66 @@ def run_step(step: Step, work: Path, label: str, *, afresh: bool = False) -> flo
     return seconds
 
 
-def run_steps(steps: Sequence[Step], work: Path, again: Sequence[str] = ()) -> list[str]:
+def needed(steps: Sequence[Step]) -> dict[str, set[str]]:
+    """Return for each step the steps before it that make one of its inputs, or of their folders."""
+    makers: dict[Path, str] = {}
+    needs: dict[str, set[str]] = {}
+    for step in steps:
+        places = {place for given in step.inputs for place in (given, *given.parents)}
+        needs[step.name] = {makers[place] for place in places & makers.keys()}
+        makers |= dict.fromkeys(step.outputs, step.name)
+    return needs
+
+
+def run_steps(
+    steps: Sequence[Step], work: Path, again: Sequence[str] = (), jobs: int = 1
+) -> list[str]:
     """Run the steps that are not done.
 
+    Args:
+        jobs: how many run beside each other, where one does not need the other. Of those that could
+            begin, the first in the file does.
+
     Returns:
-        The names of those that ran.
+        The names of those that ran, in the order in which they ended.
 
     Raises:
-        RunError: a step failed.
+        RunError: a step failed. Those beside it are ended, and go on the next time.
     """
+    (work / "steps").mkdir(parents=True, exist_ok=True)
+    numbers = {step.name: number for number, step in enumerate(steps, 1)}
     ran: list[str] = []
     start = time.monotonic()
-    for index, step in enumerate(steps, 1):
-        label = f"[{index}/{len(steps)} {step.name}]"
+    processes = _Processes()
+
+    def run(step: Step) -> None:
+        label = f"[{numbers[step.name]}/{len(steps)} {step.name}]"
         if step.name not in again and is_done(step, work):
             print(f"{label}  done before", flush=True)
-            continue
+            return
+        processes.check()
         print(f"{label}  {shlex.join(step.command)[:200]}", flush=True)
-        seconds = run_step(step, work, label, afresh=step.name in again)
+        afresh = step.name in again
+        seconds = run_step(step, work, label, afresh=afresh, processes=processes)
         ran.append(step.name)
         print(f"{label}  {seconds:.0f} s; {time.monotonic() - start:.0f} s in all", flush=True)
+
+    needs = needed(steps)
+    waiting, running = list(steps), dict[Future[None], str]()
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while waiting or running:
+                unfinished = {step.name for step in waiting} | set(running.values())
+                ready = [step for step in waiting if not needs[step.name] & unfinished]
+                for step in ready[: jobs - len(running)]:
+                    waiting.remove(step)
+                    running[pool.submit(run, step)] = step.name
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    future.result()
+        except BaseException:
+            processes.stop()
+            raise
     return ran
 
 
@@ -303,8 +405,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=Path, default=STEPS, help="the file of steps (%(default)s)")
     add("--until", metavar="NAME", help="the last step to run")
     add("--again", nargs="+", default=[], metavar="NAME", help="run these, even if they are done")
+    add("--jobs", type=int, help="steps beside each other (2, or 1 on one core or with GPUs)")
     add("--list", action="store_true", help="say what is done, and run nothing")
     return parser
+
+
+def _num_jobs(asked: int | None) -> int:
+    """Return how many steps run beside each other."""
+    if asked is None:  # a training takes all GPUs
+        return 1 if num_visible_gpus() else min(_CPU_JOBS, len(os.sched_getaffinity(0)))
+    if asked < 1:
+        raise ValueError(f"--jobs {asked}: must be at least 1")
+    return asked
 
 
 def _chosen(steps: list[Step], args: argparse.Namespace) -> list[Step]:
@@ -321,12 +433,13 @@ def main() -> int:
         args = _parser().parse_args()
         work = args.work or (Path(f"{DEFAULT_WORK}-quick") if args.quick else DEFAULT_WORK)
         variables = {"work": work.resolve(), "labelled": _labelled_words(args.labelled)}
+        jobs = _num_jobs(args.jobs)
         steps = _chosen(load_steps(args.steps, variables, quick=args.quick), args)
         if args.list:
             for step in steps:
                 print(f"{'done' if is_done(step, work) else '-':5} {step.name}")
             return
-        run_steps(steps, work, args.again)
+        run_steps(steps, work, args.again, jobs)
 
     return exit_code_of(program)
 

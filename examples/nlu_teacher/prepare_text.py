@@ -5,7 +5,8 @@
         --forbid test.jsonl validation.jsonl
 
 A dataset is a folder: train and held_out (.bin, .idx), tokenizer.json, lines.npy (what the leak
-check reads) and dataset.json, which says what was made of what. It appears when it is complete."""
+check reads) and dataset.json, which says what was made of what, and how well a table of the tokens'
+frequencies tells the held-out text: unigram_loss. It appears when it is complete."""
 
 import argparse
 import json
@@ -191,6 +192,18 @@ def pack(
     return sequences, num_divided
 
 
+def unigram_loss(train: np.ndarray, held_out: np.ndarray) -> float:
+    """Return the cross-entropy, in nats a token, of a table of how frequent each token is.
+
+    Each token counts once more than it occurs in training, so that none has a probability of zero.
+
+    Args:
+        train, held_out: (vocab_size,) int64; how often each token occurs.
+    """
+    probabilities = (train + 1) / (train.sum() + len(train))
+    return float(-(held_out * np.log(probabilities)).sum() / held_out.sum())
+
+
 class Writer:
     """Tokenizes documents and writes them to the two indexed datasets."""
 
@@ -200,6 +213,7 @@ class Writer:
         self._tokenizer, self._settings, self._counts = tokenizer, settings, counts
         size = tokenizer.get_vocab_size()
         self._builders = {split: indexed_dataset_builder(folder / split, size) for split in SPLITS}
+        self._occurrences = {split: np.zeros(size, dtype=np.int64) for split in SPLITS}
         self._folder = folder
 
     def add(self, documents: list[Prepared]) -> None:
@@ -227,7 +241,13 @@ class Writer:
         counts.tokens[document.split] += sum(map(len, sequences))
         counts.unknown_tokens += sum(part.count(vocabulary.UNKNOWN) for part in sequences)
         flat = np.array([i for part in sequences for i in part])
+        occurrences = self._occurrences[document.split]
+        occurrences += np.bincount(flat, minlength=len(occurrences))
         self._builders[document.split].add_document(flat, [len(part) for part in sequences])
+
+    def unigram_loss(self) -> float:
+        """Return `unigram_loss` of the held-out text."""
+        return unigram_loss(*(self._occurrences[split] for split in SPLITS))
 
     def finish(self) -> None:
         """Write the indices.
@@ -267,6 +287,7 @@ def _write(folder: Path, settings: Settings) -> None:
         "settings": settings.record(),
         "vocab_size": tokenizer.get_vocab_size(),
         "vocabulary": vocabulary.digest(folder),
+        "unigram_loss": writer.unigram_loss(),
         "counts": asdict(counts),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -329,6 +350,7 @@ def describe(record: dict[str, Any]) -> str:
         f"{counts['divided_sentences']:,} sentences divided, "
         f"{counts['unknown_tokens']:,} unknown tokens, vocabulary of {record['vocab_size']:,}"
     )
+    lines.append(f"{record['unigram_loss']:.3f} nats by the tokens' frequencies (held-out)")
     return "\n".join(lines)
 
 

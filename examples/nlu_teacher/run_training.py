@@ -4,13 +4,18 @@
     run_training.py --model tiny --data DATA --steps 2000 --out OUT --teacher TEACHER -- \\
         --kl-weight 0.5
 
-It takes all GPUs, or as many CPU processes as there are cores, up to 2. With --teacher it distils,
-otherwise it pretrains. Outputs, in --out: the model's folder `model`, log.txt, command.sh, and
-curve.json: the training's and the held-out text's losses by step, the bytes of the optimizer's
-state and the seconds. It goes on from the last checkpoint of a run that was stopped."""
+It takes all GPUs, or as many CPU processes as there are cores, up to 2 (--processes). With
+--teacher it distils, otherwise it pretrains. Outputs, in --out: the model's folder `model`,
+log.txt, command.sh, and curve.json: the training's and the held-out text's losses by step, the
+held-out text's loss by the frequencies of tokens alone, the bytes of the optimizer's state and the
+seconds. It goes on from the last checkpoint of a run that was stopped.
+
+A model that is no better than those frequencies makes worse students and fine-tunes than random
+weights do. So the run then fails, or says it: --gate."""
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -26,6 +31,7 @@ import train_encoder
 from shared.command import (
     WITHOUT_TRANSFORMER_ENGINE,
     Flags,
+    RunError,
     command_line_flags,
     exit_code_of,
     num_visible_gpus,
@@ -34,6 +40,7 @@ from shared.recipe import OPTIMIZERS, Recipe, parse_flags
 
 MODEL = "model"
 CURVE = "curve.json"
+GATES = ("stop", "say")
 
 # They are for a job on a cluster; a small one on this machine has no use for them.
 _LEFT_OUT = ("log-throughput", "log-memory-to-tensorboard", "manual-gc", "manual-gc-interval")
@@ -49,6 +56,8 @@ class Training:
         start: a model whose weights are gone on from, or None.
         teacher: a model that is distilled, or None.
         batch: sequences of a step.
+        processes: 1 or 2, on a CPU; each takes its part of the batch.
+        gate: what happens where the model is no better than the frequencies of tokens.
     """
 
     model: str
@@ -62,6 +71,8 @@ class Training:
     seed: int
     out: Path
     extra: Flags
+    processes: int = 2
+    gate: str = "stop"
 
     def script(self) -> Path:
         """Return the Megatron script."""
@@ -86,7 +97,7 @@ class Training:
             "max-position-embeddings": max_length,
             "seed": self.seed,
             "eval-interval": max(1, self.steps // 4) + 1,
-            "eval-iters": 8,
+            "eval-iters": 16,
             "log-interval": max(1, self.steps // 50),
             "save-interval": max(1, self.steps // 3),
             "save": self.out / MODEL,
@@ -113,6 +124,8 @@ class Training:
 
 def command(training: Training, flags: Flags, num_gpus: int) -> list[str]:
     """Return the torchrun command."""
+    if not num_gpus and training.processes == 1:
+        flags = {"micro-batch-size": training.batch} | flags
     ranks = job.num_ranks(flags, num_gpus)
     flags = {"micro-batch-size": training.batch // ranks} | flags
     return [
@@ -131,8 +144,45 @@ def check(training: Training) -> None:
     shares = [share for _, share in training.blend]
     if any(not share > 0 for share in shares) or sum(shares) >= 1:
         raise ValueError(f"--blend {shares}: shares must be above 0, and together below 1")
+    if training.processes not in range(1, job.CPU_RANKS + 1):
+        raise ValueError(f"--processes {training.processes}: must be from 1 to {job.CPU_RANKS}")
     if training.start is not None and training.teacher is not None:
         raise ValueError("--start and --teacher: give one; a student begins with random weights")
+
+
+def unigram_loss(training: Training) -> float:
+    """Return the held-out text's loss by the frequencies of tokens alone, in nats.
+
+    Raises:
+        ValueError: the dataset does not say it.
+    """
+    record = train_encoder.prepare_text.read_record(training.data)
+    if "unigram_loss" not in record:
+        raise ValueError(
+            f"--data {training.data}: its dataset.json must have unigram_loss, which the model is "
+            "compared with; make the dataset again with prepare_text.py"
+        )
+    return float(record["unigram_loss"])
+
+
+def gate(training: Training, curve: dict[str, Any]) -> str:
+    """Compare the model with the frequencies of tokens, and return what came out.
+
+    Raises:
+        RunError: it is no better, and the training's gate is "stop".
+    """
+    loss, limit = curve["held_out"][-1][1], curve["unigram_loss"]
+    if loss < limit:
+        return f"{limit - loss:.3f} nats better than the frequencies of tokens ({limit:.3f})"
+    said = (
+        f"the held-out loss of {training.out / MODEL} is {loss:.3f} nats after {training.steps} "
+        f"steps: must be below {limit:.3f}, which the frequencies of the training text's tokens "
+        f"alone give on {training.data}; train for more steps (--steps), or at another rate "
+        "(-- --lr)"
+    )
+    if training.gate == "stop":
+        raise RunError(f"{said}; with --gate say, it is said and passed")
+    return f"passed, as --gate is say: {said}"
 
 
 def run(training: Training) -> dict[str, Any]:
@@ -140,9 +190,10 @@ def run(training: Training) -> dict[str, Any]:
 
     Raises:
         ValueError: a setting or the data cannot be used.
-        RunError: training failed.
+        RunError: training failed, or the model does not pass the gate.
     """
     check(training)
+    limit = unigram_loss(training)
     record = train_encoder.prepare_text.read_record(training.data)
     num_gpus = num_visible_gpus()
     flags = training.flags(num_gpus, record["settings"]["max_length"])
@@ -156,10 +207,12 @@ def run(training: Training) -> dict[str, Any]:
         "optimizer": training.optimizer,
         "train": curves.train,
         "held_out": curves.held_out,
+        "unigram_loss": limit,
         "optimizer_bytes": job.saved_optimizer_bytes(training.out / MODEL),
         "seconds": time.monotonic() - start,
     }
     (training.out / CURVE).write_text(json.dumps(curve, indent=2) + "\n")
+    print(gate(training, curve), flush=True)
     return curve
 
 
@@ -177,6 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--start", type=Path, help="a model's folder to go on from: Stage 2")
     add("--teacher", type=Path, help="a model's folder to distil")
     add("--seed", type=int, default=1234, help="(%(default)s)")
+    add("--processes", type=int, help="on a CPU (1 or 2, as many as there are cores)")
+    add("--gate", choices=GATES, default="stop", help="see above (%(default)s)")
     add("--out", type=Path, required=True)
     return parser
 
@@ -192,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
         args = vars(_parser().parse_args(own))
         blend = tuple((Path(path), float(share)) for path, share in args.pop("blend"))
         out = args.pop("out").resolve()
+        if args["processes"] is None:
+            args["processes"] = min(job.CPU_RANKS, len(os.sched_getaffinity(0)))
         curve = run(Training(**args, blend=blend, out=out, extra=parse_flags(extra)))
         print(f"held-out loss {curve['held_out'][-1][1]:.3f}; {curve['seconds']:.0f} s")
 

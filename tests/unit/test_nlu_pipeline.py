@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ sys.path.append(str(EXAMPLE))
 
 import compare_optimizers  # noqa: E402  (the example's files import each other by name)
 import encoder  # noqa: E402
+import nlu_report  # noqa: E402
 import pipeline  # noqa: E402
 import run_training  # noqa: E402
 import select_intents  # noqa: E402
@@ -135,6 +138,63 @@ def test_failed_step_is_not_done(tmp_path: Path, steps: list[Step]) -> None:
         run_step(silent, tmp_path / "work", "")
 
 
+MEET = """\
+import sys, time
+from pathlib import Path
+Path(sys.argv[1]).write_text("here")
+for _ in range(600):
+    if Path(sys.argv[2]).exists():
+        break
+    time.sleep(0.05)
+else:
+    sys.exit("nobody came")
+"""
+
+
+def test_steps_that_need_nothing_of_each_other_run_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "FOLDER", tmp_path)
+    (tmp_path / "meet.py").write_text(MEET)
+    a, b, c = (tmp_path / name for name in "abc")
+    steps = [
+        Step("a", ("meet.py", str(a), str(b)), (), (a,)),
+        Step("b", ("meet.py", str(b), str(a)), (), (b,)),
+        Step("c", ("meet.py", str(c), str(c)), (a, b / "part"), (c,)),
+    ]
+    assert pipeline.needed(steps) == {"a": set(), "b": set(), "c": {"a", "b"}}
+    ran = run_steps(steps, tmp_path / "work", jobs=2)
+    assert sorted(ran) == ["a", "b", "c"] and ran[-1] == "c"
+
+
+def test_failed_step_ends_those_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "FOLDER", tmp_path)
+    (tmp_path / "meet.py").write_text(MEET)
+    (tmp_path / "fail.py").write_text("import sys; sys.exit(3)")
+    a, b = tmp_path / "a", tmp_path / "b"
+    steps = [
+        Step("waits", ("meet.py", str(a), str(tmp_path / "nobody")), (), (a,)),
+        Step("fails", ("fail.py",), (), (b,)),
+        Step("after", ("meet.py", str(b), str(b)), (a,), (b,)),
+    ]
+    start = time.monotonic()
+    with pytest.raises(RunError, match=r"step fails failed \(exit code 3\)"):
+        run_steps(steps, tmp_path / "work", jobs=2)
+    assert time.monotonic() - start < 20  # "waits" would take 30
+    assert not any(is_done(step, tmp_path / "work") for step in steps)
+
+
+def test_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "num_visible_gpus", lambda: 0)
+    for cores, jobs in ((1, 1), (2, 2), (8, 2)):
+        monkeypatch.setattr(pipeline.os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert pipeline._num_jobs(None) == jobs
+    monkeypatch.setattr(pipeline, "num_visible_gpus", lambda: 1)
+    assert (pipeline._num_jobs(None), pipeline._num_jobs(3)) == (1, 3)
+    with pytest.raises(ValueError, match="--jobs 0: must be at least 1"):
+        pipeline._num_jobs(0)
+
+
 def test_hash_of_a_folder_knows_names_and_contents(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -155,8 +215,16 @@ def test_steps_of_the_pipeline_follow_each_other() -> None:
         assert labelled[:3] == ("labelled.py", "--format", "snips")
         for step in found:
             assert not [word for word in step.command if "$" in word]
-    claims = {"T1", "T2", "S_via", "S_direct", "S_mlm", "S_public"}
-    assert claims <= {step.name for step in found}
+    models = {"T1", "T2", "S_via", "S_direct", "S_mlm", "S_public", "S_stage1"}
+    names = {step.name for step in found}
+    assert models | {f"finetune-{name}" for name in (*models, "S0")} <= names
+    claims = nlu_report.read_claims(EXAMPLE / "claims.toml")
+    named = {name for claim in claims for name in (claim.model, claim.baseline) if name}
+    assert named == models | {"S0"}
+    needs = pipeline.needed(found)
+    assert needs["T2"] == {"stage2-data", "stage1-data", "T1"}
+    assert needs["finetune-S_via"] == {"select", "assistant", "S_via"}
+    assert {f"finetune-{name}" for name in (*models, "S0")} == needs["join"]
 
 
 BAD_STEPS = {
@@ -230,7 +298,9 @@ def test_every_size_divides_in_its_layout(model: str) -> None:
     adamw, adams = (
         RECIPE.flags(model, o, "bf16", transformer_engine=True) for o in ("adamw", "adams")
     )
-    assert adams["lr"] == pytest.approx(float(str(adamw["lr"])) / 2)
+    # Measured on `tiny`, and for the larger ones what holds elsewhere: docs/hyperparameters.md.
+    share = 0.5 if model in PAPER_SIZES else 0.25
+    assert adams["lr"] == pytest.approx(float(str(adamw["lr"])) * share)
 
 
 def make_job(script: launch.Script, arguments: str, extra: str = "") -> launch.Job:
@@ -333,7 +403,10 @@ def test_flags_of_a_training(data: Path) -> None:
     assert training.script().name == "distil_encoder.py"
     words = run_training.command(training, flags, 0)
     assert "--cpu-rehearsal" in words
-    assert words[words.index("--micro-batch-size") + 1] == "4"
+    for processes, part in ((2, "4"), (1, "8")):
+        words = run_training.command(replace(training, processes=processes), flags, 0)
+        assert words[words.index("--nproc-per-node") + 1] == str(processes)
+        assert words[words.index("--micro-batch-size") + 1] == part
 
 
 @pytest.mark.parametrize(
@@ -343,11 +416,35 @@ def test_flags_of_a_training(data: Path) -> None:
         ({"blend": ((Path("x"), 1.0),)}, "together below 1"),
         ({"blend": ((Path("x"), 0.0),)}, "must be above 0"),
         ({"start": Path("a"), "teacher": Path("b")}, "give one"),
+        ({"processes": 3}, "--processes 3: must be from 1 to 2"),
     ],
 )
 def test_training_refuses(data: Path, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_training.check(make_training(data, **changed))
+
+
+def test_gate_compares_with_the_frequencies_of_tokens(data: Path) -> None:
+    limit = run_training.unigram_loss(make_training(data))
+    assert limit == json.loads((data / "dataset.json").read_text())["unigram_loss"]
+    curve = {"held_out": [[20, limit + 1], [40, limit - 0.25]], "unigram_loss": limit}
+    stopping, saying = make_training(data), make_training(data, gate="say")
+    assert "0.250 nats better" in run_training.gate(stopping, curve)
+    for loss in (limit, limit + 0.5):
+        curve["held_out"][-1][1] = loss
+        found = f"is {loss:.3f} nats after 40 steps: must be below {limit:.3f}"
+        with pytest.raises(RunError, match=found):
+            run_training.gate(stopping, curve)
+        assert found in run_training.gate(saying, curve)
+    curve["held_out"][-1][1] = float("nan")
+    with pytest.raises(RunError, match="is nan nats"):
+        run_training.gate(stopping, curve)
+
+
+def test_dataset_without_frequencies_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(ValueError, match="must have unigram_loss"):
+        run_training.unigram_loss(make_training(tmp_path))
 
 
 def test_optimizers_are_compared(tmp_path: Path) -> None:

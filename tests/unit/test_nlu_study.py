@@ -1,5 +1,6 @@
 """examples/nlu_teacher/finetune_rows.py: the plan of a study, and its files."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ sys.path.append(str(EXAMPLE))
 pytest.importorskip("num2words", reason="needs num2words: pip install 'megatron-adams[nlu]'")
 pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'megatron-adams[nlu]'")
 import finetune_rows as rows  # noqa: E402  (the example's files import each other by name)
+import join_studies  # noqa: E402
 from finetune_rows import SWEEP, Plan, Run  # noqa: E402
 from labels import Tagged  # noqa: E402
 
@@ -124,6 +126,46 @@ def test_the_model_that_was_kept_is_found(tmp_path: Path) -> None:
     assert kept == tmp_path / "models" / "S-adams-0.002-20-0-0"
     with pytest.raises(ValueError, match=r"T \(adams, 20 shots\): must be one of .* S \(adams, 20"):
         rows.kept_model(tmp_path, "T", "adams", 20)
+
+
+def write_study(folder: Path, model: str, **settings: object) -> Run:
+    run = Run(model, "adams", 1e-3, 20, 0, 0)
+    rows.append_row(folder / "rows.csv", row(run))
+    rows.keep_settings(folder / "settings.json", {"max_steps": 3, f"model {model}": "x"} | settings)
+    for name in ("predictions", "models"):
+        (folder / name / run.name).mkdir(parents=True)
+        (folder / name / run.name / "file").write_text(model)
+    return run
+
+
+def test_studies_of_other_models_are_joined(tmp_path: Path) -> None:
+    runs = []
+    for name in ("S", "T"):
+        (tmp_path / name).mkdir()
+        runs.append(write_study(tmp_path / name, name))
+    assert join_studies.join([tmp_path / "S", tmp_path / "T"], tmp_path / "out") == 2
+    assert [rows.run_of(each) for each in rows.read_rows(tmp_path / "out" / "rows.csv")] == runs
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings == {"max_steps": 3, "model S": "x", "model T": "x"}
+    for run in runs:
+        for name in ("predictions", "models"):
+            assert (tmp_path / "out" / name / run.name / "file").read_text() == run.model
+    with pytest.raises(ValueError, match="exists already"):
+        join_studies.join([tmp_path / "S"], tmp_path / "out")
+
+
+def test_studies_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for name in ("S", "T"):
+        (tmp_path / name).mkdir()
+    write_study(tmp_path / "S", "S")
+    write_study(tmp_path / "T", "T", max_steps=4)
+    with pytest.raises(ValueError, match=r"T: max_steps=4: must be 3"):
+        join_studies.join([tmp_path / "S", tmp_path / "T"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"has the run S-adams-0.001-20-0-0, as .*S has"):
+        join_studies.join([tmp_path / "S", tmp_path / "S"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"is no study of finetune_nlu\.py"):
+        join_studies.join([tmp_path / "absent"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_of_runs_differ() -> None:

@@ -1,7 +1,9 @@
 """examples/nlu_teacher: spoken form, vocabulary, pools, datasets, and the leak check."""
 
 import json
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,19 @@ def test_dataset_holds_every_word_once(tmp_path: Path) -> None:
     # "text", the key, is among the expected words of each line.
     assert sorted(words) == sorted(w for row in expected for w in row.split()[1:])
     assert f"{counts['divided_sentences']} sentences divided" in describe(record)
+
+
+def test_frequencies_of_tokens_are_a_loss(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a.jsonl", 100)
+    record = prepare(make_settings(tmp_path / "a.jsonl"), tmp_path / "out")
+    train, held_out = (
+        [i for part in read_sequences(tmp_path / "out" / split) for i in part]
+        for split in ("train", "held_out")
+    )
+    occurrences, size = Counter(train), record["vocab_size"]
+    losses = [-math.log((occurrences[i] + 1) / (len(train) + size)) for i in held_out]
+    assert record["unigram_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+    assert f"{record['unigram_loss']:.3f} nats by the tokens' frequencies" in describe(record)
 
 
 @pytest.mark.parametrize("kind", vocabulary.KINDS)
