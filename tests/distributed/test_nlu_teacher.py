@@ -5,6 +5,7 @@ import math
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import train_encoder  # noqa: E402
 import vocabulary  # noqa: E402
 from prepare_text import Settings, prepare  # noqa: E402
 from shared import launch  # noqa: E402
-from shared.command import command_line_flags  # noqa: E402
+from shared.command import RunError, command_line_flags  # noqa: E402
 from shared.recipe import Recipe, parse_flags  # noqa: E402
 
 CASES = "tests.distributed.nlu_cases"
@@ -419,7 +420,7 @@ def test_size_rehearses_in_its_layout(cluster: Cluster, tmp_path: Path, model: s
 @pytest.mark.timeout(900)
 def test_pipeline_trains_a_chain_once(data: Path, tmp_path: Path) -> None:
     """run_training.py under pipeline.py: a teacher, its second stage, and a student."""
-    common = '"--data", "${data}", "--steps", "4", "--batch", "8"'
+    common = '"--data", "${data}", "--steps", "4", "--batch", "8", "--gate", "say"'
     steps = {
         "T1": "",
         "T2": ', "--start", "${work}/T1/model", "--blend", "${data}", "0.5"',
@@ -439,6 +440,14 @@ def test_pipeline_trains_a_chain_once(data: Path, tmp_path: Path) -> None:
     assert [step for step, _ in curve["train"]] == [1, 2, 3, 4]
     assert curve["optimizer_bytes"].keys() == {"exp_avg", "param"}
     assert "kl loss" in (tmp_path / "work" / "S" / "log.txt").read_text()
+    # Four steps teach nothing: said here, and a failure where it is not to be passed.
+    assert curve["held_out"][-1][1] > curve["unigram_loss"]
+    assert "passed, as --gate is say" in (tmp_path / "work" / "steps" / "S.log").read_text()
+    stopping = tuple("stop" if word == "say" else word for word in found[0].command)
+    step = replace(found[0], command=stopping)
+    with pytest.raises(RunError, match=r"(?s)step T1 failed.*nats after 4 steps: must be below"):
+        pipeline.run_steps([step], tmp_path / "work")
+    assert not pipeline.is_done(step, tmp_path / "work")
 
 
 @pytest.mark.parametrize("kind", ["gpt", "legacy"])
