@@ -300,7 +300,10 @@ def test_every_size_divides_in_its_layout(model: str) -> None:
     )
     # Half of AdamW's rate, as docs/hyperparameters.md says; the small ones have a rate of a sweep.
     half = float(str(adamw["lr"])) / 2
-    assert adams["lr"] == (pytest.approx(half) if model in PAPER_SIZES else 5e-4)
+    if model in PAPER_SIZES:
+        assert adams["lr"] == pytest.approx(half)
+    else:
+        assert 0.1 * half < float(str(adams["lr"])) <= half
 
 
 def make_job(script: launch.Script, arguments: str, extra: str = "") -> launch.Job:
