@@ -8,7 +8,8 @@ It takes all GPUs, or as many CPU processes as there are cores, up to 2 (--proce
 --teacher it distils, otherwise it pretrains. Outputs, in --out: the model's folder `model`,
 log.txt, command.sh, and curve.json: the training's and the held-out text's losses by step, the
 held-out text's loss by the frequencies of tokens alone, the bytes of the optimizer's state and the
-seconds. It goes on from the last checkpoint of a run that was stopped.
+seconds. It goes on from the last checkpoint of a run that was stopped, where Megatron can: without
+TransformerEngine and Apex, a run with AdamW begins from nothing, and says so.
 
 A model that is no better than those frequencies makes worse students and fine-tunes than random
 weights do. So the run then fails, or says it: --gate."""
@@ -17,15 +18,18 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "pretrain_gpt"))
 
+import encoder
 import job
 import train_encoder
 from shared.command import (
@@ -185,6 +189,20 @@ def gate(training: Training, curve: dict[str, Any]) -> str:
     return f"passed, as --gate is say: {said}"
 
 
+def cannot_resume(training: Training) -> bool:
+    """Say whether a checkpoint of this training cannot be gone on from.
+
+    Without TransformerEngine and Apex, Megatron's distributed optimizer takes torch's AdamW, whose
+    step it asks for before it has loaded any (distrib_optimizer.py, state_dict, 0.19).
+    """
+    has_fused_adam = any(find_spec(name) for name in ("transformer_engine", "apex"))
+    return (
+        training.optimizer == "adamw"
+        and not has_fused_adam
+        and encoder.has_checkpoint(training.out / MODEL)
+    )
+
+
 def run(training: Training) -> dict[str, Any]:
     """Train, and return the contents of curve.json.
 
@@ -197,6 +215,13 @@ def run(training: Training) -> dict[str, Any]:
     record = train_encoder.prepare_text.read_record(training.data)
     num_gpus = num_visible_gpus()
     flags = training.flags(num_gpus, record["settings"]["max_length"])
+    if cannot_resume(training):
+        print(
+            f"{training.out / MODEL}: begins from nothing, as Megatron cannot go on with torch's "
+            "AdamW (it could with TransformerEngine or Apex)",
+            flush=True,
+        )
+        shutil.rmtree(training.out / MODEL)
     training.out.mkdir(parents=True, exist_ok=True)
     words = command(training, flags, num_gpus)
     (training.out / "command.sh").write_text(shlex.join(words) + "\n")

@@ -444,6 +444,30 @@ def test_gate_compares_with_the_frequencies_of_tokens(data: Path) -> None:
         run_training.gate(stopping, curve)
 
 
+def test_stopped_adamw_without_fused_adam_begins_from_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = make_training(data, out=tmp_path, optimizer="adamw")
+    monkeypatch.setattr(run_training, "find_spec", lambda name: None)
+    assert not run_training.cannot_resume(training)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "latest_checkpointed_iteration.txt").write_text("3")
+    assert run_training.cannot_resume(training)
+    assert not run_training.cannot_resume(replace(training, optimizer="adams"))
+
+    def stop(*_: object) -> None:
+        raise RunError("not trained here")
+
+    monkeypatch.setattr(run_training.job, "run", stop)
+    with pytest.raises(RunError, match="not trained here"):
+        run_training.run(training)
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(run_training, "find_spec", lambda name: name == "apex" or None)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "latest_checkpointed_iteration.txt").write_text("3")
+    assert not run_training.cannot_resume(training)
+
+
 def test_dataset_without_frequencies_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("{}")
     with pytest.raises(ValueError, match="must have unigram_loss"):
