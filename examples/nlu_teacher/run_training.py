@@ -8,8 +8,8 @@ It takes all GPUs, or as many CPU processes as there are cores, up to 2 (--proce
 --teacher it distils, otherwise it pretrains. Outputs, in --out: the model's folder `model`,
 log.txt, command.sh, and curve.json: the training's and the held-out text's losses by step, the
 held-out text's loss by the frequencies of tokens alone, the bytes of the optimizer's state and the
-seconds. It goes on from the last checkpoint of a run that was stopped, where Megatron can: without
-TransformerEngine and Apex, a run with AdamW begins from nothing, and says so.
+last run's seconds. It goes on from the last checkpoint of a run that was stopped, if Megatron can:
+without TransformerEngine and Apex, a run with AdamW begins from nothing, and says so.
 
 A model that is no better than those frequencies makes worse students and fine-tunes than random
 weights do. So the run then fails, or says it: --gate."""
@@ -44,6 +44,7 @@ from shared.recipe import OPTIMIZERS, Recipe, parse_flags
 
 MODEL = "model"
 CURVE = "curve.json"
+LOG, EARLIER_LOGS = "log.txt", "earlier-logs.txt"
 GATES = ("stop", "say")
 
 # They are for a job on a cluster; a small one on this machine has no use for them.
@@ -203,6 +204,31 @@ def cannot_resume(training: Training) -> bool:
     )
 
 
+def keep_log(out: Path) -> None:
+    """Put the log of a stopped run behind those before it; drop them if nothing is resumed."""
+    log, earlier = out / LOG, out / EARLIER_LOGS
+    if not encoder.has_checkpoint(out / MODEL):
+        earlier.unlink(missing_ok=True)
+    elif log.is_file():
+        with earlier.open("a") as file:
+            file.write(log.read_text(errors="replace"))
+
+
+def whole_curves(curves: job.Curves, earlier: Path) -> job.Curves:
+    """Put the points of earlier logs before those of a resumed run; a step repeated counts once."""
+    lines = earlier.read_text().splitlines() if earlier.is_file() else []
+    train: dict[int, float] = {}
+    held_out: dict[int, float] = {}
+    for parsed in map(job.parse_line, lines):
+        if isinstance(parsed, job.Progress):
+            train[parsed.step] = parsed.loss
+        elif parsed is not None:
+            held_out[parsed[0]] = parsed[1]
+    train |= dict(curves.train)
+    held_out |= dict(curves.held_out)
+    return job.Curves(sorted(train.items()), sorted(held_out.items()))
+
+
 def run(training: Training) -> dict[str, Any]:
     """Train, and return the contents of curve.json.
 
@@ -225,8 +251,10 @@ def run(training: Training) -> dict[str, Any]:
     training.out.mkdir(parents=True, exist_ok=True)
     words = command(training, flags, num_gpus)
     (training.out / "command.sh").write_text(shlex.join(words) + "\n")
+    keep_log(training.out)
     start = time.monotonic()
-    curves = job.run(words, training.out / "log.txt", lambda line: print(line, flush=True))
+    curves = job.run(words, training.out / LOG, lambda line: print(line, flush=True))
+    curves = whole_curves(curves, training.out / EARLIER_LOGS)
     curve = {
         "model": training.model,
         "optimizer": training.optimizer,

@@ -24,6 +24,7 @@ import train_encoder  # noqa: E402
 import train_student  # noqa: E402
 import vocabulary  # noqa: E402
 from encoder import Description, Shape  # noqa: E402
+from job import Curves  # noqa: E402
 from pipeline import Step, is_done, load_steps, run_step, run_steps  # noqa: E402
 from prepare_text import Settings, prepare  # noqa: E402
 from run_training import Training  # noqa: E402
@@ -466,6 +467,31 @@ def test_stopped_adamw_without_fused_adam_begins_from_nothing(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "latest_checkpointed_iteration.txt").write_text("3")
     assert not run_training.cannot_resume(training)
+
+
+def test_resumed_run_has_the_whole_curve(tmp_path: Path) -> None:
+    def line(step: int, loss: float) -> str:
+        return (
+            f" iteration {step}/ 40 | consumed | elapsed time per iteration (ms): 5.0 | x | "
+            f"learning rate: 1.0E-03 | y | lm loss: {loss} |\n"
+            f" validation loss at iteration {step} on validation set | lm loss value: {loss} | \n"
+        )
+
+    log, earlier = tmp_path / run_training.LOG, tmp_path / run_training.EARLIER_LOGS
+    log.write_text(line(10, 5.0) + line(20, 4.5))
+    run_training.keep_log(tmp_path)  # no checkpoint: it begins from nothing
+    assert not earlier.exists()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "latest_checkpointed_iteration.txt").write_text("10")
+    run_training.keep_log(tmp_path)
+    log.write_text(line(20, 4.0) + line(30, 3.5))
+    run_training.keep_log(tmp_path)
+    points = [(30, 3.0), (40, 2.5)]
+    whole = run_training.whole_curves(Curves(points, points), earlier)
+    assert whole.train == whole.held_out == [(10, 5.0), (20, 4.0), (30, 3.0), (40, 2.5)]
+    (tmp_path / "model" / "latest_checkpointed_iteration.txt").unlink()
+    run_training.keep_log(tmp_path)
+    assert run_training.whole_curves(Curves(points, points), earlier).train == points
 
 
 def test_dataset_without_frequencies_is_refused(tmp_path: Path) -> None:
