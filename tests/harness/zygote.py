@@ -403,6 +403,8 @@ def fork_servant(connection: socket.socket) -> int:
     """Fork the process that runs one worker's cases, one after the other; return its ID."""
     pid = os.fork()
     if pid == 0:
+        # A write to a page that it shares with the zygote makes small pages of it: it gets its own.
+        collapse_pages()
         connection.setblocking(True)
         try:
             with connection.makefile("rw") as lines:
