@@ -72,7 +72,7 @@ train: $(SETUP)  ## train a small GPT with AdamS and with AdamW, and compare the
 sweep: $(SETUP)  ## the learning-rate sweep behind the recipe's defaults
 	$(RUN) examples/pretrain_gpt/sweep.py $(ARGS)
 
-quality: $(SETUP)  ## AdamS beside AdamW at two batch sizes; ARGS="--parts 19" is the whole study
+quality: $(SETUP)  ## AdamS beside AdamW at two batch sizes; ARGS="--parts 23" is the whole study
 	OMP_NUM_THREADS=1 $(RUN) examples/quality/cpu_study.py $(or $(ARGS),--parts 2)
 
 rl: $(SETUP)  ## post-train a small Llama by GRPO with AdamS and with AdamW: the short study
