@@ -36,9 +36,9 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nlu_teacher"))
 
 import numpy as np
-from finetune_rows import SWEEP, read_answers
+from finetune_rows import SWEEP, best_rate, read_answers
 from labels import Tagged, load_tagged
-from method_rows import METHODS, SUPERVISED, TAUGHT, Run, best_rate, read_rows, run_of
+from method_rows import METHODS, SUPERVISED, TAUGHT, Run, read_rows, run_of
 from metrics import Counts, Interval, count_all, estimate, metric, rates, relative_change
 
 ERROR_OF = {"ic": "intent_error", "ner": "slot_error", "both": "frame_error"}

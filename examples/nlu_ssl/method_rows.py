@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nlu_teacher"))
 
-from finetune_rows import SWEEP
+from finetune_rows import SWEEP, RunsInOrder, best_rate
 from metrics import METRICS
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -90,7 +90,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(RunsInOrder[Run]):
     """Which runs a study has.
 
     Attributes:
@@ -140,11 +140,7 @@ class Plan:
         )
 
     def known_runs(self, scores: dict[Run, float]) -> list[Run]:
-        """Return the runs that are known by now.
-
-        Args:
-            scores: of the runs that are done, on the validation set; lower is better.
-        """
+        """Return the runs that are known by now."""
         runs = []
         for setting in self.settings():
             sweep = self.sweep(setting)
@@ -156,14 +152,6 @@ class Plan:
                 )
                 runs += [_run(setting, lr, i, seed, *pool) for pool, i, seed in places]
         return runs
-
-    def next_run(self, scores: dict[Run, float]) -> Run | None:
-        """Return the first run that is not done."""
-        return next((run for run in self.known_runs(scores) if run not in scores), None)
-
-    def num_done(self, scores: dict[Run, float]) -> int:
-        """Count the runs of the plan that are done."""
-        return sum(run in scores for run in self.known_runs(scores))
 
     def teacher_of(self, run: Run, scores: dict[Run, float]) -> Run:
         """Return the supervised run on the same labelled utterances that teaches a run."""
@@ -177,25 +165,6 @@ def _run(
 ) -> Run:
     what = setting.method, setting.task, setting.optimizer, lr, setting.shots
     return Run(*what, subset, seed, selection, pool_size)
-
-
-def sweep_means(scores: dict[Run, float], setting: Setting) -> dict[float, float]:
-    """Return the mean score of each rate over the runs that choose it.
-
-    A rate with fewer of these runs than another is left out: its sweep is not complete.
-    """
-    found: dict[float, list[float]] = {}
-    for run, score in scores.items():
-        if run.setting == setting and run.subset >= SWEEP:
-            found.setdefault(run.lr, []).append(score)
-    most = max(map(len, found.values()), default=0)
-    return {lr: sum(each) / most for lr, each in found.items() if len(each) == most}
-
-
-def best_rate(scores: dict[Run, float], setting: Setting) -> float | None:
-    """Return the rate with the best mean score; None if none was chosen, as there is one alone."""
-    means = sweep_means(scores, setting)
-    return min(means, key=lambda lr: (means[lr], lr)) if means else None
 
 
 COLUMNS = (

@@ -12,10 +12,10 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from labels import Tagged
 from metrics import METRICS
@@ -51,9 +51,50 @@ class Run:
         shots = self.shots or "full"
         return f"{self.model}-{self.optimizer}-{self.lr:g}-{shots}-{self.subset}-{self.seed}"
 
+    @property
+    def setting(self) -> tuple[str, str, int]:
+        """What the run's rate is chosen for: model, optimizer and shots."""
+        return self.model, self.optimizer, self.shots
+
+
+class AnyRun(Protocol):
+    """What the choice of a rate needs of a study's run."""
+
+    @property
+    def lr(self) -> float:
+        """The learning rate."""
+
+    @property
+    def subset(self) -> int:
+        """Which few-shot subset; from SWEEP on, the run chooses a rate."""
+
+    @property
+    def setting(self) -> Any:
+        """What the rate is chosen for."""
+
+
+class RunsInOrder[AnyRunT: AnyRun]:
+    """A plan whose next run depends on the scores of those that are done."""
+
+    def known_runs(self, scores: dict[AnyRunT, float]) -> list[AnyRunT]:
+        """Return the runs that are known by now, in their order.
+
+        Args:
+            scores: of the runs that are done, on the validation set; lower is better.
+        """
+        raise NotImplementedError
+
+    def next_run(self, scores: dict[AnyRunT, float]) -> AnyRunT | None:
+        """Return the first run that is not done."""
+        return next((run for run in self.known_runs(scores) if run not in scores), None)
+
+    def num_done(self, scores: dict[AnyRunT, float]) -> int:
+        """Count the runs of the plan that are done."""
+        return sum(run in scores for run in self.known_runs(scores))
+
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(RunsInOrder[Run]):
     """Which runs a study has.
 
     Attributes:
@@ -91,34 +132,22 @@ class Plan:
         return sum(len(self.sweep(*each)) + self.subsets * self.seeds for each in self.settings())
 
     def known_runs(self, scores: dict[Run, float]) -> list[Run]:
-        """Return the runs that are known by now: of each setting its rates, and then the others.
-
-        Args:
-            scores: of the runs that are done, on the validation set; lower is better.
-        """
+        """Return the runs that are known by now: of each setting its rates, and then the others."""
         runs = []
         for setting in self.settings():
             sweep = self.sweep(*setting)
             runs += sweep
             if not all(run in scores for run in sweep):
                 continue
-            lr = best_rate({run: scores[run] for run in sweep}, *setting) or self.rates[0]
+            lr = best_rate({run: scores[run] for run in sweep}, setting) or self.rates[0]
             model, optimizer, shots = setting
             places = itertools.product(range(self.subsets), range(self.seeds))
             runs += [Run(model, optimizer, lr, shots, *place) for place in places]
         return runs
 
-    def next_run(self, scores: dict[Run, float]) -> Run | None:
-        """Return the first run that is not done."""
-        return next((run for run in self.known_runs(scores) if run not in scores), None)
 
-    def num_done(self, scores: dict[Run, float]) -> int:
-        """Count the runs of the plan that are done."""
-        return sum(run in scores for run in self.known_runs(scores))
-
-
-def sweep_means(
-    scores: dict[Run, float], model: str, optimizer: str, shots: int
+def sweep_means[AnyRunT: AnyRun](
+    scores: Mapping[AnyRunT, float], setting: Any
 ) -> dict[float, float]:
     """Return the mean score of each rate in the runs that choose it.
 
@@ -126,22 +155,21 @@ def sweep_means(
     """
     found: dict[float, list[float]] = {}
     for run, score in scores.items():
-        is_mine = (run.model, run.optimizer, run.shots) == (model, optimizer, shots)
-        if is_mine and run.subset >= SWEEP:
+        if run.setting == setting and run.subset >= SWEEP:
             found.setdefault(run.lr, []).append(score)
     most = max(map(len, found.values()), default=0)
     return {lr: sum(each) / most for lr, each in found.items() if len(each) == most}
 
 
-def best_rate(scores: dict[Run, float], model: str, optimizer: str, shots: int) -> float | None:
+def best_rate[AnyRunT: AnyRun](scores: Mapping[AnyRunT, float], setting: Any) -> float | None:
     """Return the rate with the best mean score; None if none was chosen, as there is one alone."""
-    means = sweep_means(scores, model, optimizer, shots)
+    means = sweep_means(scores, setting)
     return min(means, key=lambda lr: (means[lr], lr)) if means else None
 
 
 def is_at_edge(scores: dict[Run, float], run: Run) -> bool:
     """Whether a run's rate is the lowest or highest that was tried, so a better may lie beyond."""
-    tried = sweep_means(scores, run.model, run.optimizer, run.shots)
+    tried = sweep_means(scores, run.setting)
     return bool(tried) and run.lr in (min(tried), max(tried))
 
 
@@ -249,10 +277,10 @@ def kept_model(study: Path, model: str, optimizer: str, shots: int) -> Path:
         ValueError: the study has none.
     """
     scores = {run_of(row): float(row["validation_score"]) for row in read_rows(study / "rows.csv")}
-    best = best_rate(scores, model, optimizer, shots)
+    setting = model, optimizer, shots
+    best = best_rate(scores, setting)
     for run in scores:
-        is_asked = (run.model, run.optimizer, run.shots) == (model, optimizer, shots)
-        if is_asked and run.subset == run.seed == 0 and run.lr == (best or run.lr):
+        if run.setting == setting and run.subset == run.seed == 0 and run.lr == (best or run.lr):
             return study / "models" / run.name
     known = ", ".join(
         sorted({f"{run.model} ({run.optimizer}, {run.shots} shots)" for run in scores})

@@ -120,8 +120,7 @@ class Study:
         self.runs = [
             run
             for run in self.row_of
-            if run.subset < SWEEP
-            and run.lr == (best_rate(self.scores, run.model, run.optimizer, run.shots) or run.lr)
+            if run.subset < SWEEP and run.lr == (best_rate(self.scores, run.setting) or run.lr)
         ]
         self.test: list[Tagged] = load_tagged(data / "test.jsonl")
         self._counts: dict[tuple[Run, bool], Counts] = {}

@@ -67,15 +67,15 @@ def test_the_mean_of_the_sweeps_chooses_the_rate() -> None:
         (2e-3, SWEEP + 1): 0.5,
     }
     runs = {Run("S", "adams", lr, 20, i, i): score for (lr, i), score in scores.items()}
-    assert rows.best_rate(runs, "S", "adams", 20) == 2e-3
+    assert rows.best_rate(runs, ("S", "adams", 20)) == 2e-3
     # A rate whose sweep is not complete, another optimizer, and a deciding run count for nothing.
     more = {
         Run("S", "adams", 4e-3, 20, SWEEP, SWEEP): 0.0,
         Run("S", "adamw", 1e-3, 20, SWEEP + 1, SWEEP + 1): 0.0,
         Run("S", "adams", 1e-3, 20, 0, 0): 0.0,
     }
-    assert rows.best_rate(runs | more, "S", "adams", 20) == 2e-3
-    assert rows.best_rate({}, "S", "adams", 20) is None
+    assert rows.best_rate(runs | more, ("S", "adams", 20)) == 2e-3
+    assert rows.best_rate({}, ("S", "adams", 20)) is None
 
 
 def test_one_rate_needs_no_sweep() -> None:
