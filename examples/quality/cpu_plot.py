@@ -220,9 +220,7 @@ def write(folder: Path) -> str:
     Raises:
         ValueError: there is no run.
     """
-    rows = results.read_rows(folder / "quality.csv")
-    if not rows:
-        raise ValueError(f"{folder}: must hold quality.csv with a run; run cpu_study.py")
+    rows = results.rows_of_study(folder, "cpu_study.py")
     losses = results.losses_of(rows, results.PER_BYTE)
     sizes = sorted({int(row["num_params"]) for row in rows})
     title = f"A GPT with {' or '.join(f'{size:,}' for size in sizes)} parameters; lines are seed 0"

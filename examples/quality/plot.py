@@ -226,9 +226,7 @@ def write(folder: Path) -> None:
     Raises:
         ValueError: there are no results.
     """
-    rows = results.read_rows(folder / "quality.csv")
-    if not rows:
-        raise ValueError(f"{folder}: must hold quality.csv with a run; run gpu_study.py")
+    rows = results.rows_of_study(folder, "gpu_study.py")
     losses = results.losses_of(rows)
     first = rows[0]
     title = (

@@ -59,6 +59,20 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return run_table.read(path, COLUMNS)
 
 
+def rows_of_study(folder: Path, script: str) -> list[dict[str, str]]:
+    """Read the rows of a study's folder.
+
+    Args:
+        script: what makes them, for the message.
+    Raises:
+        ValueError: there is none, or the file has other columns.
+    """
+    rows = read_rows(folder / "quality.csv")
+    if not rows:
+        raise ValueError(f"{folder}: must hold quality.csv with a run; run {script}")
+    return rows
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append a run, whose keys are COLUMNS."""
     run_table.append_row(path, row, COLUMNS)
