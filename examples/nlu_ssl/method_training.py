@@ -5,7 +5,6 @@ labels, and both are one update. CVT makes a second update of the unlabelled bat
 alternate.
 """
 
-import copy
 import csv
 import json
 import math
@@ -25,6 +24,7 @@ from finetune_nlu import (
     CLIP_NORM,
     Data,
     Diverged,
+    Evaluations,
     Settings,
     batches,
     few_shot,
@@ -514,7 +514,7 @@ def train(
         unlabelled = batches(method.num_utterances, settings.unlabelled_batch_size, run.seed + 1)
     model.seed_dropout(run.seed)
     model.train()
-    best_score, best_step, best_weights = math.inf, 0, None
+    evaluations = Evaluations(model, settings, steps)
     for step, indices in enumerate(batches(len(chosen), settings.batch_size, run.seed)):
         updates.begin(step)
         losses = examples.loss(model, indices, run.task)
@@ -529,22 +529,16 @@ def train(
                 loss = loss + settings.unlabelled_weight * each.total()
         updates.update(loss, step)
         on_step()
-        is_last = step + 1 == steps
-        if (step + 1) % settings.evaluate_every == 0 or is_last:
+        if evaluations.is_due(step):
             means = log.means()
             log.flush(step + 1)
             answers = model.answer(validation, with_tags=has_tags(run.task))
-            score = score_of(validation, answers, run.task)
-            if score < best_score:
-                best_score, best_step = score, step + 1
-                best_weights = copy.deepcopy(model.weights())
-            if is_last or step + 1 >= best_step + settings.patience * settings.evaluate_every:
+            if evaluations.add(step, score_of(validation, answers, run.task)):
                 break
-    assert best_weights is not None
-    model.load_state_dict(best_weights, strict=False)
+    evaluations.restore()
     return {
-        "validation_score": round(best_score, 4),
-        "best_step": best_step,
+        "validation_score": round(evaluations.best_score, 4),
+        "best_step": evaluations.best_step,
         "steps": step + 1,
         "num_train": len(chosen),
         "num_pool": method.num_utterances if method else 0,

@@ -25,10 +25,10 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import encoder
 import joint
@@ -235,6 +235,50 @@ def score_of(labelled: Sequence[Tagged], answers: Sequence[Tagged]) -> float:
     return float(found["intent_error"] + found["slot_error"])
 
 
+class Evaluated(Protocol):
+    """A model whose weights are kept at an evaluation."""
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Return the weights that are saved."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """As of torch.nn.Module."""
+
+
+class Evaluations:
+    """The evaluations of a training: which is the best one, and when it is to stop.
+
+    Args:
+        steps: of the training at most.
+
+    Attributes:
+        best_score, best_step: of the best one; lower is better, and steps count from 1.
+    """
+
+    def __init__(self, model: Evaluated, settings: Settings, steps: int) -> None:
+        self.best_score, self.best_step = math.inf, 0
+        self._model, self._steps = model, steps
+        self._every, self._patience = settings.evaluate_every, settings.patience
+        self._weights: Mapping[str, torch.Tensor] | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is one after this step, which counts from 0."""
+        return (step + 1) % self._every == 0 or step + 1 == self._steps
+
+    def add(self, step: int, score: float) -> bool:
+        """Add one, and return whether the training stops."""
+        if score < self.best_score:
+            self.best_score, self.best_step = score, step + 1
+            self._weights = copy.deepcopy(self._model.weights())
+        patient_until = self.best_step + self._patience * self._every
+        return step + 1 == self._steps or step + 1 >= patient_until
+
+    def restore(self) -> None:
+        """Give the model the weights of the best one."""
+        assert self._weights is not None
+        self._model.load_state_dict(self._weights, strict=False)
+
+
 def train(
     model: JointModel,
     run: Run,
@@ -257,7 +301,7 @@ def train(
     steps = settings.max_steps if run.shots else settings.full_steps
     optimizer = make_optimizer(run.optimizer, model.trained())
     joint.seed_dropout(run.seed)
-    best_score, best_step, best_weights = math.inf, 0, None
+    evaluations = Evaluations(model, settings, steps)
     losses: list[float] = []
     model.train()
     for step, indices in enumerate(batches(len(chosen), settings.batch_size, run.seed)):
@@ -272,19 +316,14 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.item())
         on_step()
-        is_last = step + 1 == steps
-        if (step + 1) % settings.evaluate_every == 0 or is_last:
+        if evaluations.is_due(step):
             score = score_of(validation, model.answer(validation))
-            if score < best_score:
-                best_score, best_step = score, step + 1
-                best_weights = copy.deepcopy(model.weights())
-            if is_last or step + 1 >= best_step + settings.patience * settings.evaluate_every:
+            if evaluations.add(step, score):
                 break
-    assert best_weights is not None
-    model.load_state_dict(best_weights, strict=False)
+    evaluations.restore()
     return {
-        "validation_score": round(best_score, 4),
-        "best_step": best_step,
+        "validation_score": round(evaluations.best_score, 4),
+        "best_step": evaluations.best_step,
         "steps": step + 1,
         "num_train": len(chosen),
         "state_bytes": state_bytes(optimizer),
