@@ -412,6 +412,8 @@ def fork_servant(connection: socket.socket) -> int:
                 for line in lines:
                     print(json.dumps(run_case(json.loads(line))), file=lines, flush=True)
         except BaseException:
+            # Whatever it is, this fork must not go on as the zygote. The worker sees that the
+            # connection ends, and fails with this log.
             traceback.print_exc()
         finally:
             sys.stderr.flush()
