@@ -1,4 +1,4 @@
-"""Draw and tabulate the CPU study or the second GPU study: writes quality.png and summary.md.
+"""Draw and tabulate the CPU study or a GPU study but the first: writes quality.png and summary.md.
 
 python cpu_plot.py [FOLDER]"""
 
@@ -16,7 +16,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import plot
 import results
-from cpu_schedule import ADAMS, ADAMW, BATCH_SIZES, GPU_SETTINGS, MARGIN, SETTINGS, VARIANTS
+from cpu_schedule import (
+    ADAMS,
+    ADAMW,
+    BATCH_SIZES,
+    GPU_3_SETTINGS,
+    GPU_SETTINGS,
+    MARGIN,
+    SETTINGS,
+    VARIANTS,
+)
 from cpu_study import RUNS
 from matplotlib.axes import Axes
 from schedule import Losses, Paired, Run, Variant, best_rate, is_at_edge, rates_of
@@ -31,7 +40,11 @@ def settings_of(losses: Losses) -> list[str]:
 
 def deciding(losses: Losses) -> tuple[str, ...]:
     """Return the settings that decide in the study that the runs belong to."""
-    return GPU_SETTINGS if any(run.axis in GPU_SETTINGS for run in losses) else BATCH_SIZES
+    axes = {run.axis for run in losses}
+    for settings in (GPU_SETTINGS, GPU_3_SETTINGS):
+        if axes & set(settings):
+            return settings
+    return BATCH_SIZES
 
 
 def seeds_at_best(losses: Losses, setting: str, variant: Variant) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""The rules of PLAN-CPU.md and PLAN-GPU-2.md: which run is done next, and what the runs decide.
+"""The rules of PLAN-CPU.md and of PLAN-GPU-2.md and -3.md: the next run, and what runs decide.
 
 The order depends only on the finished runs, so a study that was stopped goes on where it was. This
 module does not import torch.
@@ -37,6 +37,8 @@ _GPU_STARTS = {
     "AdamW cautious": 0,
     "AdamW Nesterov": 0,
 }
+# The best rates of the second one at as many tokens a step.
+_GPU_3_STARTS = _GPU_STARTS | {"AdamS cautious": -2}
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ SETTINGS = {
         Setting("16k", 16_384),
         Setting("98k", 98_304, 225, 6, 512, 8, origin=None, upward=False, starts=_GPU_STARTS),
         Setting("24k", 24_576, 900, 6, 512, 8, origin="98k", upward=False),
+        Setting("124M", 98_304, 160, 12, 768, 12, tied=True, origin=None, starts=_GPU_3_STARTS),
     )
 }
 # The settings that decide. Those of the CPU study differ only in the tokens a step.
 BATCH_SIZES = ("512", "2k", "4k", "8k")
 GPU_SETTINGS = ("98k", "24k")
+GPU_3_SETTINGS = ("124M",)
 
 ADAMW = Variant("AdamW", "adamw", (rate(4), rate(6)))
 ADAMW_99 = Variant("AdamW beta2 0.99", "adamw", (rate(4), rate(6)), beta2=0.99)
@@ -165,6 +169,13 @@ GPU_PARTS = (
     Part("24k", CHANGED_ADAMW, fine=False, seeds=(1, 2)),
     Part("24k", CORE, fine=False, seeds=(3, 4)),
     Part("98k", CORE, fine=False, seeds=(3, 4)),
+)
+# PLAN-GPU-3.md's.
+GPU_3_PARTS = (
+    Part("124M", (ADAMW, ADAMS, CAUTIOUS), fine=False, seeds=(1,)),
+    Part("124M", (NESTEROV,), fine=False, seeds=(1,)),
+    Part("124M", (ADAMW, ADAMS, CAUTIOUS), fine=False, seeds=(2, 3)),
+    Part("124M", (ADAMW_CAUTIOUS,), fine=False, seeds=(1, 2, 3)),
 )
 
 
@@ -295,8 +306,36 @@ def recommended(losses: Losses, settings: Sequence[str] = BATCH_SIZES) -> Varian
     return min(better, key=lambda each: better[each].mean) if better else None
 
 
+def compared_at(losses: Losses, setting: str) -> str:
+    """Return a sentence for each variant that was run in a setting: how far it is from AdamW."""
+    adamw = best_rate(losses, ADAMW, setting)
+    if adamw is None:
+        return "Nothing is compared yet: AdamW has not been run."
+    sentences = []
+    for variant in VARIANTS.values():
+        lr = best_rate(losses, variant, setting)
+        if lr is None or variant is ADAMW:
+            continue
+        chosen = losses[Run(setting, variant.name, lr, 0)]
+        difference = chosen - losses[Run(setting, ADAMW.name, adamw, 0)]
+        found = compare(losses, setting, variant, ADAMW)
+        if found is None:
+            others = "no other seed was run"
+        elif len(found.differences) == 1:
+            others = f"{found.mean:+.4f} with one other seed, whose noise is not known"
+        else:
+            others = f"{found.mean:+.4f} ± {found.half_width:.4f} with other seeds"
+        sentences.append(
+            f"{variant.name} to AdamW, nats a byte: {difference:+.4f} with seed 0, which chose the "
+            f"rates; {others}."
+        )
+    return "\n".join(sentences) or "Nothing is compared yet: AdamW alone has been run."
+
+
 def decide(losses: Losses, settings: Sequence[str] = BATCH_SIZES) -> str:
     """Return in sentences what the rule of the plan decides from the finished runs."""
+    if tuple(settings) == GPU_3_SETTINGS:  # one setting, so its plan recommends nothing
+        return compared_at(losses, *GPU_3_SETTINGS)
     verdicts = {candidate: judge(losses, candidate, settings) for candidate in CANDIDATES}
     if not any(verdicts.values()):
         return "Nothing is decided yet: it takes two batch sizes with two seeds from 1 on."

@@ -1,4 +1,4 @@
-"""Compare AdamS and AdamW on one GPU in a given time; PLAN-GPU-2.md and PLAN.md say how.
+"""Compare AdamS and AdamW on one GPU in a given time; PLAN-GPU-3.md, -2.md and PLAN.md say how.
 
     python gpu_study.py --data FOLDER --out FOLDER --seconds 150
 
@@ -11,7 +11,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import cpu_schedule
@@ -19,7 +20,7 @@ import results
 import schedule
 from shared.command import exit_code_of
 
-# A rehearsal of the second plan has a fifth of its steps.
+# A rehearsal of a plan with fixed steps has a fifth of them.
 REHEARSED_SHARE = 1 / 5
 # The time left at the end for the interpreter, the device and collecting the files.
 RESERVE_S = 8.0
@@ -30,6 +31,52 @@ TARGET_RUNS = 20
 MIN_SECONDS_TO_COMPILE = 60.0
 # The time that a run needs outside its steps: start values, order of the batches, held-out loss.
 OVERHEAD_PER_RUN_S = 0.6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a plan runs.
+
+    Attributes:
+        preset, rehearsal: names of lab.PRESETS.
+        axes: the runs' axes.
+        variants: name -> variant.
+        column: the loss that decides.
+        parts: its runs, with the steps of cpu_schedule.SETTINGS; None: those of schedule.py, with
+            as many steps as fit into the time.
+    """
+
+    preset: str
+    rehearsal: str
+    axes: tuple[str, ...]
+    variants: Mapping[str, schedule.Variant]
+    column: str
+    parts: tuple[cpu_schedule.Part, ...] | None = None
+
+    def next_run(self, losses: schedule.Losses) -> schedule.Run | None:
+        """Return the next run, or None if the plan is complete."""
+        if self.parts is None:
+            return schedule.next_run(losses)
+        return cpu_schedule.next_run(losses, parts=self.parts)
+
+    def decide(self, losses: schedule.Losses) -> str:
+        """Return what the finished runs decide."""
+        if self.parts is None:
+            return schedule.decide(losses)
+        return cpu_schedule.decide(losses, self.axes)
+
+
+PLANS = {
+    1: Plan("25M", "rehearsal", ("A", "B"), schedule.VARIANTS, "held_out_loss"),
+    2: Plan(
+        *("25M, plan 2", "rehearsal, plan 2", cpu_schedule.GPU_SETTINGS, cpu_schedule.VARIANTS),
+        *(results.PER_BYTE, cpu_schedule.GPU_PARTS),
+    ),
+    3: Plan(
+        *("124M", "rehearsal, plan 3", cpu_schedule.GPU_3_SETTINGS, cpu_schedule.VARIANTS),
+        *(results.PER_BYTE, cpu_schedule.GPU_3_PARTS),
+    ),
+}
 
 
 def steps_for(seconds: float, seconds_per_step: float, min_steps: int, max_steps: int) -> int:
@@ -63,22 +110,19 @@ def study(args: argparse.Namespace, started: float) -> None:
     say = _reporter(args.out / "log.txt", started)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: must be a GPU that torch sees; give --device cpu")
-    second = args.plan == 2
-    name = "rehearsal" if args.rehearse else "25M"
-    preset = PRESETS[f"{name}, plan 2" if second else name]
+    plan = PLANS[args.plan]
+    preset = PRESETS[plan.rehearsal if args.rehearse else plan.preset]
     rows = results.read_rows(args.out / "quality.csv")
     others = {row["model"] for row in rows} - {preset.name}
     if others:
         raise ValueError(f"{args.out}: must hold runs of {preset.name} alone, has {others}")
     _check_text(args.data, args.out)
-    axes = set(cpu_schedule.GPU_SETTINGS if second else ("A", "B"))
-    if strangers := {row["axis"] for row in rows} - axes:
+    if strangers := {row["axis"] for row in rows} - set(plan.axes):
         raise ValueError(
             f"{args.out}: must hold runs of plan {args.plan} alone, has {strangers}; give another "
             "--out or --plan"
         )
-    variants = cpu_schedule.VARIANTS if second else schedule.VARIANTS
-    lab = Lab(preset, args.data, torch.device(args.device), variants)
+    lab = Lab(preset, args.data, torch.device(args.device), plan.variants)
     say(
         f"{preset.name}: {lab.num_params:,} parameters, {len(lab.train_tokens):,} training tokens,"
         f" torch {torch.__version__}; {len(rows)} runs are done"
@@ -101,24 +145,20 @@ def study(args: argparse.Namespace, started: float) -> None:
             else:
                 lab.model.forget_compiled()
                 lab.compiled = "no: slower"
-    column = results.PER_BYTE if second else "held_out_loss"
-    if second:
+    if plan.parts is not None:
         share = REHEARSED_SHARE if args.rehearse else 1.0
-        steps_of = {
-            axis: round(share * cpu_schedule.SETTINGS[axis].steps)
-            for axis in cpu_schedule.GPU_SETTINGS
-        }
+        steps_of = {axis: round(share * cpu_schedule.SETTINGS[axis].steps) for axis in plan.axes}
     else:
         steps = _steps_of_rows(rows)
         if steps is None:
             left = deadline - time.monotonic()
             steps = steps_for(left, seconds_per_step, preset.min_steps, preset.max_steps)
-        steps_of = {axis: lab.steps_of(axis, steps) for axis in ("A", "B")}
+        steps_of = {axis: lab.steps_of(axis, steps) for axis in plan.axes}
     say("; ".join(f"{axis}: {num} steps a run" for axis, num in steps_of.items()))
 
     overhead = OVERHEAD_PER_RUN_S
-    losses = results.losses_of(rows, column)
-    while (run := _next_run(losses, args.plan)) is not None:
+    losses = results.losses_of(rows, plan.column)
+    while (run := plan.next_run(losses)) is not None:
         num_steps = steps_of[run.axis]
         batches = sum(lab.batches_of_steps(run.axis, num_steps))
         needed = batches * seconds_per_step + overhead
@@ -131,7 +171,7 @@ def study(args: argparse.Namespace, started: float) -> None:
             say(f"end: {exc}")
             break
         rows.append(row)
-        losses[run] = float(row[column])
+        losses[run] = float(row[plan.column])
         seconds_per_step = max(0.0, row["seconds"] - overhead) / batches
         say(
             f"{run}  held-out {row['held_out_loss']:.4f}  train {row['train_loss']:.4f}  "
@@ -141,18 +181,7 @@ def study(args: argparse.Namespace, started: float) -> None:
         say("end: every run of the plan is done")
     if args.rehearse:
         say("A rehearsal: what follows is no result.")
-    decided = (
-        cpu_schedule.decide(losses, cpu_schedule.GPU_SETTINGS)
-        if second
-        else schedule.decide(losses)
-    )
-    say(decided.replace("\n", " "))
-
-
-def _next_run(losses: schedule.Losses, plan: int) -> schedule.Run | None:
-    if plan == 1:
-        return schedule.next_run(losses)
-    return cpu_schedule.next_run(losses, parts=cpu_schedule.GPU_PARTS)
+    say(plan.decide(losses).replace("\n", " "))
 
 
 def _check_text(data: Path, out: Path) -> None:
@@ -200,9 +229,9 @@ def main() -> int:
     parser.add_argument(
         "--plan",
         type=int,
-        choices=[1, 2],
-        default=2,
-        help="1: PLAN.md, 2: PLAN-GPU-2.md (%(default)s)",
+        choices=list(PLANS),
+        default=max(PLANS),
+        help="1: PLAN.md, 2: PLAN-GPU-2.md, 3: PLAN-GPU-3.md (%(default)s)",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="%(default)s")
     parser.add_argument(

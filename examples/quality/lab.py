@@ -57,16 +57,22 @@ class Preset:
 
 
 # "98k" and "24k" are settings of the second plan. Both have batches of one shape, so that the model
-# is compiled once.
+# is compiled once. "124M" is the setting of the third. Twice its batch would not fit into 80 GB
+# without the compiler: the logits and their gradients alone would take 40 GB.
 PRESETS = {
     "25M": Preset("25M", 6, 512, 8, 512, batch=192, min_steps=100, max_steps=300,
                   max_eval_batches=8),
     "25M, plan 2": Preset("25M", 6, 512, 8, 512, batch=48, min_steps=225, max_steps=225,
                           max_eval_batches=32, batches_per_step={"98k": 4}),
+    # 124 million parameters with 50,304 tokens to know.
+    "124M": Preset("124M", 12, 768, 12, 1024, batch=24, min_steps=160, max_steps=160,
+                   max_eval_batches=16, tied=True, batches_per_step={"124M": 4}),
     "rehearsal": Preset("rehearsal", 2, 32, 2, 32, batch=8, min_steps=40, max_steps=60,
                         max_eval_batches=4),
     "rehearsal, plan 2": Preset("rehearsal", 2, 32, 2, 32, batch=2, min_steps=40, max_steps=60,
                                 max_eval_batches=16, batches_per_step={"98k": 4}),
+    "rehearsal, plan 3": Preset("rehearsal", 2, 32, 2, 32, batch=2, min_steps=32, max_steps=32,
+                                max_eval_batches=16, tied=True, batches_per_step={"124M": 4}),
 }  # fmt: skip
 
 

@@ -1,16 +1,22 @@
 """Turn Python sources into tokens for a study: train.bin, heldout.bin and meta.json.
 
     python prepare.py --out FOLDER [--megabytes 36] [--vocab-size 4096] [--text FOLDER ...]
+    python prepare.py --out FOLDER --packages packages.txt --vocab-size 50304 --megabytes 34
 
-Without --text, the sources are the running Python's standard library and installed packages. This
-script needs the package `tokenizers`; the study itself does not.
+Without --text and --packages, the sources are the running Python's standard library and installed
+packages. --packages downloads the wheels of the packages that a file names, and so gives everyone
+the same text. This script needs the package `tokenizers`; the study itself does not.
 """
 
 import argparse
 import hashlib
 import json
+import re
+import subprocess
 import sys
 import sysconfig
+import tempfile
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +91,57 @@ def read_sources(folders: Iterable[Path]) -> list[Source]:
             source = Source(relative.as_posix(), text)
             sources.setdefault(source.digest, source)
     return list(sources.values())
+
+
+def read_names(packages: Path) -> list[str]:
+    """Return the lines of a file that names packages, without comments.
+
+    Raises:
+        ValueError: there is none, or a line is not NAME==VERSION.
+    """
+    if not packages.is_file():
+        raise ValueError(f"{packages}: must be a file with a line NAME==VERSION for each package")
+    lines = packages.read_text().splitlines()
+    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+==[\w.]+", name):
+            raise ValueError(
+                f"{packages}: {name!r}: must be NAME==VERSION, so that all get one text"
+            )
+    if not names:
+        raise ValueError(f"{packages}: must name a package; a line is NAME==VERSION")
+    return names
+
+
+def unpack_wheels(wheels: Path, out: Path) -> None:
+    """Write the Python files of all wheels in a folder to `out`, each wheel's in a folder."""
+    for wheel in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.endswith(".py"):
+                    archive.extract(name, out / wheel.name.partition("-")[0])
+
+
+def download(packages: Path, out: Path) -> None:
+    """Write the Python files of the packages that a file names to the folder `out`.
+
+    Raises:
+        ValueError: the file's form is wrong, or pip cannot download a package.
+    """
+    names = read_names(packages)
+    print(f"downloads {len(names)} packages", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder)
+        command = [sys.executable, "-m", "pip", "download", *options, *names]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            reason = (lines or done.stderr.splitlines() or ["no reason given"])[0]
+            raise ValueError(
+                f"{packages}: pip must be able to download what it names ({reason}); give --text "
+                "with folders of Python files instead"
+            )
+        unpack_wheels(Path(folder), out)
 
 
 def _lines(source: Source) -> set[str]:
@@ -216,14 +273,21 @@ def main() -> int:
     parser.add_argument(
         "--vocab-size", type=int, default=VOCAB_SIZE, help="tokens to learn (%(default)s)"
     )
-    parser.add_argument(
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument(
         "--text", type=Path, nargs="+", help="folders with Python files (this Python's own)"
+    )
+    sources.add_argument(
+        "--packages", type=Path, help="a file with a line NAME==VERSION for each package"
     )
     args = parser.parse_args()
     try:
-        meta = prepare(
-            args.text or default_folders(), args.out, int(args.megabytes * 1e6), args.vocab_size
-        )
+        with tempfile.TemporaryDirectory() as unpacked:
+            folders = args.text or default_folders()
+            if args.packages is not None:
+                folders = [Path(unpacked)]
+                download(args.packages, *folders)
+            meta = prepare(folders, args.out, int(args.megabytes * 1e6), args.vocab_size)
     except ValueError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2

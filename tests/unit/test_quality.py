@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,33 @@ def test_prepared_tokens_are_the_text(tmp_path: Path) -> None:
     used = split.held_out[: meta["held_out_files"]]
     num_bytes = sum(len(source.text.encode()) + 1 for source in used)
     assert meta["held_out_bytes_per_token"] == round(num_bytes / len(held_out), 4)
+
+
+def test_named_packages_are_unpacked(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "some_name-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("some_name/code.py", "code = 1\n")
+        archive.writestr("some_name/data.json", "{}")
+    prepare.unpack_wheels(wheels, tmp_path / "out")
+    files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")]
+    assert files == [Path("some_name/some_name/code.py")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("sympy\n", "'sympy': must be NAME==VERSION"), ("# none\n", "must name a package")],
+)
+def test_packages_have_versions(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "packages.txt").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        prepare.read_names(tmp_path / "packages.txt")
+    with pytest.raises(ValueError, match="must be a file"):
+        prepare.read_names(tmp_path / "another.txt")
+
+
+def test_the_packages_of_the_plan_are_named() -> None:
+    assert len(prepare.read_names(EXAMPLE / "packages.txt")) == 17
 
 
 def pretend(losses: schedule.Losses, num_runs: int, loss_of) -> list[Run]:

@@ -329,12 +329,56 @@ def test_the_second_gpu_plan_names_what_the_code_runs() -> None:
     ]
 
 
+def test_the_third_gpu_plan_names_what_the_code_runs() -> None:
+    text = (EXAMPLE / "PLAN-GPU-3.md").read_text()
+    preset = lab_module.PRESETS["124M"]
+    [name] = cpu_schedule.GPU_3_SETTINGS
+    setting = SETTINGS[name]
+    tokens = preset.batch * preset.seq_length
+    assert f"| {name} | {setting.tokens_per_step:,} tokens a step, {setting.steps} st" in text
+    assert setting.tokens_per_step == tokens * preset.batches_per_step[name]
+    assert f"{preset.max_eval_batches * tokens:,} tokens" in text
+    layers = f"{preset.num_layers} layers, width {preset.width}, {preset.num_heads} heads"
+    assert layers in text and preset.tied == setting.tied
+    rows = [line.split("|") for line in text.splitlines() if re.match(r"\| \d \|", line)]
+    assert [(names.strip(), seeds.strip()) for _, _, names, seeds, _ in rows] == [
+        (", ".join(each.name for each in part.variants), ", ".join(map(str, part.seeds)))
+        for part in cpu_schedule.GPU_3_PARTS
+    ]
+
+
+def test_the_third_gpu_plan_says_how_far_each_variant_is_from_adamw() -> None:
+    losses: Losses = {}
+    assert "AdamW has not been run" in cpu_schedule.decide(losses, cpu_schedule.GPU_3_SETTINGS)
+    order, told = [], {}
+    while (run := cpu_schedule.next_run(losses, parts=cpu_schedule.GPU_3_PARTS)) is not None:
+        worse = 0.03 if run.variant == ADAMS.name else 0.0
+        # The noise of AdamS is not paired.
+        noise = 0.001 * run.seed * (1 + (run.variant == ADAMS.name))
+        distance = abs(
+            cpu_schedule.index_of(run.lr) + (0 if run.variant.startswith("AdamW") else 2)
+        )
+        losses[run] = 1 + worse + noise + 0.05 * distance
+        order.append(run)
+        said = cpu_schedule.decide(losses, cpu_schedule.GPU_3_SETTINGS)
+        [told[len(order)]] = [
+            line for line in said.splitlines() if line.startswith("AdamS to")
+        ] or [said]
+    assert [run.lr for run in order[:3]] == [1e-3, 2e-3, 5e-4]
+    assert "AdamW alone" in told[3]
+    assert "+0.0300 with seed 0" in told[6] and "no other seed was run" in told[6]
+    firsts = [n for n, run in enumerate(order, start=1) if run.variant == "AdamS" and run.seed == 1]
+    assert "+0.0310 with one other seed" in told[firsts[0]]
+    assert "+0.0320 ± 0.0025 with other seeds" in told[len(order)]
+
+
 def test_the_plan_names_what_the_code_runs() -> None:
     text = (EXAMPLE / "PLAN-CPU.md").read_text()
     for variant in cpu_schedule.VARIANTS.values():
         [line] = [line for line in text.splitlines() if line.startswith(f"| {variant.name} |")]
         assert line.endswith(f"| {variant.rates[0] * 1e3:g}e-3 |")
-    for setting in (SETTINGS[name] for name in SETTINGS.keys() - set(cpu_schedule.GPU_SETTINGS)):
+    of_gpu = {*cpu_schedule.GPU_SETTINGS, *cpu_schedule.GPU_3_SETTINGS}
+    for setting in (SETTINGS[name] for name in SETTINGS.keys() - of_gpu):
         assert f"{setting.tokens_per_step:,}" in text and f"{setting.steps} steps" in text
     assert f"{MARGIN:+} nats a byte" in text
     assert f"{cpu_study.HELD_OUT_TOKENS:,} tokens" in text
