@@ -103,7 +103,12 @@ def losses_table(losses: Losses) -> list[str]:
 
 def rates_table(rows: list[dict[str, str]], losses: Losses) -> list[str]:
     """Return a row per setting: best rates as a part of AdamW's, and the update RMS of matrices."""
-    ours = [variant for variant in VARIANTS.values() if variant.family == "adams"]
+    run_names = {run.variant for run in losses}
+    ours = [
+        variant
+        for variant in VARIANTS.values()
+        if variant.family == "adams" and variant.name in run_names
+    ]
     lines = [
         "| setting | AdamW's best rate | "
         + " | ".join(f"{variant.name} / AdamW" for variant in ours)
@@ -147,10 +152,14 @@ def summary(rows: list[dict[str, str]], losses: Losses) -> str:
     return "\n".join(lines)
 
 
-def draw_differences(axes: Axes, losses: Losses, settings: Iterable[str]) -> None:
+def with_seeds(losses: Losses, settings: Iterable[str]) -> list[str]:
+    """Return the settings in which AdamW has two seeds that count, so that there are intervals."""
+    return [name for name in settings if len(seeds_at_best(losses, name, ADAMW)) > 2]
+
+
+def draw_differences(axes: Axes, losses: Losses, settings: list[str]) -> None:
     """Draw the paired differences to AdamW over the batch size, with 95% intervals."""
     variants = [variant for variant in VARIANTS.values() if variant is not ADAMW]
-    settings = [name for name in settings if len(seeds_at_best(losses, name, ADAMW)) > 2]
     for number, variant in enumerate(variants):
         places, means, bars = [], [], []
         for place, setting in enumerate(settings):
@@ -209,18 +218,28 @@ def label_of(setting: str) -> str:
 
 
 def draw(losses: Losses, title: str, picture: Path) -> None:
-    """Write the differences, and the loss over the rate for each setting."""
+    """Write the differences, if any has an interval, and each setting's loss over the rate."""
     settings = settings_of(losses)
-    num_rows = math.ceil((1 + len(settings)) / 2)
-    figure, panels = plt.subplots(num_rows, 2, figsize=(13, 4.5 * num_rows), layout="constrained")
+    compared = with_seeds(losses, settings)
+    num_panels = len(settings) + bool(compared)
+    num_columns = min(2, num_panels)
+    num_rows = math.ceil(num_panels / num_columns)
+    figure, panels = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(6.5 * num_columns, 4.5 * num_rows),
+        layout="constrained",
+        squeeze=False,
+    )
     figure.suptitle(title)
     flat = list(panels.flat)
-    draw_differences(flat[0], losses, settings)
-    for axes, setting in zip(flat[1:], settings, strict=False):
+    if compared:
+        draw_differences(flat[0], losses, compared)
+    for axes, setting in zip(flat[bool(compared) :], settings, strict=False):
         plot.draw_rates(axes, losses, setting, VARIANTS.values(), label_of(setting), "byte")
-    for axes in flat[1 + len(settings) :]:
+    for axes in flat[num_panels:]:
         axes.remove()
-    for axes in flat:
+    for axes in flat[:num_panels]:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=110)
