@@ -217,6 +217,8 @@ def test_examples_are_shown_as_they_are(name: str) -> None:
         ("gpu-h100.png", "benchmarks/results/gpu-h100-80gb-hbm3.png"),
         ("quality.png", "examples/quality/results/quality.png"),
         ("quality-cpu.png", "examples/quality/results/cpu/quality.png"),
+        ("quality-gpu-2.png", "examples/quality/results/gpu-2/quality.png"),
+        ("quality-gpu-3.png", "examples/quality/results/gpu-3/quality.png"),
         ("lr_sweep.png", "examples/pretrain_gpt/sweep/lr_sweep.png"),
     ],
 )
