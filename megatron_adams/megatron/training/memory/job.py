@@ -10,7 +10,12 @@ import megatron.core
 from megatron_adams.megatron.names import ADAMS
 from megatron_adams.megatron.refusals import guards_given
 from megatron_adams.megatron.training.job_flags import validated
-from megatron_adams.megatron.training.memory.modes import dtypes_of, flags_of_mode, modes_of
+from megatron_adams.megatron.training.memory.modes import (
+    StateMode,
+    dtypes_of,
+    flags_of_mode,
+    modes_of,
+)
 from megatron_adams.megatron.training.memory.stage import Stage
 
 
@@ -71,6 +76,46 @@ def _notes(args: argparse.Namespace) -> list[str]:
     return notes
 
 
+def _kinds_of_ranks(stage: Stage, pp_rank: int) -> list[dict[str, Any]]:
+    """Return the bytes of a pipeline stage's ranks, one entry for all ranks that have the same."""
+    counted: dict[tuple[int, ...], dict[str, Any]] = {}
+    kinds: dict[str, dict[str, Any]] = {}
+    for rank in stage.ranks_of(pp_rank):
+        places = stage.places(rank)
+        if places not in counted:
+            counted[places] = stage.count(rank)
+        key = json.dumps(counted[places], sort_keys=True)
+        kinds.setdefault(key, {"pipeline_stage": pp_rank, "ranks": [], **counted[places]})
+        kinds[key]["ranks"].append(rank)
+    for kind in kinds.values():
+        kind["num_ranks"] = len(kind["ranks"])
+        kind["ranks"] = _as_ranges(kind["ranks"])
+    return list(kinds.values())
+
+
+def _optimizer_bytes_by_dp_size(
+    stages: Sequence[Stage], modes: Sequence[StateMode], dp_sizes: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Return the optimizer's bytes on the fullest stage for each dp size that all stages can have.
+
+    They are by the name of the mode.
+    """
+    by_dp_size = []
+    for dp_size in dp_sizes:
+        at_size = [(stage, stage.shards_at[dp_size]) for stage in stages]
+        if any(shards is None for _, shards in at_size):
+            continue
+        optimizer = {
+            mode.name: max(
+                sum(stage.optimizer_bytes(mode.name, shards or {}).values())
+                for stage, shards in at_size
+            )
+            for mode in modes
+        }
+        by_dp_size.append({"dp_size": dp_size, "optimizer": optimizer})
+    return by_dp_size
+
+
 def count(
     flags: Sequence[str], num_ranks: int, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
@@ -92,7 +137,7 @@ def count(
     pp_size = args.pipeline_model_parallel_size
     dp_sizes = _dp_sizes(args.data_parallel_size) if args.use_distributed_optimizer else []
     stages: list[Stage] = []
-    kinds: dict[Any, dict[str, Any]] = {}
+    kinds: list[dict[str, Any]] = []
     first: Stage | None = None
     for pp_rank in range(pp_size):
         report(f"pipeline stage {pp_rank + 1} of {pp_size}")
@@ -100,30 +145,7 @@ def count(
         stage = Stage(args, modes, rank, dp_sizes)
         first = first or stage
         stages.append(stage)
-        counted: dict[tuple[int, ...], dict[str, Any]] = {}
-        for rank in stage.ranks_of(pp_rank):
-            places = stage.places(rank)
-            if places not in counted:
-                counted[places] = stage.count(rank)
-            kind = counted[places]
-            key = (pp_rank, json.dumps(kind, sort_keys=True))
-            kinds.setdefault(key, {"pipeline_stage": pp_rank, "ranks": [], **kind})
-            kinds[key]["ranks"].append(rank)
-    for kind in kinds.values():
-        kind["num_ranks"] = len(kind["ranks"])
-        kind["ranks"] = _as_ranges(kind["ranks"])
-    by_dp_size = []
-    for dp_size in dp_sizes:
-        at_size = [(stage, stage.shards_at[dp_size]) for stage in stages]
-        if all(shards is not None for _, shards in at_size):
-            optimizer = {}
-            for mode in modes:
-                sums = [
-                    sum(stage.optimizer_bytes(mode.name, shards or {}).values())
-                    for stage, shards in at_size
-                ]
-                optimizer[mode.name] = max(sums)
-            by_dp_size.append({"dp_size": dp_size, "optimizer": optimizer})
+        kinds += _kinds_of_ranks(stage, pp_rank)
     activations, formula = _activation_bytes(args)
     return {
         "megatron": megatron.core.__version__,
@@ -161,12 +183,12 @@ def count(
             }
             for mode in modes
         ],
-        "kinds": list(kinds.values()),
+        "kinds": kinds,
         "activations": {
             "bytes": round(activations),
             "formula": formula,
             "recompute_granularity": args.recompute_granularity,
         },
-        "by_dp_size": by_dp_size,
+        "by_dp_size": _optimizer_bytes_by_dp_size(stages, modes, dp_sizes),
         "notes": _notes(args),
     }
