@@ -432,7 +432,11 @@ def main() -> int:
     def program() -> None:
         args = _parser().parse_args()
         work = args.work or (Path(f"{DEFAULT_WORK}-quick") if args.quick else DEFAULT_WORK)
-        variables = {"work": work.resolve(), "labelled": _labelled_words(args.labelled)}
+        variables = {
+            "work": work.resolve(),
+            "labelled": _labelled_words(args.labelled),
+            "recipe": FOLDER / "recipe.toml",
+        }
         jobs = _num_jobs(args.jobs)
         steps = _chosen(load_steps(args.steps, variables, quick=args.quick), args)
         if args.list:

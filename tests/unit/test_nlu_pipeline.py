@@ -209,8 +209,11 @@ def test_hash_of_a_folder_knows_names_and_contents(tmp_path: Path) -> None:
 
 def test_steps_of_the_pipeline_follow_each_other() -> None:
     for quick in (False, True):
-        variables = {"work": Path("/nowhere"), "labelled": ["--format", "snips"]}
+        recipe = EXAMPLE / "recipe.toml"
+        variables = {"work": Path("/nowhere"), "labelled": ["--format", "snips"], "recipe": recipe}
         found = load_steps(pipeline.STEPS, variables, quick=quick)
+        trainings = [step for step in found if step.command[0] == "run_training.py"]
+        assert trainings == [step for step in found if recipe in step.inputs]
         assert [step.name for step in found][:2] == ["public-text", "labelled"]
         labelled = found[1].command
         assert labelled[:3] == ("labelled.py", "--format", "snips")
