@@ -89,12 +89,16 @@ class StudySetting:
         }
 
 
-CPU = "cpu/quality.csv"
+CPU, GPU_2, GPU_3 = "cpu/quality.csv", "gpu-2/quality.csv", "gpu-3/quality.csv"
 STUDIES = (
     StudySetting("quality.csv", "A", "GPU study: 6 x 512, not tied", 6, 512, 4096),
+    StudySetting(GPU_2, "98k", "second GPU study: 6 x 512, not tied", 6, 512, 4096),
+    StudySetting(GPU_2, "24k", "second GPU study: 6 x 512, not tied", 6, 512, 4096),
+    StudySetting(GPU_3, "124M", "third GPU study: 12 x 768, tied", 12, 768, 50304, tied=True),
     StudySetting(CPU, "512", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "2k", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "8k", "CPU study: 3 x 48, not tied", 3, 48, 512),
+    StudySetting(CPU, "16k", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "4k", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "long", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "tied", "CPU study: 3 x 48, tied", 3, 48, 512, tied=True),
