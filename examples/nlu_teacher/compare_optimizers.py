@@ -5,6 +5,7 @@
 Inputs: folders of run_training.py. Outputs: optimizers.md and optimizers.png."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from shared.command import exit_code_of
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73")
+# One for each run, from the first again after the last.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MIB = 2**20
 
 Curves = dict[str, dict[str, Any]]
@@ -63,10 +66,9 @@ def table(curves: Curves) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(curves: Curves, picture: Path) -> None:
+def draw(axes: Axes, curves: Curves) -> None:
     """Draw the training batches' losses thin, and the held-out text's thick."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for color, (name, curve) in zip(_COLORS, curves.items(), strict=False):
+    for color, (name, curve) in zip(itertools.cycle(_COLORS), curves.items(), strict=False):
         axes.plot(*zip(*curve["train"], strict=True), color=color, alpha=0.45, linewidth=1)
         held_out = zip(*curve["held_out"], strict=True)
         axes.plot(*held_out, color=color, marker="o", label=f"{name}, held-out")
@@ -74,6 +76,12 @@ def plot(curves: Curves, picture: Path) -> None:
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot(curves: Curves, picture: Path) -> None:
+    """Write the picture."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    draw(axes, curves)
     figure.savefig(picture, dpi=150)
     plt.close(figure)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLE = REPO / "examples" / "nlu_teacher"
@@ -519,6 +520,9 @@ def test_optimizers_are_compared(tmp_path: Path) -> None:
     assert "| 2.00 MiB | exp_avg 1.00 MiB, exp_avg_sq 1.00 MiB |" in rows[3]
     compare_optimizers.plot(curves, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
+    axes = Figure().subplots()
+    compare_optimizers.draw(axes, {str(number): curves["adams"] for number in range(9)})
+    assert len(axes.lines) == 2 * 9  # more than there are colors
     with pytest.raises(ValueError, match="must be NAME=FOLDER"):
         compare_optimizers.read([str(tmp_path)])
 
