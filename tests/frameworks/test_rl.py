@@ -17,9 +17,9 @@ MEGATRON = {
     "skyrl": "0.18",
     "megatron-bridge": "",
     "megatron-bridge_by_name": "",
-    "areal": "0.18",
+    "areal": "0.17",
     "ms-swift": "",
-    "slime": "0.18",
+    "slime": "0.17",
 }
 
 
