@@ -3,30 +3,19 @@
 import json
 import os
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.module_runs import run
 from tests.distributed.test_build import assert_same
-from tests.harness.cluster import REPO, Cluster
-from tests.harness.environment import build_wheel, make_environment, pip
+from tests.harness.cluster import Cluster
+from tests.harness.environment import make_environment_with_wheel
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with the package's wheel, and with what is installed here."""
-    folder = tmp_path_factory.mktemp("environment")
-    site_packages = make_environment(folder)
-    pip(folder, "install", "--no-deps", build_wheel(tmp_path_factory.mktemp("dist")))
-    # Behind the wheel, and without this folder's own .pth files: the editable package's is one.
-    (site_packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
-    # The tests, without the package that lies beside them.
-    tests = folder / "tests-alone"
-    tests.mkdir()
-    (tests / "tests").symlink_to(REPO / "tests")
-    return folder / "bin" / "python"
+    return make_environment_with_wheel(tmp_path_factory.mktemp("environment"))
 
 
 def torchrun(python: Path, **variables: str) -> str:
@@ -38,7 +27,7 @@ def torchrun(python: Path, **variables: str) -> str:
         cwd="/",
         env={
             **os.environ,
-            "PYTHONPATH": str(python.parents[1] / "tests-alone"),
+            "PYTHONPATH": "",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,28 @@ def make_environment(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site_packages,) = folder.glob("lib/python3.*/site-packages")
     return site_packages
+
+
+def make_environment_with_wheel(folder: Path, *more: Path) -> Path:
+    """Make a Python as a user has it: the package's wheel, and what is installed here.
+
+    It also has the tests, without the package that lies beside them, and the packages in the
+    folders `more`. A PYTHONPATH would come before all that: start it with none.
+
+    Args:
+        folder: a new one.
+    Returns:
+        The interpreter.
+    """
+    site_packages = make_environment(folder)
+    pip(folder, "install", "--no-deps", build_wheel(folder / "dist"))
+    tests = folder / "tests-alone"
+    tests.mkdir()
+    (tests / "tests").symlink_to(ROOT / "tests")
+    # Behind the wheel, and without their own .pth files: the editable package's is one.
+    others = [tests, *more, sysconfig.get_path("purelib")]
+    (site_packages / "others.pth").write_text("".join(f"{each}\n" for each in others), "utf-8")
+    return folder / "bin" / "python"
 
 
 def pip(folder: Path, *words: object) -> None:
