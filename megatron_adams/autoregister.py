@@ -111,9 +111,7 @@ def replace_everywhere(replacements: Mapping[Any, Any]) -> None:
 
 def _enter_after_execution(spec: ModuleSpec) -> None:
     loader: Any = spec.loader
-    execute = getattr(loader, "exec_module", None)
-    if execute is None:
-        return
+    execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         execute(module)

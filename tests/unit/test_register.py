@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_adams import autoregister
 from megatron_adams.megatron.hooks import (
     SUPPORTED_MEGATRON,
     Hook,
@@ -92,6 +93,21 @@ def test_attaching_twice_wraps_once(modules: tuple[Any, Any]) -> None:
     attach([BUILD], VERSION)
     assert attach([BUILD, CHECK], VERSION) == [f"{HOME}.check"]
     assert home.build("a") == "a 1!"
+
+
+def test_entrance_of_the_import_hook_is_taken_out(
+    modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, user = modules
+    theirs = home.build
+    monkeypatch.setitem(autoregister._PLACES, HOME, "build")
+    monkeypatch.setattr(autoregister, "_finder", autoregister._Finder())
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    autoregister.install()
+    assert home.build is user.build is not theirs
+    attach([BUILD], VERSION)
+    assert home.build is user.build
+    assert vars(home.build)["__megatron_adams_original__"] is theirs
 
 
 @pytest.mark.parametrize(
