@@ -264,9 +264,10 @@ def _adams_from(adam: torch.optim.Optimizer, config: AdamSOptimizerConfig) -> In
 
 
 def _storage(config: AdamSOptimizerConfig) -> dict[str, Any]:
-    """The arguments that Megatron would give to TransformerEngine's FusedAdam for its state."""
-    if not config.use_precision_aware_optimizer:
-        return {}
+    """The arguments that Megatron would give to TransformerEngine's FusedAdam for its state.
+
+    Without the precision-aware optimizer `finalize` has left every dtype at fp32.
+    """
     storage: dict[str, Any] = {"exp_avg_dtype": config.exp_avg_dtype}
     if config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
         # The model params are the inner optimizer's, which keeps the main params.

@@ -51,6 +51,13 @@ def test_each_way_of_building_takes_the_precision_aware_optimizer(
     assert_same(run(cluster, 2, build=build, fields=PRECISION), with_precision)
 
 
+@pytest.mark.parametrize("build", ["provide", "adopt"])
+def test_provide_and_adopt_register_themselves(
+    plain_cluster: Cluster, by_config: list[Rank], build: str
+) -> None:
+    assert_same(run(plain_cluster, 2, build=build), by_config)
+
+
 def test_import_hook_reaches_names_that_were_imported_before(
     plain_cluster: Cluster, with_precision: list[Rank]
 ) -> None:
