@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import megatron_adams
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / ".github" / "workflows" / "release.yml"
-notes = runpy.run_path(str(ROOT / ".ci" / "release_notes.py"))["notes"]
+SCRIPT = ROOT / ".ci" / "release_notes.py"
+PAGE = "https://host/owner/name"
+notes = runpy.run_path(str(SCRIPT))["notes"]
 
 CHANGELOG = """# Changelog
 
@@ -23,7 +27,7 @@ CHANGELOG = """# Changelog
 
 ### Added
 
-- this
+- this ([docs](docs/this.md#how), [format](https://keep/it), [below](#below))
 
 ## [1.1.0] - 2026-12-01
 
@@ -36,8 +40,14 @@ def package(version: str) -> str:
 
 
 def test_notes_of_a_tag_are_its_part_of_the_changelog() -> None:
-    assert notes("v1.2.0", CHANGELOG, package("1.2.0")) == "### Added\n\n- this"
-    assert notes("v1.1.0", CHANGELOG, package("1.1.0")) == "- before"
+    assert notes("v1.1.0", CHANGELOG, package("1.1.0"), PAGE) == "- before"
+
+
+def test_links_of_the_notes_lead_to_the_tags_files() -> None:
+    assert notes("v1.2.0", CHANGELOG, package("1.2.0"), PAGE) == (
+        "### Added\n\n- this ([docs](https://host/owner/name/blob/v1.2.0/docs/this.md#how), "
+        "[format](https://keep/it), [below](#below))"
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +60,7 @@ def test_notes_of_a_tag_are_its_part_of_the_changelog() -> None:
 )
 def test_tag_that_fits_nothing_is_refused(tag: str, version: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        notes(tag, CHANGELOG, package(version))
+        notes(tag, CHANGELOG, package(version), PAGE)
 
 
 def test_real_changelog_and_package_are_read() -> None:
@@ -59,7 +69,14 @@ def test_real_changelog_and_package_are_read() -> None:
     text = (ROOT / "megatron_adams" / "__init__.py").read_text("utf-8")
     version = megatron_adams.__version__
     named = changelog.replace("## [Unreleased]", f"## [{version}]", 1)
-    assert "### Added" in notes(f"v{version}", named, text)
+    assert "### Added" in notes(f"v{version}", named, text, PAGE)
+
+
+def test_script_ends_a_release_whose_tag_fits_nothing() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "v0", PAGE], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("release_notes.py: tag v0: the package says ")
+    assert done.stdout == ""
 
 
 def test_workflow_builds_by_make_and_publishes_without_a_password() -> None:
