@@ -23,7 +23,7 @@ CPP := megatron_adams/kernels/source/* benchmarks/*.cu benchmarks/*.cpp tests/*/
 # A file's tests stay together, as they share runs.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup dist train test test-all test-versions test-frameworks lint sweep quality rl nlu bench image docs clean
+.PHONY: help setup dist train test test-all test-versions test-frameworks lint sweep quality rl nlu ssl bench image docs clean
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -80,6 +80,9 @@ rl: $(SETUP)  ## post-train a small Llama by GRPO with AdamS and with AdamW: the
 
 nlu: $(SETUP)  ## encoder teachers, students and their fine-tuning, small; ARGS=--quick shows the steps
 	$(RUN) examples/nlu_teacher/pipeline.py $(ARGS)
+
+ssl: $(SETUP)  ## intents and slots with an unlabelled pool, small; ARGS=--quick or --full
+	$(RUN) examples/nlu_teacher/pipeline.py --steps examples/nlu_ssl/pipeline.toml $(ARGS)
 
 bench: $(SETUP)  ## time AdamS's step against other optimizers and the memory stream
 	$(RUN) benchmarks/step.py $(ARGS)

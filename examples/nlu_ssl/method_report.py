@@ -2,9 +2,10 @@
 
     python method_report.py --study runs/ssl/study --labelled runs/nlu/snips --out runs/ssl/report
 
-Inputs: the folder of a study of train_ssl.py, and the labelled sets that it was done with. Outputs,
-in --out: report.md, table.csv (a row for each method, selection and size), guidelines.json, and
-methods.png. Runs that chose a rate, runs at other rates, and runs that diverged are left out.
+Inputs: folders of studies of train_ssl.py, and the labelled sets that they were done with. With
+--prepared, --selection and --mixed-in, the report also says what was selected. Outputs, in --out:
+report.md, table.csv (a row for each method, selection and size), guidelines.json, and methods.png.
+Runs that chose a rate, runs at other rates, and runs that diverged are left out.
 
 A comparison pairs runs on the same labelled utterances and with the same seed, and gives the
 relative change of an error, with the 95% percentile interval of a bootstrap over test utterances
@@ -40,6 +41,7 @@ from finetune_rows import SWEEP, best_rate, read_answers
 from labels import Tagged, load_tagged
 from method_rows import METHODS, SUPERVISED, TAUGHT, Run, read_rows, run_of
 from metrics import Counts, Interval, count_all, estimate, metric, rates, relative_change
+from pool_report import pool_section
 
 ERROR_OF = {"ic": "intent_error", "ner": "slot_error", "both": "frame_error"}
 MIN_SUBSETS = 5
@@ -92,15 +94,23 @@ class Comparison:
 
 
 class Results:
-    """The rows of a study that are compared, and the answers behind them.
+    """The rows of studies that are compared, and the answers behind them.
 
     Raises:
-        ValueError: there is no run to compare.
+        ValueError: there is no run to compare, or two studies have the same one.
     """
 
-    def __init__(self, study: Path, test: Sequence[Tagged]) -> None:
-        self.study, self.test = study, test
-        rows = {run_of(row): row for row in read_rows(study / "rows.csv")}
+    def __init__(self, studies: Sequence[Path], test: Sequence[Tagged]) -> None:
+        self.test = test
+        rows: dict[Run, dict[str, str]] = {}
+        self.study_of: dict[Run, Path] = {}
+        for study in studies:
+            mine = {run_of(row): row for row in read_rows(study / "rows.csv")}
+            if both := sorted(mine.keys() & rows.keys()):
+                what = f"{study}: has {both[0].name}, as has {self.study_of[both[0]]}"
+                raise ValueError(f"{what}: each run must be in one study; give one of the two")
+            rows |= mine
+            self.study_of |= dict.fromkeys(mine, study)
         scores = {run: float(row["validation_score"]) for run, row in rows.items()}
         compared = {run: row for run, row in rows.items() if run.subset < SWEEP}
         compared = {
@@ -112,13 +122,14 @@ class Results:
         self.num_diverged = len(compared) - len(self.rows)
         if not self.rows:
             what = "no run that is done has a subset to compare: there must be some"
-            raise ValueError(f"{study}/rows.csv: {what}; train with train_ssl.py first")
+            names = ", ".join(f"{study}/rows.csv" for study in studies)
+            raise ValueError(f"{names}: {what}; train with train_ssl.py first")
         self._counts: dict[Run, Counts] = {}
 
     def counts(self, run: Run) -> Counts:
         """Return the counts of a run's answers to the test set, (utterances, columns)."""
         if run not in self._counts:
-            path = self.study / "predictions" / run.name / "test.jsonl"
+            path = self.study_of[run] / "predictions" / run.name / "test.jsonl"
             self._counts[run] = count_all(self.test, read_answers(path, self.test))
         return self._counts[run]
 
@@ -397,6 +408,8 @@ def write_report(
     text = ["# Semi-supervised methods", "", f"{len(results.rows)} runs, {len(results.test)} test "]
     text[-1] += f"utterances; {results.num_diverged} runs diverged and are left out. Errors and "
     text[-1] += "changes have 95% intervals."
+    if args.prepared is not None:
+        text += pool_section(args.prepared, dict(args.selection), args.mixed_in)
     for key in results.groups():
         error = ERROR_OF[key[0]].replace("_", " ")
         text += ["", f"## {_key_name(key)}", ""]
@@ -479,14 +492,34 @@ def draw(path: Path, results: Results, lines: Sequence[Line]) -> None:
     plt.close(picture)
 
 
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text}: must be NAME=FOLDER")
+    return name, Path(folder)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line. Returns 2 if the user has to change something."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--study", type=Path, required=True, help="a folder of train_ssl.py")
+    parser.add_argument(
+        "--study", type=Path, nargs="+", required=True, help="folders of train_ssl.py"
+    )
     parser.add_argument("--labelled", type=Path, required=True, help="the folder of test.jsonl")
     parser.add_argument("--random", default="random", help="the random selection (%(default)s)")
+    pools = parser.add_argument_group("what was selected")
+    pools.add_argument("--prepared", type=Path, help="a folder of pool_prepare.py")
+    pools.add_argument(
+        "--selection",
+        action="append",
+        default=[],
+        type=_named_folder,
+        metavar="NAME=FOLDER",
+        help="of select_pool.py",
+    )
+    pools.add_argument("--mixed-in", type=Path, help="of divide_corpus.py")
     parser.add_argument("--out", type=Path, required=True, help="results")
     args = parser.parse_args(argv)
     try:
@@ -498,11 +531,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = Results(args.study, load_tagged(path))
         lines = lines_of(results)
         answers = [guideline(results, key, lines) for key in results.groups()]
+        report = write_report(results, lines, answers, args)
     except ValueError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "report.md").write_text(write_report(results, lines, answers, args))
+    (args.out / "report.md").write_text(report)
     (args.out / "guidelines.json").write_text(json.dumps(answers, indent=2) + "\n")
     write_table(args.out / "table.csv", lines)
     draw(args.out / "methods.png", results, lines)

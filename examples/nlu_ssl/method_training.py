@@ -6,7 +6,6 @@ alternate.
 """
 
 import csv
-import json
 import math
 import sys
 from collections import defaultdict
@@ -46,9 +45,8 @@ from losses_ssl import (
 from method_rows import SCORES, TAUGHT, Run
 from metrics import count_all, rates
 from models import Batch, NluModel, Prediction
+from pool_files import read_batches
 from torch import Tensor
-
-LABEL_KEYS = ("intent", "slots")
 
 
 @dataclass(frozen=True)
@@ -83,36 +81,20 @@ class SslSettings(Settings):
 
 
 def read_pool(path: Path) -> list[Tagged]:
-    """Read unlabelled utterances: JSON lines with a "text"; other keys are not read.
+    """Read unlabelled utterances: JSON lines or Arrow with a "text"; other keys are not read.
 
-    Lines of which nothing is spoken are left out.
+    Utterances of which nothing is spoken are left out.
 
     Raises:
-        ValueError: a line is malformed or has labels, or no utterance is left.
+        ValueError: it cannot be read or has labels, or no utterance is left.
     """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ValueError(f"{path}: cannot be read ({exc}); give JSON lines in UTF-8") from exc
-    pool = []
-    for number, line in enumerate(lines, 1):
-        place = f"{path}:{number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as exc:
-            rule = 'must be a JSON object such as {"text": "play thriller"}'
-            raise Malformed(place, exc.msg, rule, "correct the line") from exc
-        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            rule = 'must be a JSON object with a string "text"'
-            raise Malformed(place, line[:40], rule, "correct the line")
-        if labels := [key for key in LABEL_KEYS if key in entry]:
-            rule = "a pool must have no labels, as a method must not see them"
-            raise Malformed(place, f"has {' and '.join(labels)}", rule, "remove these keys")
-        utterance = tagged_text(entry["text"], place)
-        if utterance.words:
-            pool.append(utterance)
+    texts = [text for batch in read_batches(path) for text in batch]
+    utterances = (
+        tagged_text(text, f"{path}, utterance {number}") for number, text in enumerate(texts, 1)
+    )
+    pool = [each for each in utterances if each.words]
     if not pool:
-        what = f"no utterance with a spoken word in {len(lines)} lines: must have one or more"
+        what = f"no utterance with a spoken word among {len(texts)}: must have one or more"
         raise ValueError(f"{path}: {what}; select from a larger pool, or with a milder filter")
     return pool
 

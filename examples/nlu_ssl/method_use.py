@@ -33,23 +33,30 @@ def read_guidelines(path: Path) -> list[dict[str, Any]]:
 
 
 def choose(
-    guidelines: Sequence[dict[str, Any]], task: str, optimizer: str, shots: int
-) -> tuple[str, str]:
-    """Return the method that guidelines say, and why.
+    guidelines: Sequence[dict[str, Any]],
+    task: str,
+    optimizer: str,
+    shots: int,
+    per_intent: float = 1.0,
+) -> dict[str, Any]:
+    """Return the guideline to follow; its "why" says which one that is, too.
 
-    The guideline is of the same task and optimizer. Among several it is the one whose number of
-    shots has the least ratio to the asked one; that of all utterances (0) goes with 0 alone.
+    It is of the same task and optimizer. Among several it is the one whose number of shots has the
+    least ratio to the asked one. All utterances (0) go by a guideline of all, and where there is
+    none, by their number.
 
+    Args:
+        per_intent: labelled utterances of an intent, if shots is 0.
     Raises:
         ValueError: there is none.
     """
     fitting = [
         entry
         for entry in guidelines
-        if (entry["task"], entry["optimizer"]) == (task, optimizer)
-        and (entry["shots"] == 0) == (shots == 0)
-        and entry["method"] is not None
+        if (entry["task"], entry["optimizer"]) == (task, optimizer) and entry["method"] is not None
     ]
+    is_of_all = not shots and any(not entry["shots"] for entry in fitting)
+    fitting = [entry for entry in fitting if (not entry["shots"]) == is_of_all]
     if not fitting:
         known = ", ".join(
             f"{entry['task']} with {entry['optimizer']} and {entry['shots'] or 'all'} shots"
@@ -60,11 +67,12 @@ def choose(
         remedy = "name a --method, or run a study of this"
         raise ValueError(f"{what}: must be among those of the study: {known or 'none'}; {remedy}")
     # Each is over 0, or all are 0.
-    nearest = min(fitting, key=lambda entry: abs(math.log((entry["shots"] or 1) / (shots or 1))))
+    asked = 1.0 if is_of_all else shots or per_intent
+    nearest = min(fitting, key=lambda entry: abs(math.log((entry["shots"] or 1) / asked)))
     pool = f" on {nearest['selection']} {nearest['pool_size'] or 'all'}"
     pool = pool if nearest["selection"] else ""
     where = f"with {nearest['shots'] or 'all'} shots, {nearest['method']}{pool} was recommended"
-    return nearest["method"], f"{where}: {nearest['why']}"
+    return nearest | {"why": f"{where}: {nearest['why']}"}
 
 
 def model_card(

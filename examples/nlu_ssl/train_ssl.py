@@ -30,7 +30,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,10 +143,10 @@ def load_model(folder: Path) -> NluModel:
 
 
 def train_tokenizer(
-    folder: Path, data: Data, pools: dict[str, list[Tagged]], vocab_size: int
+    folder: Path, data: Data, pools: Iterable[list[Tagged]], vocab_size: int
 ) -> None:
-    """Train the BiLSTM's WordPiece on the words of the training set and of all pools."""
-    utterances = [*data.train, *(each for pool in pools.values() for each in pool)]
+    """Train the BiLSTM's WordPiece on the words of the training set and of pools."""
+    utterances = [*data.train, *(each for pool in pools for each in pool)]
     texts = sorted({" ".join(each.words) for each in utterances})
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary.train(texts, vocab_size).save(str(folder / vocabulary.FILE))
@@ -286,9 +286,11 @@ class Study:
                 append_row(self.out / "rows.csv", row)
                 scores[run] = float(row["validation_score"])
                 progress.remove_task(bar)
-                progress.update(whole, completed=plan.num_done(scores))
+                num_done = plan.num_done(scores)
+                progress.update(whole, completed=num_done)
                 figures = ", ".join(f"{name} {row[name]}" for name in METRICS_OF[run.task])
-                said = f"{run.name}: {figures} ({row['wall_seconds']} s)"
+                said = f"{num_done}/{plan.num_runs()} {run.name}: {figures}"
+                said += f" ({row['wall_seconds']} s)"
                 progress.console.print(said, soft_wrap=True)
         return run is None
 
@@ -302,6 +304,7 @@ _AT_LEAST_ONE = (
 )
 _VOCAB_SIZE = 4000
 _OF_BILSTM = {
+    "tokenizer_pool": None,
     "vocab_size": _VOCAB_SIZE,
     "embedding_size": Sizes.embedding,
     "hidden_size": Sizes.hidden,
@@ -358,7 +361,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--teacher: must go with {' or '.join(TAUGHT)}, which alone ask one")
 
 
-def take_guideline(args: argparse.Namespace) -> str:
+def take_guideline(args: argparse.Namespace, data: Data) -> str:
     """Put the method that the guidelines say in the place of "auto". Returns why.
 
     Raises:
@@ -375,10 +378,11 @@ def take_guideline(args: argparse.Namespace) -> str:
     if any(len(each) > 1 for each in asked):
         raise ValueError(f"--method {AUTO}: must go with one task, one optimizer and one --shots")
     names = args.task[0], args.optimizer[0], args.shots[0]
-    method, why = choose(read_guidelines(args.guidelines), *names)
-    print(f"{method}: {why}", flush=True)
-    args.method = [method]
-    return why
+    per_intent = len(data.train) / len(data.labels.intents)
+    found = choose(read_guidelines(args.guidelines), *names, per_intent)
+    print(f"{found['method']}: {found['why']}", flush=True)
+    args.method = [found["method"]]
+    return str(found["why"])
 
 
 def pool_paths(values: Sequence[str]) -> dict[str, Path]:
@@ -476,6 +480,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epsilon", type=float, default=of.epsilon, help="VAT's, the same (%(default)s)")
     add("--k-best", type=int, default=of.k_best, help="VAT with a CRF; 0: marginals (%(default)s)")
     add("--window", type=int, default=of.window, help="CVT, an encoder's (%(default)s)")
+    add("--tokenizer-pool", type=Path, help=f"{BILSTM}'s, in place of all pools")
     add("--vocab-size", type=int, default=_VOCAB_SIZE, help=f"{BILSTM}'s (%(default)s)")
     add("--embedding-size", type=int, default=Sizes.embedding, help=f"{BILSTM}'s (%(default)s)")
     add("--hidden-size", type=int, default=Sizes.hidden, help=f"{BILSTM}'s (%(default)s)")
@@ -493,10 +498,10 @@ def make_study(args: argparse.Namespace) -> Study:
     Raises:
         ValueError: something cannot be used.
     """
-    why = take_guideline(args)
+    data = read_data(args.labelled, [])
+    why = take_guideline(args, data)
     check_arguments(args)
     paths = pool_paths(args.pool)
-    data = read_data(args.labelled, [])
     pools = read_pools(paths, args.pool_sizes, data)
     names = {field.name for field in fields(SslSettings)}
     settings = SslSettings(**{name: value for name, value in vars(args).items() if name in names})
@@ -518,7 +523,8 @@ def make_study(args: argparse.Namespace) -> Study:
     files = sets | {f"pool {name}": [path] for name, path in paths.items()}
     if args.model == BILSTM:
         sizes = Sizes(args.embedding_size, args.hidden_size, args.max_length)
-        train_tokenizer(args.out / "tokenizer", data, pools, args.vocab_size)
+        texts = pools.values() if args.tokenizer_pool is None else [read_pool(args.tokenizer_pool)]
+        train_tokenizer(args.out / "tokenizer", data, texts, args.vocab_size)
         beginning: Beginning = BiLstmBeginning(args.out / "tokenizer", sizes)
     else:
         beginning = EncoderBeginning(Start(Path(args.model), args.random))
@@ -528,7 +534,8 @@ def make_study(args: argparse.Namespace) -> Study:
     digests = {name: digest(each) for name, each in files.items()}
     begun_with = vars(settings) | digests
     begun_with |= {"name": beginning.name}
-    begun_with |= {name: getattr(args, name) for name in _OF_BILSTM}
+    # The tokenizer is among the model's files, whatever it is made of.
+    begun_with |= {name: getattr(args, name) for name in _OF_BILSTM if name != "tokenizer_pool"}
     # A sweep is on the first pool and size, so these decide the rates of all.
     begun_with |= {"sweeps": args.sweeps, "rates": args.rates, "first pool": list(paths)[:1]}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
     python labelled.py --format snips --source FOLDER --out FOLDER
     python labelled.py --format massive --source en-US.jsonl --out FOLDER
     python labelled.py --format home-assistant --source en --per-intent 400 --out FOLDER
-    python labelled.py --format jsonl --source FOLDER --out FOLDER
+    python labelled.py --format jsonl --source FOLDER --out FOLDER      # of three sets
+    python labelled.py --format jsonl --source train.jsonl --out FOLDER # the sets are split off
 
 Inputs: the corpus, as its authors give it. Outputs, in --out: train.jsonl, validation.jsonl,
 test.jsonl (one utterance a line, see below) and split.json (what was counted and left out). No
@@ -315,9 +316,11 @@ def read_corpus(args: argparse.Namespace) -> dict[str, list[Utterance]]:
     source = Path(args.source)
     if args.format == "massive":
         return read_massive(_existing(source))
-    if args.format == "jsonl":
+    if args.format == "jsonl" and source.is_file():
+        train, test = held_out(read_jsonl(source), args.validation_per_intent, args.seed + 1)
+    elif args.format == "jsonl":
         return {name: read_jsonl(_existing(source / f"{name}.jsonl")) for name in SPLITS}
-    if args.format == "snips":
+    elif args.format == "snips":
         files = {kind: sorted(source.glob(f"*/{kind}_*.json")) for kind in ("train", "validate")}
         # Beside train_<Intent>_full.json, some copies have a shorter train_<Intent>.json.
         files["train"] = [path for path in files["train"] if path.stem.endswith("_full")]

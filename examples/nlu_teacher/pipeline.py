@@ -1,9 +1,10 @@
-"""Run the whole pipeline, small, on this machine: the steps of pipeline.toml.
+"""Run a whole pipeline on this machine: the steps of pipeline.toml, or of another such file.
 
     pipeline.py                          # all of it; `make nlu` is this
     pipeline.py --quick                  # the same steps in minutes: shows that they run, not more
     pipeline.py --labelled snips=FOLDER  # SNIPS in place of Home Assistant's templates
     pipeline.py --until T2               # the steps up to one
+    pipeline.py --steps ../nlu_ssl/pipeline.toml    # `make ssl` is this; it has a --full, too
 
 Steps that do not wait for each other run beside each other: --jobs.
 
@@ -45,7 +46,8 @@ from shared.command import (
 
 FOLDER = Path(__file__).resolve().parent
 STEPS = FOLDER / "pipeline.toml"
-DEFAULT_WORK = REPOSITORY / "runs" / "nlu"
+SIZES = ("quick", "full")
+"""Tables of a file of steps whose numbers take the place of those of [numbers]."""
 
 # How a corpus is asked for, and what labelled.py then reads.
 CORPORA = {"snips": "snips", "massive": "massive", "jsonl": "jsonl"}
@@ -63,9 +65,10 @@ class Step:
     """A step with its variables filled in.
 
     Attributes:
-        command: a script of this folder and its words.
+        command: a script and its words.
         inputs, outputs: files and folders.
         removes: what else is removed, with the outputs, before it begins from nothing.
+        folder: that the script's path begins from, which is that of the file of steps.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Step:
     inputs: tuple[Path, ...]
     outputs: tuple[Path, ...]
     removes: tuple[Path, ...] = ()
+    folder: Path = FOLDER
 
 
 def _filled(words: Sequence[str], variables: dict[str, Any], where: str) -> list[str]:
@@ -93,28 +97,50 @@ def _filled(words: Sequence[str], variables: dict[str, Any], where: str) -> list
     return result
 
 
-def load_steps(path: Path, variables: dict[str, Any], *, quick: bool) -> list[Step]:
+def read_tables(path: Path, size: str | None) -> dict[str, Any]:
+    """Read a file of steps: its tables, of which [numbers] has the numbers of a size.
+
+    Raises:
+        ValueError: it is no such file, or has no such size.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+        others = tables[size] if size else {}
+        return tables | {"numbers": tables["numbers"] | others, "step": tables["step"]}
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as exc:
+        asked = f", [{size}]" if size else ""
+        raise ValueError(
+            f"{path}: cannot be read ({type(exc).__name__}: {exc}); it must have "
+            f"[numbers]{asked} and [[step]]; leave --quick or --full out if it has no such size"
+        ) from exc
+
+
+def load_steps(path: Path, variables: dict[str, Any], *, size: str | None = None) -> list[Step]:
     """Read a file of steps.
 
     Args:
-        variables: what ${...} stands for, besides the file's own numbers.
-        quick: take the numbers of [quick] in place of those of [numbers].
+        variables: what ${...} stands for, besides the file's own numbers, whose words have them.
+        size: one of SIZES, or None for the numbers of [numbers] alone.
 
     Raises:
         ValueError: it is no such file, two steps have a name, or an input is nobody's output.
     """
-    try:
-        tables = tomllib.loads(path.read_text())
-        numbers = tables["numbers"] | (tables["quick"] if quick else {})
-        entries = tables["step"]
-    except (OSError, tomllib.TOMLDecodeError, KeyError) as exc:
-        raise ValueError(
-            f"{path}: cannot be read ({type(exc).__name__}: {exc}); it has [numbers], [quick] and "
-            "[[step]]"
-        ) from exc
-    steps = [_load_step(entry, numbers | variables, path) for entry in entries]
+    tables = read_tables(path, size)
+    numbers = {
+        name: _filled(value, variables, f"{path}, {name}") if _is_words(value) else value
+        for name, value in tables["numbers"].items()
+    }
+    steps = [
+        _load_step(entry, numbers | variables, path)
+        for entry in tables["step"]
+        if size in entry.pop("only", [size])
+    ]
     _check_order(steps, path)
     return steps
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _load_step(entry: dict[str, Any], variables: dict[str, Any], path: Path) -> Step:
@@ -130,7 +156,7 @@ def _load_step(entry: dict[str, Any], variables: dict[str, Any], path: Path) -> 
         for name in ("command", "inputs", "outputs", "removes")
     }
     paths = [tuple(map(Path, filled[name])) for name in ("inputs", "outputs", "removes")]
-    return Step(entry["name"], tuple(filled["command"]), *paths)
+    return Step(entry["name"], tuple(filled["command"]), *paths, folder=path.parent)
 
 
 def _check_order(steps: Sequence[Step], path: Path) -> None:
@@ -288,7 +314,7 @@ def run_step(
     log.parent.mkdir(parents=True, exist_ok=True)
     _record_path(work, step).unlink(missing_ok=True)
     _begin(step, work, inputs, afresh=afresh)
-    command = [sys.executable, str(FOLDER / step.command[0]), *step.command[1:]]
+    command = [sys.executable, str(step.folder / step.command[0]), *step.command[1:]]
     start, shown = time.monotonic(), 0.0
     processes = processes or _Processes()
     with _running(command, processes) as process, log.open("w") as file:
@@ -383,8 +409,12 @@ def run_steps(
     return ran
 
 
-def _labelled_words(value: str | None) -> list[str]:
-    """Return labelled.py's words for a corpus that is given as NAME=PATH."""
+def labelled_words(value: str | None) -> list[str]:
+    """Return labelled.py's words for a corpus that is given as NAME=PATH.
+
+    Raises:
+        ValueError: there is no such name or path.
+    """
     if value is None:
         return _HOME_ASSISTANT
     name, _, source = value.partition("=")
@@ -399,8 +429,10 @@ def _labelled_words(value: str | None) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="few steps of training: shows that the steps run")
-    add("--work", type=Path, help="all that is made (runs/nlu, or runs/nlu-quick)")
+    sizes = parser.add_mutually_exclusive_group()
+    for size, what in zip(SIZES, ("minutes: shows that the steps run", "hours"), strict=True):
+        sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, help=what)
+    add("--work", type=Path, help="all that is made (a folder of runs/ that the steps name)")
     add("--labelled", metavar="NAME=PATH", help="a corpus; default: Home Assistant's templates")
     add("--steps", type=Path, default=STEPS, help="the file of steps (%(default)s)")
     add("--until", metavar="NAME", help="the last step to run")
@@ -408,6 +440,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, help="steps beside each other (2, or 1 on one core or with GPUs)")
     add("--list", action="store_true", help="say what is done, and run nothing")
     return parser
+
+
+def default_work(path: Path, size: str | None) -> Path:
+    """Return the folder of runs/ that a file of steps names, for a size.
+
+    Raises:
+        ValueError: see `read_tables`; or it names none.
+    """
+    name = read_tables(path, size).get("work")
+    if not name:
+        raise ValueError(f"{path}: has no 'work': must name a folder of runs/; or give --work")
+    return REPOSITORY / "runs" / (f"{name}-{size}" if size else name)
 
 
 def _num_jobs(asked: int | None) -> int:
@@ -431,14 +475,14 @@ def main() -> int:
 
     def program() -> None:
         args = _parser().parse_args()
-        work = args.work or (Path(f"{DEFAULT_WORK}-quick") if args.quick else DEFAULT_WORK)
+        work = args.work or default_work(args.steps, args.size)
         variables = {
             "work": work.resolve(),
-            "labelled": _labelled_words(args.labelled),
+            "labelled": labelled_words(args.labelled),
             "recipe": FOLDER / "recipe.toml",
         }
         jobs = _num_jobs(args.jobs)
-        steps = _chosen(load_steps(args.steps, variables, quick=args.quick), args)
+        steps = _chosen(load_steps(args.steps, variables, size=args.size), args)
         if args.list:
             for step in steps:
                 print(f"{'done' if is_done(step, work) else '-':5} {step.name}")

@@ -70,7 +70,10 @@ def _json_object(place: str, line: str) -> dict[str, Any]:
 def _text_of(place: str, entry: dict[str, Any], key: str) -> str:
     text = entry.get(key)
     if not isinstance(text, str):
-        raise ValueError(f"{place}: has no string {key!r}; name the text of an object with --key")
+        raise ValueError(
+            f"{place}: has no string {key!r}: each object must have one; correct the line, or name "
+            "another key where the command has --key"
+        )
     return text
 
 

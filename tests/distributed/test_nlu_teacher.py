@@ -428,12 +428,13 @@ def test_pipeline_trains_a_chain_once(data: Path, tmp_path: Path) -> None:
     }
     text = "[numbers]\n[quick]\n"
     for name, more in steps.items():
-        words = f'"run_training.py", "--model", "tiny", "--out", "${{work}}/{name}", {common}{more}'
+        script = EXAMPLE / "run_training.py"
+        words = f'"{script}", "--model", "tiny", "--out", "${{work}}/{name}", {common}{more}'
         text += f'[[step]]\nname = "{name}"\ncommand = [{words}]\ninputs = ["${{data}}"]\n'
         text += f'outputs = ["${{work}}/{name}/model", "${{work}}/{name}/curve.json"]\n'
     (tmp_path / "steps.toml").write_text(text)
     variables = {"work": tmp_path / "work", "data": data}
-    found = pipeline.load_steps(tmp_path / "steps.toml", variables, quick=False)
+    found = pipeline.load_steps(tmp_path / "steps.toml", variables)
     assert pipeline.run_steps(found, tmp_path / "work") == ["T1", "T2", "S"]
     assert pipeline.run_steps(found, tmp_path / "work") == []
     curve = json.loads((tmp_path / "work" / "S" / "curve.json").read_text())

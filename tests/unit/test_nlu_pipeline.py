@@ -48,9 +48,8 @@ with open(sys.argv[2] + ".ran", "a") as file:
 
 
 @pytest.fixture
-def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+def steps(tmp_path: Path) -> list[Step]:
     """Two steps: a file, and a copy of the copy."""
-    monkeypatch.setattr(pipeline, "FOLDER", tmp_path)
     (tmp_path / "copy_text.py").write_text(COPY)
     names = ["first", "second", "third"]
     paths = [tmp_path / name for name in names]
@@ -61,6 +60,7 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
             ("copy_text.py", str(paths[i]), str(paths[i + 1])),
             (paths[i],),
             (paths[i + 1],),
+            folder=tmp_path,
         )
         for i in range(2)
     ]
@@ -119,10 +119,7 @@ def test_stopped_step_goes_on_and_a_changed_one_begins_from_nothing(
     assert went_on()
     (tmp_path / "first").write_text("other")
     (tmp_path / "other").write_text("left by a run with other inputs")
-    changed = Step(
-        *[getattr(steps[0], n) for n in ("name", "command", "inputs", "outputs")],
-        removes=(tmp_path / "other",),
-    )
+    changed = replace(steps[0], removes=(tmp_path / "other",))
     run_steps([changed], work)
     assert not went_on() and not (tmp_path / "other").exists()
     run_steps([changed], work, again=["first"])
@@ -135,7 +132,7 @@ def test_failed_step_is_not_done(tmp_path: Path, steps: list[Step]) -> None:
         run_step(steps[0], tmp_path / "work", "")
     assert not is_done(steps[0], tmp_path / "work")
     (tmp_path / "first").write_text("text")
-    silent = Step("first", steps[0].command, steps[0].inputs, (tmp_path / "fourth",))
+    silent = replace(steps[0], outputs=(tmp_path / "fourth",))
     with pytest.raises(RunError, match=r"has not made .*fourth"):
         run_step(silent, tmp_path / "work", "")
 
@@ -154,30 +151,28 @@ else:
 
 
 def test_steps_that_need_nothing_of_each_other_run_beside_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(pipeline, "FOLDER", tmp_path)
     (tmp_path / "meet.py").write_text(MEET)
     a, b, c = (tmp_path / name for name in "abc")
     steps = [
-        Step("a", ("meet.py", str(a), str(b)), (), (a,)),
-        Step("b", ("meet.py", str(b), str(a)), (), (b,)),
-        Step("c", ("meet.py", str(c), str(c)), (a, b / "part"), (c,)),
+        Step("a", ("meet.py", str(a), str(b)), (), (a,), folder=tmp_path),
+        Step("b", ("meet.py", str(b), str(a)), (), (b,), folder=tmp_path),
+        Step("c", ("meet.py", str(c), str(c)), (a, b / "part"), (c,), folder=tmp_path),
     ]
     assert pipeline.needed(steps) == {"a": set(), "b": set(), "c": {"a", "b"}}
     ran = run_steps(steps, tmp_path / "work", jobs=2)
     assert sorted(ran) == ["a", "b", "c"] and ran[-1] == "c"
 
 
-def test_failed_step_ends_those_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "FOLDER", tmp_path)
+def test_failed_step_ends_those_beside_it(tmp_path: Path) -> None:
     (tmp_path / "meet.py").write_text(MEET)
     (tmp_path / "fail.py").write_text("import sys; sys.exit(3)")
     a, b = tmp_path / "a", tmp_path / "b"
     steps = [
-        Step("waits", ("meet.py", str(a), str(tmp_path / "nobody")), (), (a,)),
-        Step("fails", ("fail.py",), (), (b,)),
-        Step("after", ("meet.py", str(b), str(b)), (a,), (b,)),
+        Step("waits", ("meet.py", str(a), str(tmp_path / "nobody")), (), (a,), folder=tmp_path),
+        Step("fails", ("fail.py",), (), (b,), folder=tmp_path),
+        Step("after", ("meet.py", str(b), str(b)), (a,), (b,), folder=tmp_path),
     ]
     start = time.monotonic()
     with pytest.raises(RunError, match=r"step fails failed \(exit code 3\)"):
@@ -209,10 +204,10 @@ def test_hash_of_a_folder_knows_names_and_contents(tmp_path: Path) -> None:
 
 
 def test_steps_of_the_pipeline_follow_each_other() -> None:
-    for quick in (False, True):
+    for size in (None, "quick"):
         recipe = EXAMPLE / "recipe.toml"
         variables = {"work": Path("/nowhere"), "labelled": ["--format", "snips"], "recipe": recipe}
-        found = load_steps(pipeline.STEPS, variables, quick=quick)
+        found = load_steps(pipeline.STEPS, variables, size=size)
         trainings = [step for step in found if step.command[0] == "run_training.py"]
         assert trainings == [step for step in found if recipe in step.inputs]
         assert [step.name for step in found][:2] == ["public-text", "labelled"]
@@ -250,26 +245,31 @@ def test_bad_steps_are_refused_before_any_runs(tmp_path: Path, case: str) -> Non
     entry, message = BAD_STEPS[case]
     (tmp_path / "steps.toml").write_text(f'[numbers]\n[quick]\n[[step]]\nname = "x"\n{entry}\n')
     with pytest.raises(ValueError, match=message):
-        load_steps(tmp_path / "steps.toml", {}, quick=False)
+        load_steps(tmp_path / "steps.toml", {})
 
 
 def test_repeated_and_unreadable_steps_are_refused(tmp_path: Path) -> None:
     step = '[[step]]\nname = "x"\ncommand = ["a.py"]\ninputs = []\noutputs = []\n'
     (tmp_path / "steps.toml").write_text(f"[numbers]\n[quick]\n{step}{step}")
     with pytest.raises(ValueError, match="stands there twice"):
-        load_steps(tmp_path / "steps.toml", {}, quick=True)
+        load_steps(tmp_path / "steps.toml", {}, size="quick")
     (tmp_path / "steps.toml").write_text("[numbers]\n")
-    with pytest.raises(ValueError, match=r"it has \[numbers\], \[quick\] and"):
-        load_steps(tmp_path / "steps.toml", {}, quick=False)
+    with pytest.raises(ValueError, match=r"it must have \[numbers\] and \[\[step\]\]"):
+        load_steps(tmp_path / "steps.toml", {})
+    (tmp_path / "steps.toml").write_text(f"[numbers]\n{step}")
+    with pytest.raises(ValueError, match=r"it must have \[numbers\], \[full\] and \[\[step\]\]"):
+        load_steps(tmp_path / "steps.toml", {}, size="full")
+    with pytest.raises(ValueError, match="has no 'work': must name a folder"):
+        pipeline.default_work(tmp_path / "steps.toml", None)
 
 
 def test_labelled_corpus_is_named(tmp_path: Path) -> None:
-    assert pipeline._labelled_words(None)[:2] == ["--format", "home-assistant"]
-    words = pipeline._labelled_words(f"snips={tmp_path}")
+    assert pipeline.labelled_words(None)[:2] == ["--format", "home-assistant"]
+    words = pipeline.labelled_words(f"snips={tmp_path}")
     assert words == ["--format", "snips", "--source", str(tmp_path)]
     for bad in ("snips", f"other={tmp_path}", "snips=/nowhere"):
         with pytest.raises(ValueError, match="must be NAME=PATH"):
-            pipeline._labelled_words(bad)
+            pipeline.labelled_words(bad)
 
 
 # --- sizes --------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_the_optimizers_are_compared_in_points(study: Study) -> None:
     for optimizer, num_wrong in (("adams", 12), ("adamw", 24)):
         for subset in range(5):
             study.add(Run("supervised", "ic", optimizer, 1e-3, 10, subset, 0), num_wrong)
-    (found,) = method_report.optimizers(Results(study.folder, study.test))
+    (found,) = method_report.optimizers(Results([study.folder], study.test))
     assert found.comparison.change is not None
     assert found.comparison.change.value == pytest.approx(-0.1)
     assert found.verdict == "no worse than 0.5 points"
@@ -147,7 +147,7 @@ def test_what_chose_a_rate_or_diverged_is_left_out(study: Study, tmp_path: Path)
             study.add(Run("supervised", "ic", "adams", lr, 10, subset, subset), 3, score=score)
         study.add(Run("supervised", "ic", "adams", lr, 10, 0, 0), 30, score=0.1)
     study.add(Run("supervised", "ic", "adams", 2e-3, 10, 1, 0), 30, score=math.inf)
-    results = Results(study.folder, study.test)
+    results = Results([study.folder], study.test)
     assert [(run.lr, run.subset) for run in results.rows] == [(2e-3, 0)]
     assert results.num_diverged == 1
     text, _ = study.report(tmp_path / "out")
