@@ -82,15 +82,23 @@ def kl(target: Tensor, log_probs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Temperatures:
+    """KD's temperatures, of the intents and of the tags."""
+
+    intents: float
+    tags: float
+
+
+@dataclass(frozen=True)
 class SoftTargets:
-    """A teacher's log-probabilities at its temperature: (batch, intents), (batch, words, tags)."""
+    """A teacher's log-probabilities at its temperatures: (batch, intents), (batch, words, tags)."""
 
     intents: Tensor
     tags: Tensor
 
 
 def distillation_loss(
-    prediction: Prediction, targets: SoftTargets, temperature: float, task: str
+    prediction: Prediction, targets: SoftTargets, temperatures: Temperatures, task: str
 ) -> Losses:
     """Return T^2 KL(teacher || student at T), of the intents and of each word's tags (KD).
 
@@ -103,14 +111,14 @@ def distillation_loss(
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
 
     Args:
-        targets: at the teacher's temperature.
-        temperature: the student's.
+        targets: at the teacher's temperatures.
+        temperatures: the student's.
     """
     of_intents = of_tags = None
     if has_intents(task):
-        each = kl(targets.intents, prediction.intent_log_probs(temperature))
-        of_intents = temperature**2 * each.mean()
+        each = kl(targets.intents, prediction.intent_log_probs(temperatures.intents))
+        of_intents = temperatures.intents**2 * each.mean()
     if has_tags(task):
-        each = kl(targets.tags, prediction.tag_log_probs(temperature))
-        of_tags = temperature**2 * mean_of_words(each, prediction.word_mask)
+        each = kl(targets.tags, prediction.tag_log_probs(temperatures.tags))
+        of_tags = temperatures.tags**2 * mean_of_words(each, prediction.word_mask)
     return Losses(of_intents, of_tags)

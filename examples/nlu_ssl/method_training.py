@@ -37,6 +37,7 @@ from labels import Encoded, LabelSet, Tagged
 from losses_ssl import (
     Losses,
     SoftTargets,
+    Temperatures,
     distillation_loss,
     has_intents,
     has_tags,
@@ -55,8 +56,8 @@ class SslSettings(Settings):
 
     Attributes:
         unlabelled_weight: of the losses on the pool.
-        temperature: KD's, of the student.
-        teacher_temperature: KD's, of the teacher; None for that of the student.
+        temperature, tag_temperature: KD's, of the student, for the intent and for the tags.
+        teacher_temperature: KD's, of the teacher for both; None for those of the student.
         min_confidence: a teacher's, below which PL and KD leave out an utterance of the pool.
         window: see models.EncoderModel.
     """
@@ -64,12 +65,24 @@ class SslSettings(Settings):
     unlabelled_batch_size: int = 32
     unlabelled_weight: float = 1.0
     temperature: float = 2.0
+    tag_temperature: float = 0.5
     teacher_temperature: float | None = None
     min_confidence: float = 0.0
     xi: float = vat.VatSettings.xi
     epsilon: float = vat.VatSettings.epsilon
     k_best: int = vat.VatSettings.k_best
     window: int = 1
+
+    @property
+    def temperatures(self) -> Temperatures:
+        """KD's, of the student."""
+        return Temperatures(self.temperature, self.tag_temperature)
+
+    @property
+    def teacher_temperatures(self) -> Temperatures:
+        """KD's, of the teacher."""
+        same = self.teacher_temperature
+        return self.temperatures if same is None else Temperatures(same, same)
 
     @property
     def vat(self) -> vat.VatSettings:
@@ -156,7 +169,7 @@ class Lesson:
     Attributes:
         intent: number of the most likely one.
         tags: numbers of the most likely ones, of each word; none if the task has no tags.
-        soft: log-probabilities at the teacher's temperature: (intents,), (words, tags).
+        soft: log-probabilities at the teacher's temperatures: (intents,), (words, tags).
         confidence: of the task; the probability of the intent, and the geometric mean over words of
             the most likely tag's. The lower one, if the task is both.
     """
@@ -188,7 +201,7 @@ def teach(
     teacher: NluModel,
     pool: Sequence[Tagged],
     task: str,
-    temperature: float,
+    temperatures: Temperatures,
     on_utterances: Callable[[int], None] = lambda num: None,
 ) -> list[Lesson]:
     """Return what a teacher says of each utterance of a pool.
@@ -199,12 +212,14 @@ def teach(
     encoded = [teacher.encode(each.words, each.place) for each in pool]
     lessons: dict[int, Lesson] = {}
     for chosen, prediction in teacher.predictions(encoded):
-        intents, soft_intents = (prediction.intent_log_probs(t) for t in (1.0, temperature))
+        intents, soft_intents = (
+            prediction.intent_log_probs(each) for each in (1.0, temperatures.intents)
+        )
         best_intents = prediction.intents.argmax(-1).tolist()
         tags = soft_tags = prediction.tags[:, :0]
         best_tags: list[list[int]] = [[]] * len(chosen)
         if has_tags(task):
-            tags, soft_tags = (prediction.tag_log_probs(t) for t in (1.0, temperature))
+            tags, soft_tags = (prediction.tag_log_probs(each) for each in (1.0, temperatures.tags))
             best_tags = teacher.best_tags(prediction).tolist()
         for row, index in enumerate(chosen):
             num = len(pool[index].words)
@@ -276,10 +291,10 @@ class Distillation(PseudoLabels):
         encoded: Sequence[Encoded],
         lessons: Sequence[Lesson],
         task: str,
-        temperature: float,
+        temperatures: Temperatures,
     ) -> None:
         super().__init__(encoded, lessons, task)
-        self.temperature = temperature
+        self.temperatures = temperatures
 
     def losses(self, model: NluModel, chosen: Sequence[int]) -> dict[str, Losses]:
         """See Method."""
@@ -287,7 +302,7 @@ class Distillation(PseudoLabels):
         soft = [self.lessons[index].soft for index in chosen]
         tags = torch.nn.utils.rnn.pad_sequence([each[1] for each in soft], batch_first=True)
         targets = SoftTargets(torch.stack([each[0] for each in soft]), tags)
-        return {"kd": distillation_loss(model(batch), targets, self.temperature, self.task)}
+        return {"kd": distillation_loss(model(batch), targets, self.temperatures, self.task)}
 
 
 class VirtualAdversarial:
@@ -353,8 +368,7 @@ def make_method(
         return CrossView(model, encoded, run.task)
     assert run.method in TAUGHT and teacher is not None, run
     check_teacher(teacher.labels, model.labels, run.name)
-    temperature = settings.teacher_temperature or settings.temperature
-    lessons = teach(teacher, pool, run.task, temperature, on_utterances)
+    lessons = teach(teacher, pool, run.task, settings.teacher_temperatures, on_utterances)
     sure = [i for i, each in enumerate(lessons) if each.confidence >= settings.min_confidence]
     if not sure:
         most = max(each.confidence for each in lessons)
@@ -363,7 +377,7 @@ def make_method(
     encoded, lessons = ([each[index] for index in sure] for each in (encoded, lessons))
     if run.method == "pl":
         return PseudoLabels(encoded, lessons, run.task)
-    return Distillation(encoded, lessons, run.task, settings.temperature)
+    return Distillation(encoded, lessons, run.task, settings.temperatures)
 
 
 # --- the labelled utterances --------------------------------------------------------------------

@@ -73,20 +73,21 @@ class Work:
         self.sets = [self.labelled / f"{name}.jsonl" for name in ("train", "validation", "test")]
 
     def step(
-        self, name: str, words: Sequence[object], inputs: Sequence[Path], *outputs: Path
+        self, name: str, words: Sequence[object], inputs: Sequence[Path], output: Path
     ) -> Step:
-        """Return a step whose script is in this folder."""
-        command = tuple(map(str, words))
-        return Step(name, command, tuple(inputs), outputs, folder=FOLDER)
+        """Return a step whose script is in this folder, and which makes no other file in --out."""
+        command = (*map(str, words), "--out", str(output))
+        # Of a training, rows.csv is there when it is complete; all else goes with it.
+        made = output / "rows.csv" if words[0] == "train_ssl.py" else output
+        return Step(name, command, tuple(inputs), (made,), (output,), FOLDER)
 
     def data(self) -> list[Step]:
         """Return the steps that read the corpus and clean the pool."""
-        read = [*reader_of(self.args.labelled), "--out", self.labelled]
+        read = reader_of(self.args.labelled)
         clean: list[object] = ["pool_prepare.py", "--pool", *self.args.pool]
         clean += ["--labelled", self.sets[0], "--forbid", *self.sets[1:], "--drop-forbidden"]
         if self.args.other_domains:
             clean += ["--other-domains", *self.args.other_domains]
-        clean += ["--out", self.cleaned.parent]
         given = [self.labelled, *self.args.pool, *self.args.other_domains]
         return [
             self.step("labelled", read, [], self.labelled),
@@ -102,18 +103,19 @@ class Work:
         if selection == "submodular":
             words += ["--min-count", self.args.min_count]
         elif selection == "committee":
-            models, answers = self.out / "members" / "models", self.out / "predictions"
+            members, answers = self.out / "members", self.out / "predictions"
+            models = members / "models"
             train = [*self.training("both"), "--method", SUPERVISED, "--seeds", _MEMBERS]
             train += ["--rates", self.args.rates[-1], "--pool", self.cleaned]
-            train += ["--out", models.parent]
             ask: list[object] = ["committee_predict.py", "--models", models, "--pool", self.cleaned]
-            ask += ["--held-out", self.sets[1], "--out", answers]
-            steps.append(self.step("members", train, given, models))
-            steps.append(self.step("predictions", ask, [*given, models], answers))
+            ask += ["--held-out", self.sets[1]]
+            steps.append(self.step("members", train, given, members))
+            rows = members / "rows.csv"
+            steps.append(self.step("predictions", ask, [*given, rows], answers))
             given = [*given, answers]
             words += ["--predictions", answers / "pool.npz", "--rate", self.args.rate]
             words += ["--held-out", answers / "held_out.npz"]
-        steps.append(self.step(out.name, [*words, "--out", out], given, out))
+        steps.append(self.step(out.name, words, given, out))
         return steps
 
     def training(self, task: str) -> list[object]:
@@ -132,20 +134,16 @@ class Work:
         if guidelines is not None:
             words += ["--guidelines", guidelines]
             given.append(guidelines)
-        out = self.out / task
-        return self.step(task, [*words, "--out", out], given, out / "rows.csv")
+        return self.step(task, words, given, self.out / task)
 
     def guideline(self, task: str) -> dict[str, Any]:
         """Return the method, the selection and its size for a task, and why, if that is known.
 
         Raises:
-            ValueError: no guideline fits, or --budget is missing.
+            ValueError: no guideline fits.
         """
         args = self.args
         if args.method != AUTO:
-            if args.method != SUPERVISED and args.budget is None:
-                what = f"--method {args.method}: must have a --budget, the utterances to select"
-                raise ValueError(f"{what}; give one, or --method {AUTO}")
             selection = "" if args.method == SUPERVISED else args.selection or "submodular"
             return {"method": args.method, "selection": selection, "pool_size": args.budget}
         counts = Counter(each.intent for each in read_jsonl(self.sets[0]))
@@ -193,12 +191,17 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{path}: no such file: must be a pool; give JSON lines or Arrow")
     if args.method == SUPERVISED and (args.selection or args.budget):
         raise ValueError(f"--method {SUPERVISED}: must go without --selection and --budget")
+    if args.budget is not None and args.budget < 1:
+        raise ValueError(f"--budget {args.budget}: must be 1 or more")
+    if args.method not in (AUTO, SUPERVISED) and args.budget is None:
+        what = f"--method {args.method}: must have a --budget, the utterances to select"
+        raise ValueError(f"{what}; give one, or --method {AUTO}")
     if args.labelled.startswith("conll=") and args.task != ["ner"]:
         raise ValueError(f"--labelled {args.labelled}: must go with --task ner; it has no intents")
 
 
-def main() -> int:
-    """Run from the command line."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; the files have whole paths."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -217,14 +220,20 @@ def main() -> int:
     add("--min-count", type=int, default=5, help="submodular: of an n-gram (%(default)s)")
     add("--rate", type=float, default=0.1, help="committee: of mis-annotation (%(default)s)")
     add("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    args.pool, args.other_domains = (
+        [path.resolve() for path in paths] for paths in (args.pool, args.other_domains)
+    )
+    args.guidelines = args.guidelines.resolve()
+    return args
+
+
+def main() -> int:
+    """Run from the command line."""
 
     def program() -> None:
-        args = parser.parse_args()
-        args.pool, args.other_domains = (
-            [path.resolve() for path in paths] for paths in (args.pool, args.other_domains)
-        )
+        args = parse()
         check(args)
-        args.guidelines = args.guidelines.resolve()
         Work(args).run()
 
     return exit_code_of(program)

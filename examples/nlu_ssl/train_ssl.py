@@ -47,7 +47,7 @@ from finetune_nlu import Data, Diverged, Start, read_data
 from finetune_rows import digest, keep_settings, write_answers
 from joint import POOLINGS
 from labels import LabelSet, Tagged
-from losses_ssl import has_tags
+from losses_ssl import Temperatures, has_tags
 from method_rows import (
     METHODS,
     METRICS_OF,
@@ -311,7 +311,10 @@ _OF_BILSTM = {
     "max_length": Sizes.max_length,
 }
 _OF_ENCODER = {"pooling": SslSettings.pooling, "window": SslSettings.window}
-_OVER_ZERO = ("temperature", "teacher_temperature", "xi", "epsilon", "unlabelled_weight")
+_OVER_ZERO = (
+    *("temperature", "tag_temperature", "teacher_temperature"),
+    *("xi", "epsilon", "unlabelled_weight"),
+)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -436,7 +439,7 @@ def try_teacher(
     for pool in pools.values():
         tried, _ = fitting(teacher, pool[:_NUM_TRIED])
         for task in tasks:
-            teach(teacher, tried, task, temperature=1.0)
+            teach(teacher, tried, task, Temperatures(1.0, 1.0))
 
 
 _NUM_TRIED = 64
@@ -473,7 +476,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation-shots", type=int, default=of.validation_shots, help="(%(default)s)")
     add("--dropout", type=float, default=of.dropout, help="(%(default)s)")
     add("--pooling", choices=POOLINGS, default=of.pooling, help="an encoder's (%(default)s)")
-    add("--temperature", type=float, default=of.temperature, help="KD's (%(default)s)")
+    add("--temperature", type=float, default=of.temperature, help="KD's, intents (%(default)s)")
+    add("--tag-temperature", type=float, default=of.tag_temperature, help="KD's (%(default)s)")
     add("--teacher-temperature", type=float, help="KD's, where it is not the student's")
     add("--min-confidence", type=float, default=of.min_confidence, help="PL, KD (%(default)s)")
     add("--xi", type=float, default=of.xi, help="VAT's, of the embeddings' norm (%(default)s)")

@@ -157,7 +157,8 @@ def soft_targets(teacher: Prediction, temperature: float) -> losses_ssl.SoftTarg
 def distil(
     student: Prediction, teacher: Prediction, theirs: float, mine: float, task: str = "both"
 ) -> losses_ssl.Losses:
-    return losses_ssl.distillation_loss(student, soft_targets(teacher, theirs), mine, task)
+    mines = losses_ssl.Temperatures(mine, mine)
+    return losses_ssl.distillation_loss(student, soft_targets(teacher, theirs), mines, task)
 
 
 def test_kd_of_a_teacher_at_temperature_zero_is_pl() -> None:
@@ -184,6 +185,17 @@ def test_kd_at_a_high_temperature_compares_centered_logits() -> None:
     centered = [each.intents - each.intents.mean(-1, keepdim=True) for each in (student, teacher)]
     expected = (centered[0] - centered[1]).detach() / 4 / len(LENGTHS)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_intents_and_tags_have_their_own_temperatures(crf: LinearChainCrf) -> None:
+    teacher, student = prediction_of(crf, 1), prediction_of(crf, 11)
+    soft = [soft_targets(teacher, each) for each in (2.0, 0.5)]
+    targets = losses_ssl.SoftTargets(soft[0].intents, soft[1].tags)
+    found = losses_ssl.distillation_loss(
+        student, targets, losses_ssl.Temperatures(2.0, 0.5), "both"
+    )
+    assert found.intents == distil(student, teacher, 2.0, 2.0).intents
+    assert found.tags == distil(student, teacher, 0.5, 0.5).tags
 
 
 @pytest.mark.parametrize("with_crf", [False, True])

@@ -27,6 +27,7 @@ import method_use  # noqa: E402
 import torch  # noqa: E402
 import train_ssl  # noqa: E402
 from labels import LabelSet, Tagged, tag  # noqa: E402
+from losses_ssl import Temperatures  # noqa: E402
 from method_rows import Plan, Run, best_rate, read_rows  # noqa: E402
 from method_training import Lesson, SslSettings  # noqa: E402
 
@@ -51,11 +52,12 @@ def write_pool(path: Path, texts: list[str] = TEXTS) -> Path:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", ":2: .*must be a JSON object"),
-        ('["play"]', ':2: .*must be a JSON object with a string "text"'),
-        ('{"text": 5}', ':2: .*must be a JSON object with a string "text"'),
-        ('{"text": "play", "intent": "Play"}', ":2: has intent: a pool must have no labels"),
-        ('{"text": "play", "intent": "a", "slots": []}', ":2: has intent and slots: .* no labels"),
+        ("{", "line 2: is no JSON"),
+        ('["play"]', "line 2: has no string 'text': each object must have one"),
+        ('{"text": 5}', "line 2: has no string 'text': each object must have one"),
+        ('{"text": "play", "intent": "Play"}', "line 2: has 'intent': a pool with labels"),
+        ('{"text": "play", "intent": "a", "slots": []}', "line 2: has 'intent', 'slots': a pool"),
+        ('{"text": "play", "tags": ["O"]}', "line 2: has 'tags': a pool with labels"),
     ],
 )
 def test_a_pools_line_is_refused_with_its_place(line: str, said: str, tmp_path: Path) -> None:
@@ -67,14 +69,14 @@ def test_a_pools_line_is_refused_with_its_place(line: str, said: str, tmp_path: 
 @pytest.mark.parametrize("text", ["", '{"text": "?!"}\n{"text": ""}\n'])
 def test_an_empty_pool_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "pool.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"no utterance with a spoken word in \d lines"):
+    with pytest.raises(ValueError, match=r"no utterance with a spoken word among \d:"):
         method_training.read_pool(tmp_path / "pool.jsonl")
 
 
 def test_a_pool_is_read_in_spoken_form_and_in_order(tmp_path: Path) -> None:
     pool = method_training.read_pool(write_pool(tmp_path / "pool.jsonl", ["Play It!", "?", "Stop"]))
     assert [each.words for each in pool] == [("play", "it"), ("stop",)]
-    assert pool[1].place.endswith("pool.jsonl:3")
+    assert pool[1].place.endswith("pool.jsonl, utterance 3")
     assert [each.words for each in method_training.first_of(pool, 1, "p")] == [("play", "it")]
     assert method_training.first_of(pool, 0, "p") == pool
     with pytest.raises(ValueError, match="--pool-sizes 3: pool 'p' has 2 utterances"):
@@ -235,7 +237,7 @@ def test_a_teacher_whose_answers_are_no_numbers_is_refused_before_training(
 ) -> None:
     model = train_ssl.load_model(study["whole"] / "models" / "supervised-both-adams-0.01-8-0-0")
     pool = method_training.read_pool(data / "pool.jsonl")
-    lessons = method_training.teach(model, pool, "both", 1.0)
+    lessons = method_training.teach(model, pool, "both", Temperatures(1.0, 1.0))
     answers = model.answer(pool)
     for lesson, answer in zip(lessons, answers, strict=True):
         assert model.labels.intents[lesson.intent] == answer.intent
@@ -264,7 +266,7 @@ def test_a_run_needs_an_utterance_that_the_teacher_is_sure_of(
     monkeypatch.setattr(method_training, "teach", teach)
     read = train_ssl.read_data(data, [])
     folder = data.parent / "tokenizer"
-    train_ssl.train_tokenizer(folder, read, {}, 80)
+    train_ssl.train_tokenizer(folder, read, [], 80)
     beginning = train_ssl.BiLstmBeginning(folder, train_ssl.Sizes(8, 8, 40))
     model = beginning.model(read.labels, SslSettings(), 0)
     run = Run("pl", "both", "adams", 1e-2, 8, 0, 0, "pool", 0)
@@ -280,7 +282,7 @@ def test_a_run_needs_an_utterance_that_the_teacher_is_sure_of(
 def test_an_utterance_that_a_model_cannot_read_is_left_out(data: Path) -> None:
     read = train_ssl.read_data(data, [])
     folder = data.parent / "tokenizer"
-    train_ssl.train_tokenizer(folder, read, {}, 80)
+    train_ssl.train_tokenizer(folder, read, [], 80)
     model = train_ssl.BiLstmBeginning(folder, train_ssl.Sizes(8, 8, 5)).model(
         read.labels, SslSettings(), 0
     )
@@ -399,8 +401,13 @@ def guideline(shots: int, method: str | None, **changes: Any) -> dict[str, Any]:
 def test_the_guideline_of_the_nearest_number_of_shots_is_followed() -> None:
     entries = [guideline(10, "vat"), guideline(100, "pl"), guideline(0, "kd"), guideline(30, None)]
     for shots, method in ((5, "vat"), (30, "vat"), (33, "pl"), (500, "pl"), (0, "kd")):
-        found, why = method_use.choose(entries, "ic", "adams", shots)
-        assert found == method and "on random all was recommended: of" in why
+        found = method_use.choose(entries, "ic", "adams", shots, per_intent=11)
+        assert found["method"] == method
+        assert "on random all was recommended: of" in found["why"]
+    # All utterances go by their number where the study had no such runs.
+    for per_intent, method in ((25.5, "vat"), (40.0, "pl")):
+        found = method_use.choose(entries[:2], "ic", "adams", 0, per_intent)
+        assert found["method"] == method and f"with {found['shots']} shots" in found["why"]
     for asked in (("ner", "adams", 10), ("ic", "adamw", 10)):
         with pytest.raises(ValueError, match=r"no guideline for .* those of .*: ic with adams"):
             method_use.choose(entries, *asked)

@@ -1,0 +1,370 @@
+"""examples/nlu_ssl: `make ssl` and `nlu_ssl.py`, from a corpus to a report and a trained model."""
+
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+for package in ("num2words", "tokenizers", "safetensors", "sklearn", "datasets", "matplotlib"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'megatron-adams[nlu]'")
+EXAMPLE = ROOT / "examples" / "nlu_ssl"
+for example in (EXAMPLE, ROOT / "examples" / "nlu_teacher"):
+    sys.path.append(str(example))
+
+import committee_predict  # noqa: E402  (the example's files import each other by name)
+import divide_corpus  # noqa: E402
+import labelled  # noqa: E402
+import nlu_ssl  # noqa: E402
+import numpy as np  # noqa: E402
+import pipeline  # noqa: E402
+import pool_files  # noqa: E402
+import torch  # noqa: E402
+import train_ssl  # noqa: E402
+from bilstm_crf import BiLstmCrf, Sizes  # noqa: E402
+from divide_corpus import Settings, divide  # noqa: E402
+from labels import LabelSet  # noqa: E402
+from method_rows import METHODS, read_rows  # noqa: E402
+from vocabulary import train as train_vocabulary  # noqa: E402
+
+STEPS = EXAMPLE / "pipeline.toml"
+FRAMES = {
+    "Play": ("play the [thing : {t}] of [name : {n}] {w}", "i want the [thing : {t}] {w} please"),
+    "Stop": ("stop the [thing : {t}] {w} now", "no more of [name : {n}] {w}"),
+    "Call": ("call [name : {n}] {w}", "ring [name : {n}] up {w} please"),
+}
+NAMES = ("ann", "bob", "carla", "dmitri", "eve", "frank", "gus", "hal")
+THINGS = ("song", "list", "movie", "station")
+WHEN = ("again", "today", "at once", "tonight", "twice", "later")
+
+
+def write_corpus(folder: Path) -> Path:
+    """Write three sets, of which the largest part is for training."""
+    found = {
+        labelled.parse_brackets(frame.format(t=thing, n=name, w=when), intent, "")
+        for intent, frames in FRAMES.items()
+        for frame, thing, name, when in itertools.product(frames, THINGS, NAMES, WHEN)
+    }
+    utterances = sorted(found, key=lambda each: each.text)
+    random.Random(0).shuffle(utterances)
+    folder.mkdir(parents=True)
+    for name, begin, end in (("validation", 0, 40), ("test", 40, 80), ("train", 80, None)):
+        labelled.write_jsonl(folder / f"{name}.jsonl", utterances[begin:end])
+    return folder
+
+
+def write_text(path: Path, num: int = 500) -> Path:
+    """Write documents of sentences that no utterance is like."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(1)
+    words = [f"{a}{b}" for a, b in itertools.product(("gran", "lith", "mor", "sed"), "aeiou")]
+    sentences = (" ".join(rng.choices(words, k=8)).capitalize() for _ in range(2 * num))
+    documents = [f"{first}. {second}." for first, second in itertools.batched(sentences, 2)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("ssl") / "corpus")
+
+
+# --- the steps ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [None, "quick", "full"])
+def test_the_steps_follow_each_other(size: str | None) -> None:
+    variables = {"work": Path("/nowhere"), "labelled": ["--format", "snips"]}
+    steps = pipeline.load_steps(STEPS, variables, size=size)
+    assert not [word for step in steps for word in step.command if "$" in word]
+    assert all((EXAMPLE / step.command[0]).is_file() for step in steps)
+    needs = pipeline.needed(steps)
+    studies = {"ic", "ner"} | ({"adamw"} if size == "full" else set())
+    assert studies < needs["report"]
+    commands = {step.name: step.command for step in steps}
+    assert set(commands) - studies == {
+        *("public-text", "labelled", "corpus", "divide", "prepare", "members", "random"),
+        *("submodular", "committee-predictions", "committee", "report"),
+    }
+    for name in studies:
+        assert {"divide", "prepare", "random"} <= needs[name]
+        args = train_ssl._parser().parse_args(commands[name][1:])
+        train_ssl.check_arguments(args)
+        assert args.method == list(METHODS)
+    assert pipeline.default_work(STEPS, size).name == (f"ssl-{size}" if size else "ssl")
+
+
+def plan_of(name: str, size: str | None) -> train_ssl.Plan:
+    steps = pipeline.load_steps(STEPS, {"work": Path("/w"), "labelled": []}, size=size)
+    (command,) = (step.command for step in steps if step.name == name)
+    args = train_ssl._parser().parse_args(command[1:])
+    pools = tuple(each.partition("=")[0] for each in args.pool)
+    return train_ssl.Plan(
+        *map(tuple, (args.method, args.task, args.optimizer, args.rates, args.shots)),
+        pools,
+        tuple(args.pool_sizes),
+        args.subsets,
+        args.seeds,
+        args.sweeps,
+    )
+
+
+def test_the_full_study_has_what_the_question_asks_for() -> None:
+    for name, tasks in (("ic", ("ic",)), ("ner", ("ner",))):
+        plan = plan_of(name, "full")
+        assert plan.tasks == tasks and plan.optimizers == ("adams",)
+        assert plan.selections == ("random", "submodular", "committee")
+        assert len(plan.shots) == len(plan.pool_sizes) == 2 and plan.subsets >= 5
+        assert len(plan.rates) > 1
+    adamw = plan_of("adamw", "full")
+    assert adamw.optimizers == ("adamw",) and adamw.rates == plan.rates
+    # AdamS has the same runs, so that the report can pair them.
+    assert set(adamw.pool_sizes) <= set(plan.pool_sizes) and adamw.shots == plan.shots
+
+
+@pytest.mark.timeout(900)  # 12 processes that import torch
+def test_all_steps_run_in_the_quick_form(corpus: Path, tmp_path: Path) -> None:
+    """All but the fetching of the text, which needs a network."""
+    words = pipeline.labelled_words(f"jsonl={corpus}")
+    variables = {"work": tmp_path, "labelled": words}
+    fetch, *steps = pipeline.load_steps(STEPS, variables, size="quick")
+    write_text(fetch.outputs[0])
+    ran = pipeline.run_steps(steps, tmp_path, jobs=2)
+    assert sorted(ran) == sorted(step.name for step in steps)
+    assert pipeline.run_steps(steps, tmp_path) == []
+    for name, num_pools in (("ic", 3), ("ner", 2)):
+        rows = read_rows(tmp_path / name / "rows.csv")
+        assert len(rows) == 1 + 4 * num_pools and {row["method"] for row in rows} == set(METHODS)
+    report = (tmp_path / "report" / "report.md").read_text()
+    record = json.loads((tmp_path / "prepared" / "pool.json").read_text())
+    divided = json.loads((tmp_path / "divided" / "divided.json").read_text())
+    assert record["read"] == divided["pool"] and record["other_domain"] > 0
+    assert f"| other domain | {record['other_domain']:,} |" in report
+    for text in ("## The pool", "| committee | 20 |", "## ic, adams, 4 shots", "## Guidelines"):
+        assert text in report
+    assert (tmp_path / "report" / "methods.png").is_file()
+
+
+# --- the division -------------------------------------------------------------------------------
+
+
+def test_a_corpus_is_divided_into_few_labels_and_a_pool(corpus: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.jsonl")
+    settings = Settings(per_intent=6, other_share=0.25, other_for_filter=40, pool_size=90)
+    record = divide(corpus, text, settings, tmp_path / "out")
+    train = labelled.read_jsonl(tmp_path / "out" / "labelled" / "train.jsonl")
+    counts = {name: sum(each.intent == name for each in train) for name in FRAMES}
+    assert counts == {"Play": 6, "Stop": 6, "Call": 6}
+    read = {
+        name: [text for batch in pool_files.read_batches(tmp_path / "out" / name) for text in batch]
+        for name in ("pool.jsonl", "mixed_in.jsonl", "other_domains.jsonl")
+    }
+    mixed, pool = set(read["mixed_in.jsonl"]), set(read["pool.jsonl"])
+    assert (len(pool), len(mixed), len(read["other_domains.jsonl"])) == (120, 30, 40)
+    assert mixed < pool and not mixed & set(read["other_domains.jsonl"])
+    whole = {each.text for each in labelled.read_jsonl(corpus / "train.jsonl")}
+    assert pool - mixed < whole - {each.text for each in train}
+    # The sentences are among the utterances, and not behind them.
+    places = [place for place, each in enumerate(read["pool.jsonl"]) if each in mixed]
+    assert places[0] < 30 and places[-1] > 90
+    for name in ("validation", "test"):
+        mine = (tmp_path / "out" / "labelled" / f"{name}.jsonl").read_text()
+        assert mine == (corpus / f"{name}.jsonl").read_text()
+    assert record["pool"] == 120 and record["train"] == 18
+    divide(corpus, text, settings, tmp_path / "again")
+    for name in ("pool.jsonl", "labelled/train.jsonl"):
+        mine, other = (tmp_path / each / name for each in ("out", "again"))
+        assert mine.read_bytes() == other.read_bytes()
+
+
+def test_each_slot_is_among_the_few_labels() -> None:
+    utterances = [labelled.Utterance(f"play {i}", "Play", ()) for i in range(200)]
+    rare = labelled.parse_brackets("play [genre : rock]", "Play", "")
+    few, rest = divide_corpus.few_of([*utterances, rare], 2, random.Random(0))
+    assert rare in few and len(few) == 2 and len(rest) == 199
+    rares = [labelled.parse_brackets(f"[s{i} : rock]", "Play", "") for i in range(3)]
+    with pytest.raises(ValueError, match=r"--per-intent 2: no utterance for the slots s\d is left"):
+        divide_corpus.few_of(rares, 2, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"per_intent": 0}, "--per-intent 0: must be 1 or more"),
+        ({"per_intent": 900}, r"--per-intent 900: intent 'Call' has only \d+"),
+        ({"other_share": 1.0}, r"--other-share 1\.0: must be from 0 to below 1"),
+        ({"other_share": 0.9}, r"has 1,000 short sentences: must have 810 to mix in and 300 for"),
+        ({"pool_size": 5000}, r"--pool-size 5000: \d+ utterances have no labels to keep"),
+    ],
+)
+def test_a_corpus_that_cannot_be_divided_is_refused(
+    change: dict[str, Any], said: str, corpus: Path, tmp_path: Path
+) -> None:
+    asked = {"per_intent": 6, "other_share": 0.2, "other_for_filter": 300, "pool_size": 90}
+    text = write_text(tmp_path / "text.jsonl")
+    with pytest.raises(ValueError, match=said):
+        divide(corpus, text, Settings(**{**asked, **change}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- a committee of models ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("members")
+    tokenizer = train_vocabulary(["play the song of ann", "stop it now"], 60)
+    labels = LabelSet(("Play", "Stop"), ("O", "B-name", "I-name"))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        BiLstmCrf(Sizes(8, 8, 24), labels, tokenizer).save(folder / f"member-{seed}")
+    return folder
+
+
+def test_a_member_answers_as_its_model_and_nothing_certain_where_it_cannot_read(
+    members: Path,
+) -> None:
+    found = committee_predict.load_members(members)
+    texts = ["play the song", "stop " * 40, "stop ann"]
+    for member in found:
+        intents, tags = member.intents(texts), member.tags(texts)
+        assert np.allclose(intents.sum(1), 1) and np.allclose(intents[1], 1 / 2)
+        assert [each.shape for each in tags] == [(3, 3), (40, 3), (2, 3)]
+        assert np.allclose(tags[1], 1 / 3)
+        for text, row, marginals in zip(texts, intents, tags, strict=True):
+            if len(text) > 40:
+                continue
+            words = tuple(text.split())
+            with torch.no_grad():
+                alone = member.model(member.model.batch([member.model.encode(words, "")]))
+                expected = [alone.intent_log_probs().exp()[0], alone.tag_log_probs().exp()[0]]
+            for mine, theirs in zip((row, marginals), expected, strict=True):
+                assert np.allclose(mine, theirs.numpy(), atol=1e-6)
+    assert not np.allclose(found[0].intents(texts), found[1].intents(texts))
+    # Other texts are answered anew.
+    assert len(found[0].intents(texts[:1])) == 1
+
+
+def test_members_that_are_no_committee_are_refused(members: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 0 models: a committee must have at least two"):
+        committee_predict.load_members(tmp_path)
+    found = committee_predict.load_members(members)
+    labels = LabelSet(("Play", "Sing"), ("O", "B-name", "I-name"))
+    found[0].model.save(tmp_path / "a")
+    other = BiLstmCrf(Sizes(8, 8, 24), labels, found[0].model.tokenizer)
+    other.save(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"b has other labels than .*a: all members must have the"):
+        committee_predict.load_members(tmp_path)
+
+
+# --- one command --------------------------------------------------------------------------------
+
+
+def write_guidelines(path: Path, **changes: Any) -> Path:
+    entry = {"task": "ic", "optimizer": "adams", "shots": 10, "method": "cvt", "why": "it is best"}
+    entry |= {"selection": "submodular", "pool_size": 30, **changes}
+    path.write_text(json.dumps([entry]))
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["nlu_ssl.py", *map(str, words)])
+    return nlu_ssl.main()
+
+
+@pytest.mark.timeout(900)  # five of them
+def test_auto_does_all_that_the_guidelines_say(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    texts = [each.text for each in labelled.read_jsonl(corpus / "train.jsonl")]
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(json.dumps({"text": f"{text} now"}) + "\n" for text in texts[:60]))
+    few = tmp_path / "train.jsonl"
+    few.write_text("".join((corpus / "train.jsonl").open().readlines()[60:120]))
+    out, path = tmp_path / "out", write_guidelines(tmp_path / "guidelines.json")
+    words = ("--labelled", few, "--pool", pool, "--task", "ic", "--guidelines", path)
+    more = ("--steps", 4, "--rates", "1e-2", "--min-count", 2, "--out", out)
+    assert run(monkeypatch, *words, *more) == 0
+    said = capfd.readouterr().out
+    assert "ic: cvt, as with 10 shots, cvt on submodular 30 was recommended: it is best" in said
+    (row,) = read_rows(out / "ic" / "rows.csv")
+    assert (row["method"], row["selection"], row["num_pool"]) == ("cvt", "submodular-30", "30")
+    (card,) = (out / "ic" / "models").glob("*/README.md")
+    assert str(card) in said and "Why cvt: with 10 shots, cvt on submodular 30" in card.read_text()
+    # A pool that is smaller than the study's is taken whole; and a pool may be left alone.
+    write_guidelines(path, pool_size=4000)
+    work = nlu_ssl.Work(nlu_ssl.parse([str(each) for each in (*words, *more)]))
+    kept = json.loads((out / "pool" / "pool.json").read_text())["kept"]
+    assert work.guideline("ic")["pool_size"] == kept
+    write_guidelines(path, method="supervised", selection="", pool_size=0)
+    assert run(monkeypatch, *words, *more, "--optimizer", "adams") == 0
+    (row,) = read_rows(out / "ic" / "rows.csv")
+    assert (row["method"], row["selection"]) == ("supervised", "")
+
+
+def test_a_committee_is_trained_before_it_selects(tmp_path: Path) -> None:
+    for each in ("a.jsonl", "p.jsonl"):
+        (tmp_path / each).write_text("{}")
+    words = f"--labelled {tmp_path}/a.jsonl --pool {tmp_path}/p.jsonl --out {tmp_path}/out"
+    work = nlu_ssl.Work(nlu_ssl.parse(f"{words} --method kd --budget 9".split()))
+    steps = [*work.data(), *work.select("committee", 9)]
+    steps.append(work.train("ner", steps[-1].outputs[0], None))
+    names = ["labelled", "pool", "members", "predictions", "committee-9", "ner"]
+    assert [step.name for step in steps] == names
+    needs = pipeline.needed(steps)
+    assert needs["predictions"] == {"labelled", "pool", "members"}
+    assert needs["ner"] == {"labelled", "committee-9"}
+    for step in steps:
+        assert (EXAMPLE / step.command[0]).is_file()
+        if step.command[0] == "train_ssl.py":
+            train_ssl.check_arguments(train_ssl._parser().parse_args(step.command[1:]))
+    assert work.guideline("ner")["selection"] == "submodular"
+
+
+def test_a_corpus_is_read_by_its_name(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for each in files:
+        each.touch()
+    given = f"conll={files[0]},{files[1]},{files[2]}"
+    assert nlu_ssl.reader_of(given)[:3] == ["conll.py", "--train", str(files[0])]
+    assert nlu_ssl.reader_of(str(files[0]))[1:3] == ["--format", "jsonl"]
+    assert nlu_ssl.reader_of(f"snips={tmp_path}")[1:3] == ["--format", "snips"]
+    assert nlu_ssl.reader_of("home-assistant=en")[1:] == [
+        *("--format", "home-assistant", "--source", "en")
+    ]
+    for bad in (f"conll={files[0]}", "conll=a,b,c"):
+        with pytest.raises(ValueError, match="three files that are there"):
+            nlu_ssl.reader_of(bad)
+    with pytest.raises(ValueError, match="must be NAME=PATH"):
+        nlu_ssl.reader_of("/nowhere/train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--pool /nowhere", "/nowhere: no such file: must be a pool"),
+        ("--method supervised --budget 9", "must go without --selection and --budget"),
+        ("--method vat", "--method vat: must have a --budget"),
+        ("--budget 0", "--budget 0: must be 1 or more"),
+        ("--labelled conll=a,b,c", "must go with --task ner"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_runs(
+    words: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "p.jsonl").touch()
+    base = f"--labelled {tmp_path}/p.jsonl --pool {tmp_path}/p.jsonl --out {tmp_path}/out"
+    assert run(monkeypatch, *f"{base} {words}".split()) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
