@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -93,9 +94,9 @@ def states(model: EncoderModel, encoded: Encoded) -> dict[str, Any]:
     }
 
 
-def vat_direction(folder: Path) -> float:
-    """Return the cosine of r_adv and of finite differences along random directions."""
-    model = encoder_model(folder, "rope")
+def vat_direction(folder: Path) -> dict[str, float]:
+    """Compare r_adv with the gradient by finite differences, in float64, and with noise."""
+    model = encoder_model(folder, "rope").double()
     batch = model.batch([model.encode(text.split(), "") for text in TEXTS])
     embedded = model.embed(batch).detach()
     with torch.no_grad():
@@ -106,14 +107,30 @@ def vat_direction(folder: Path) -> float:
         assert intents is not None and tags is not None
         return intents + tags
 
-    noise = torch.randn(embedded.shape, generator=torch.Generator("cpu").manual_seed(0))
-    settings = {"xi": 0.05, "epsilon": 0.2}
-    r_adv = vat.adversarial(embedded, batch.mask, divergence, noise, **settings)
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(embedded.shape, generator=generator, dtype=embedded.dtype, device="cpu")
+    xi, epsilon, step = 0.05, 0.2, 1e-4
+    r_adv = vat.adversarial(embedded, batch.mask, divergence, noise, xi=xi, epsilon=epsilon)
+    shown = batch.mask.unsqueeze(-1)
+    size = (embedded * shown).flatten(1).norm(dim=1)[:, None, None]
+    unit = noise * shown / (noise * shown).flatten(1).norm(dim=1)[:, None, None]
+    gradient = torch.zeros_like(embedded)
     with torch.no_grad():
+        # All utterances at once, as none depends on another.
+        for place in itertools.product(*map(range, embedded.shape[1:])):
+            moved = torch.zeros_like(embedded)
+            moved[:, place[0], place[1]] = step
+            start = embedded + xi * size * unit
+            ends = divergence(start + moved), divergence(start - moved)
+            gradient[:, place[0], place[1]] = (ends[0] - ends[1]) / (2 * step)
+        gradient = gradient * shown
+        expected = epsilon * size * gradient / gradient.flatten(1).norm(dim=1)[:, None, None]
         adverse = divergence(embedded + r_adv)
-        sizes = r_adv.flatten(1).norm(dim=1)[:, None, None]
-        of_noise = divergence(embedded + sizes * vat.unit(noise, batch.mask))
-    return float((adverse / of_noise).min())
+        of_noise = divergence(embedded + epsilon * size * unit)
+    return {
+        "difference": float(((r_adv - expected).flatten(1).norm(dim=1) / size.flatten()).max()),
+        "against_noise": float((adverse / of_noise).min()),
+    }
 
 
 def command(folder: Path) -> dict[str, Any]:
