@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
-for package in ("num2words", "tokenizers", "safetensors", "matplotlib"):
+for package in ("num2words", "tokenizers", "safetensors", "matplotlib", "datasets"):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'megatron-adams[nlu]'")
 for example in ("nlu_ssl", "nlu_teacher"):
     sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / example))
 
 import labelled  # noqa: E402  (the example's files import each other by name)
 import method_report  # noqa: E402
+import pool_files  # noqa: E402
+import pool_prepare  # noqa: E402
+import pool_report  # noqa: E402
 from finetune_rows import write_answers  # noqa: E402
 from labels import Tagged, load_tagged  # noqa: E402
 from method_report import Results  # noqa: E402
@@ -163,3 +166,56 @@ def test_a_study_without_runs_is_refused(
     assert method_report.main([*argv, "--labelled", str(tmp_path)]) == 2
     assert "test.jsonl: no such file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_several_studies_are_one_report(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    second = Study(tmp_path / "second")
+    study.add_all("supervised", 60)
+    second.add_all("vat", 30)
+    results = Results([study.folder, second.folder], study.test)
+    pairs = results.paired(KEY, ("vat", "random", 100), method_report.BASELINE)
+    change = results.compare(pairs, "intent_error").change
+    assert change is not None and change.value == pytest.approx(-0.5)
+    second.add_all("supervised", 60, num=1)
+    with pytest.raises(ValueError, match=r"second/study: has supervised-.*, as has .*study: each"):
+        Results([study.folder, second.folder], study.test)
+
+
+def write_texts(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def test_the_report_says_what_was_selected(tmp_path: Path) -> None:
+    prepared, mixed = tmp_path / "prepared", tmp_path / "mixed.jsonl"
+    texts = [f"play song {name} again" for name in ("one", "two", "six")]
+    pool_files.write_pool(prepared / "pool.arrow", [[*texts, "Granite is old."]])
+    record = {"read": 9, "domain_filter": None} | dict.fromkeys(pool_prepare.REASONS, 0)
+    (prepared / "pool.json").write_text(json.dumps(record | {"kept": 4, "other_domain": 5}))
+    write_texts(tmp_path / "picked" / "selection.jsonl", [texts[0], "granite is old"])
+    threshold = {"value": 0.25, "rate": 0.125, "admitted": 8, "held_out": 9}
+    chosen = tmp_path / "picked" / "selection.json"
+    chosen.write_text(json.dumps({"thresholds": {"intents": threshold}}))
+    write_texts(mixed, ["Granite is old."])
+    lines = pool_report.pool_section(prepared, {"picked": chosen.parent}, mixed)
+    for line in (
+        "| kept | 4 |",
+        "| other domain | 5 |",
+        "| all | 9 |",
+        # 3-grams: three utterances of two each, which are all different, and one of one.
+        "| the pool, cleaned | 4 | 3.8 | 0.250 | 7 |",
+        "| picked | 2 | 3.5 | 0.500 | 3 |",
+        "`picked`: intents up to 0.25 nats are admitted, of which 0.125 are wrong on the held-out "
+        "set.",
+    ):
+        assert line in lines, line
+    filtered = record | {
+        "domain_filter": {"recall": 0.9, "precision": 0.8, "false_positive_rate": 0.1}
+    }
+    (prepared / "pool.json").write_text(json.dumps(filtered))
+    text = "\n".join(pool_report.pool_section(prepared, {}, None))
+    assert "recall 0.900, precision 0.800, and 0.100 of other text stays" in text
+    assert "| the pool, cleaned | 4 | 3.8 | - | 7 |" in text
+    with pytest.raises(ValueError, match=r"nothing/pool\.json: cannot be read .* pool_prepare\.py"):
+        pool_report.pool_section(tmp_path / "nothing", {}, None)

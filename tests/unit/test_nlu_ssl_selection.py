@@ -461,6 +461,45 @@ def test_members_that_do_not_fit_are_refused() -> None:
     slots = [Model(0).slots, lambda texts: [each[:2] for each in Model(1).slots(texts)]]
     with pytest.raises(ValueError, match=r"utterance 0: members have .* tokens and tags"):
         run(slots=slots)
+    tags = [np.zeros(4, np.int64)] * 39 + [np.zeros(5, np.int64)]
+    slots = [member.slots for member in MEMBERS]
+    with pytest.raises(ValueError, match="utterance 39 has 5 tags: must be one for each of 4"):
+        run(slots=slots, labels=committee.Labels(["a"] * 40, tags))
+
+
+def test_a_member_that_says_no_numbers_is_refused_while_it_predicts() -> None:
+    def broken(texts: Any) -> np.ndarray:
+        return MEMBERS[0](texts) * np.where(np.arange(len(texts)) == 2, np.nan, 1)[:, None]
+
+    def broken_slots(texts: Any) -> list[np.ndarray]:
+        return [each * (math.nan if i == 3 else 1) for i, each in enumerate(Model(1).slots(texts))]
+
+    with pytest.raises(ValueError, match=r"from 0 on: member 1 predicts .* for utterance 2: conf"):
+        list(committee.predictions([MEMBERS[0], broken], [POOL], INTENTS))
+    slots = [MEMBERS[0].slots, broken_slots]
+    with pytest.raises(ValueError, match="slots of utterance 3: member 1 predicts"):
+        list(committee.predictions(MEMBERS, [POOL], INTENTS, slots=slots))
+
+
+def test_what_is_no_file_of_predictions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.npz"
+    write_committee(path, POOL, has_labels=False)
+    with pytest.raises(ValueError, match="measure='variance': must be one of entropy, vote_entro"):
+        committee.measure_file(path, "variance")
+    with pytest.raises(ValueError, match=r"p\.csv: must end with \.npz or \.arrow"):
+        write_committee(tmp_path / "p.csv", POOL, has_labels=False)
+    with pytest.raises(ValueError, match="aggregate='sum': must be one of mean, max"):
+        committee.token_measures([], "sum")
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["slot_entropy"][7] = math.nan
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match="the slots' entropy of utterance 7 is NaN: must be a num"):
+        committee.measure_file(path, "entropy")
+    nothing = {"probabilities": np.zeros((3, 0, 3), np.float32), "intents": np.array(INTENTS)}
+    np.savez(path, **nothing, fingerprint=np.zeros(0, np.uint64))
+    with pytest.raises(ValueError, match="has no utterance: must have some"):
+        committee.measure_file(path, "entropy")
 
 
 # --- select_pool.py -----------------------------------------------------------------------------
