@@ -124,6 +124,11 @@ def test_the_full_study_has_what_the_question_asks_for() -> None:
     assert adamw.optimizers == ("adamw",) and adamw.rates == plan.rates
     # AdamS has the same runs, so that the report can pair them.
     assert set(adamw.pool_sizes) <= set(plan.pool_sizes) and adamw.shots == plan.shots
+    # README.md says how many runs these are.
+    numbers = [plan_of(name, "full").num_runs() for name in ("ic", "ner", "adamw")]
+    assert numbers == [310, 310, 220]
+    text = (EXAMPLE / "README.md").read_text()
+    assert "840 runs: 310 for intents, 310 for slots, 220\nwith AdamW" in text
 
 
 @pytest.mark.timeout(900)  # 12 processes that import torch
