@@ -664,6 +664,11 @@ def test_predictions_that_do_not_fit_are_refused(
     assert "has slots False" in refusal(given, out)
     given = replace(asked, held_out=asked.predictions)
     assert "has no column 'label'" in refusal(given, out)
+    with np.load(asked.held_out) as file:
+        arrays = {name: file[name] for name in file.files if name != "slot_wrong"}
+    np.savez(tmp_path / "untagged.npz", **arrays)
+    given = replace(asked, held_out=tmp_path / "untagged.npz")
+    assert "has slots without labels: must have them" in refusal(given, out)
     other.write_text("no file of numpy")
     assert "other.npz: cannot be read" in refusal(replace(asked, predictions=other), out)
 
