@@ -77,7 +77,7 @@ class Work:
     ) -> Step:
         """Return a step whose script is in this folder, and which makes no other file in --out."""
         command = (*map(str, words), "--out", str(output))
-        # Of a training, rows.csv is there when it is complete; all else goes with it.
+        # A training is known by its rows; all else in its folder goes with them.
         made = output / "rows.csv" if words[0] == "train_ssl.py" else output
         return Step(name, command, tuple(inputs), (made,), (output,), FOLDER)
 
