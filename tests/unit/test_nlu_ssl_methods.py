@@ -457,6 +457,27 @@ def test_cvt_teaches_what_the_views_share_and_not_the_full_views_heads(model: Bi
     model.zero_grad()
 
 
+def test_what_is_imitated_is_computed_without_dropout_and_gradients(
+    model: BiLstmCrf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    predict = model.predict
+
+    def noted(embedded: Tensor, batch: Batch) -> Prediction:
+        passes.append((torch.is_grad_enabled(), model.dropout.training))
+        return predict(embedded, batch)
+
+    monkeypatch.setattr(model, "predict", noted)
+    model.train()
+    cvt.cvt_losses(model, cvt.AuxiliaryHeads(model, "both").double(), batch_of(model))
+    assert passes == [(False, False)]
+    passes.clear()
+    generator = torch.Generator("cpu").manual_seed(0)
+    vat.vat_loss(model, batch_of(model), "both", vat.VatSettings(), generator)
+    # The clean answers; those that give the direction; and those that are learned from.
+    assert passes == [(False, False), (True, False), (True, False)]
+
+
 # --- the BiLSTM-CRF -----------------------------------------------------------------------------
 
 
