@@ -317,7 +317,9 @@ def test_vats_perturbation_moves_answers_more_than_noise_of_its_size(model: BiLs
     embedded, divergence = divergence_of(model, batch, 0)
     noise = random_like(tuple(embedded.shape), 3)
     settings = {"xi": 1e-3, "epsilon": 0.05}
-    found = vat.adversarial(embedded, batch.mask, divergence, noise, **settings)
+    found = vat.adversarial(model.embed(batch), batch.mask, divergence, noise, **settings)
+    # The embeddings are not taught to change the perturbation's size.
+    assert not found.requires_grad
     with torch.no_grad():
         adverse = divergence(embedded + found)
         sizes = found.flatten(1).norm(dim=1)[:, None, None]

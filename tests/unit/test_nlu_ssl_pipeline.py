@@ -19,6 +19,7 @@ for example in (EXAMPLE, ROOT / "examples" / "nlu_teacher"):
 import committee_predict  # noqa: E402  (the example's files import each other by name)
 import divide_corpus  # noqa: E402
 import labelled  # noqa: E402
+import method_use  # noqa: E402
 import nlu_ssl  # noqa: E402
 import numpy as np  # noqa: E402
 import pipeline  # noqa: E402
@@ -373,3 +374,10 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_runs(
     assert run(monkeypatch, *f"{base} {words}".split()) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_guidelines_of_the_example_can_be_followed() -> None:
+    guidelines = method_use.read_guidelines(nlu_ssl.GUIDELINES)
+    for task in ("ic", "ner"):
+        found = method_use.choose(guidelines, task, "adams", 0, per_intent=25.0)
+        assert found["selection"] in ("", *nlu_ssl.SELECTIONS) and found["method"] in METHODS
