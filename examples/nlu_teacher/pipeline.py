@@ -12,7 +12,10 @@ A step is a command with its inputs and outputs. What it did is kept in WORK/ste
 command, and a hash of every input and output. It is not run again while these are the same. A step
 that was stopped goes on from what it has made. One with another command or other inputs begins from
 nothing: its outputs are removed. --again NAME does that, too, for a step whose code alone is
-changed."""
+changed.
+
+A file of steps has [numbers], further tables of them for --quick and --full, and a [[step]] for
+each. A step with `only` is one of these sizes alone."""
 
 import argparse
 import hashlib

@@ -227,6 +227,25 @@ def test_steps_of_the_pipeline_follow_each_other() -> None:
     assert {f"finetune-{name}" for name in (*models, "S0")} == needs["join"]
 
 
+def test_a_step_of_a_size_alone_and_words_with_variables(tmp_path: Path) -> None:
+    (tmp_path / "steps.toml").write_text(
+        'work = "some"\n[numbers]\nmore = ["--pool", "${work}/a"]\n[full]\nmore = ["--all"]\n'
+        '[[step]]\nname = "x"\ncommand = ["x.py", "${more}"]\ninputs = []\noutputs = []\n'
+        '[[step]]\nname = "y"\nonly = ["full"]\ncommand = ["y.py"]\ninputs = []\noutputs = []\n'
+    )
+    variables = {"work": Path("/w"), "given": ["a $b"]}
+    (step,) = load_steps(tmp_path / "steps.toml", variables)
+    assert step.command == ("x.py", "--pool", "/w/a") and step.folder == tmp_path
+    steps = load_steps(tmp_path / "steps.toml", variables, size="full")
+    assert [each.command for each in steps] == [("x.py", "--all"), ("y.py",)]
+    assert pipeline.default_work(tmp_path / "steps.toml", "full").name == "some-full"
+    # Words that the caller gives are taken as they are.
+    text = (tmp_path / "steps.toml").read_text().replace("${more}", "${given}")
+    (tmp_path / "steps.toml").write_text(text)
+    (step,) = load_steps(tmp_path / "steps.toml", variables)
+    assert step.command == ("x.py", "a $b")
+
+
 BAD_STEPS = {
     "unset": (
         'command = ["a.py", "${no}"]\ninputs = []\noutputs = []',
