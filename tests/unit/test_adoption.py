@@ -74,7 +74,9 @@ def test_model_is_refused_before_its_optimizer_is_built(
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk"), [("adam", "chunk"), ("sgd", "chunk"), ("adams", Mimo())], ids=str
+    ("name", "chunk"),
+    [("adam", "chunk"), ("sgd", "chunk"), ("adams", Mimo())],
+    ids=["adam", "sgd", "whole MIMO model"],
 )
 def test_other_optimizers_and_whole_mimo_models_are_passed_on(
     building: Building, name: str, chunk: Any
