@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import sys
 import time
 from dataclasses import replace
@@ -244,6 +245,28 @@ def test_a_step_of_a_size_alone_and_words_with_variables(tmp_path: Path) -> None
     (tmp_path / "steps.toml").write_text(text)
     (step,) = load_steps(tmp_path / "steps.toml", variables)
     assert step.command == ("x.py", "a $b")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)  # 36 processes that import torch
+def test_all_steps_run_in_the_quick_form(tmp_path: Path) -> None:
+    """All but the fetching of the text, which needs a network."""
+    words = pipeline.labelled_words(None)
+    variables = {"work": tmp_path, "labelled": words, "recipe": EXAMPLE / "recipe.toml"}
+    fetch, *steps = load_steps(pipeline.STEPS, variables, size="quick")
+    rng = random.Random(1)
+    syllables = [f"{a}{b}" for a in ("gran", "lith", "mor", "sed") for b in "aeiou"]
+    sentences = (" ".join(rng.choices(syllables, k=8)).capitalize() for _ in range(300))
+    lines = (json.dumps({"text": f"{sentence}."}) + "\n" for sentence in sentences)
+    fetch.outputs[0].write_text("".join(lines))
+    assert sorted(run_steps(steps, tmp_path, jobs=2)) == sorted(step.name for step in steps)
+    assert run_steps(steps, tmp_path) == []
+    report = (tmp_path / "report" / "report.md").read_text()
+    claims = nlu_report.read_claims(EXAMPLE / "claims.toml")
+    assert all(f"| {claim.text} |" in report for claim in claims)
+    for model in ("T1", "T2", "S_via", "S_direct", "S_mlm", "S_public", "S_stage1", "S0"):
+        assert f"\n| {model} | " in report
+    assert (tmp_path / "report" / "nlu.png").is_file()
 
 
 BAD_STEPS = {
