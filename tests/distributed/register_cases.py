@@ -2,13 +2,13 @@
 
 import contextlib
 import importlib
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import megatron_adams
+from tests.harness.log_lines import collect_log_lines
 
 
 @contextlib.contextmanager
@@ -60,15 +60,7 @@ def register_twice() -> dict[str, Any]:
     """
     import megatron.core.optimizer
 
-    lines: list[str] = []
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    logger = logging.getLogger("megatron_adams")
-    logger.addHandler(Lines())
-    logger.setLevel(logging.INFO)
+    lines = collect_log_lines()
     wrapped = []
     for _ in range(2):
         megatron_adams.register()

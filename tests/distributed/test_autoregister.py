@@ -1,8 +1,5 @@
 """Registration by an environment variable, in real processes that someone else starts."""
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,11 @@ import pytest
 from tests.distributed.module_runs import run
 from tests.distributed.test_build import assert_same
 from tests.harness.cluster import Cluster
-from tests.harness.environment import make_environment_with_wheel
+from tests.harness.environment import (
+    make_environment_with_wheel,
+    run_without_checkout,
+    told_in,
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,34 +20,18 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def torchrun(python: Path, **variables: str) -> str:
-    done = subprocess.run(
-        [
-            *(python, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--standalone"),
-            *("-m", "tests.distributed.autoregister_job"),
-        ],
-        cwd="/",
-        env={
-            **os.environ,
-            "PYTHONPATH": "",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "LOCAL_WORLD_SIZE": "1",
-            **variables,
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    words = ("-m", "torch.distributed.run", "--nproc-per-node", "1", "--standalone")
+    job = ("-m", "tests.distributed.autoregister_job")
+    done = run_without_checkout(python, *words, *job, **variables)
     return done.stdout + done.stderr
 
 
 def test_torchrun_and_forked_and_spawned_processes_have_adams(python: Path) -> None:
     log = torchrun(python, MEGATRON_ADAMS_AUTOREGISTER="1")
-    told = [json.loads(line[5:]) for line in log.splitlines() if line.startswith("told ")]
-    assert [how for how, *_ in told] == ["fork", "spawn", "torchrun"], log[-4000:]
-    assert {tuple(parts) for _, parts, _ in told} == {("AdamSDistributedOptimizer",)}
-    assert len({tuple(norms) for *_, norms in told}) == 1
+    processes = told_in(log)
+    assert [how for how, *_ in processes] == ["fork", "spawn", "torchrun"], log[-4000:]
+    assert {tuple(parts) for _, parts, _ in processes} == {("AdamSDistributedOptimizer",)}
+    assert len({tuple(norms) for *_, norms in processes}) == 1
     lines = [line for line in log.splitlines() if "registered --optimizer adams" in line]
     assert len(lines) == 3
     assert all("with megatron.core alone" in line and "by autoregister" in line for line in lines)

@@ -6,13 +6,14 @@ test_ray.py starts it. It prints a line of JSON for each NAME, of ACTORS.
 """
 
 import json
-import logging
 import os
 import socket
 import sys
 from typing import Any
 
 import ray
+
+from tests.harness.log_lines import collect_log_lines
 
 # What is given to Ray for an actor's process.
 ACTORS: dict[str, dict[str, Any]] = {
@@ -31,15 +32,7 @@ class Trainer:
             "lines": what the package logged; "parts": classes of the optimizers, or "error": class
             and text of what Megatron raised.
         """
-        lines: list[str] = []
-
-        class Lines(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                lines.append(record.getMessage())
-
-        logger = logging.getLogger("megatron_adams")
-        logger.addHandler(Lines())
-        logger.setLevel(logging.INFO)
+        lines = collect_log_lines()
 
         from megatron_adams import cpu_rehearsal
 

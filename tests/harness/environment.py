@@ -1,10 +1,12 @@
 """A Python environment of its own for a test, and the package's wheel."""
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +50,37 @@ def make_environment_with_wheel(folder: Path, *more: Path) -> Path:
     others = [tests, *more, sysconfig.get_path("purelib")]
     (site_packages / "others.pth").write_text("".join(f"{each}\n" for each in others), "utf-8")
     return folder / "bin" / "python"
+
+
+def run_without_checkout(
+    python: Path, *words: object, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `python WORDS` of `make_environment_with_wheel` as one rank on a CPU, and wait for it.
+
+    Args:
+        variables: of its environment, beside those of this process.
+    """
+    return subprocess.run(
+        [python, *map(str, words)],
+        cwd="/",
+        env={
+            **os.environ,
+            "PYTHONPATH": "",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "LOCAL_WORLD_SIZE": "1",
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def told_in(output: str) -> list[Any]:
+    """Return the values of the lines that say "told " and JSON."""
+    return [json.loads(line[5:]) for line in output.splitlines() if line.startswith("told ")]
 
 
 def pip(folder: Path, *words: object) -> None:
