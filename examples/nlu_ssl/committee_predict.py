@@ -117,9 +117,8 @@ def ask(members: Sequence[Member], pool: Path, held_out: Path, out: Path) -> tup
     asked = [member.intents for member in members]
     slots = [member.tags for member in members]
     tagged = load_tagged(held_out)
+    labels.check(tagged, "the members' training set")
     known = {name: number for number, name in enumerate(labels.tags)}
-    for each in tagged:
-        labels.check([each], "the members' training set")
     answers = Labels(
         [each.intent for each in tagged],
         [np.array([known[name] for name in each.tags], np.int64) for each in tagged],

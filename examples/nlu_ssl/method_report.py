@@ -37,7 +37,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nlu_teacher"))
 
 import numpy as np
-from finetune_rows import SWEEP, best_rate, read_answers
+from finetune_rows import SWEEP, best_rate, named_path, read_answers
 from labels import Tagged, load_tagged
 from method_rows import METHODS, SUPERVISED, TAUGHT, Run, read_rows, run_of
 from metrics import Counts, Interval, count_all, estimate, metric, rates, relative_change
@@ -409,7 +409,8 @@ def write_report(
     text[-1] += f"utterances; {results.num_diverged} runs diverged and are left out. Errors and "
     text[-1] += "changes have 95% intervals."
     if args.prepared is not None:
-        text += pool_section(args.prepared, dict(args.selection), args.mixed_in)
+        selections = dict(map(named_path, args.selection))
+        text += pool_section(args.prepared, selections, args.mixed_in)
     for key in results.groups():
         error = ERROR_OF[key[0]].replace("_", " ")
         text += ["", f"## {_key_name(key)}", ""]
@@ -492,13 +493,6 @@ def draw(path: Path, results: Results, lines: Sequence[Line]) -> None:
     plt.close(picture)
 
 
-def _named_folder(text: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise argparse.ArgumentTypeError(f"{text}: must be NAME=FOLDER")
-    return name, Path(folder)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line. Returns 2 if the user has to change something."""
     parser = argparse.ArgumentParser(
@@ -515,7 +509,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--selection",
         action="append",
         default=[],
-        type=_named_folder,
         metavar="NAME=FOLDER",
         help="of select_pool.py",
     )

@@ -46,7 +46,7 @@ from losses_ssl import (
 from method_rows import SCORES, TAUGHT, Run
 from metrics import count_all, rates
 from models import Batch, NluModel, Prediction
-from pool_files import read_batches
+from pool_files import read_texts
 from torch import Tensor
 
 
@@ -101,7 +101,7 @@ def read_pool(path: Path) -> list[Tagged]:
     Raises:
         ValueError: it cannot be read or has labels, or no utterance is left.
     """
-    texts = [text for batch in read_batches(path) for text in batch]
+    texts = read_texts(path)
     utterances = (
         tagged_text(text, f"{path}, utterance {number}") for number, text in enumerate(texts, 1)
     )

@@ -66,6 +66,15 @@ def read_batches(path: Path, size: int = BATCH) -> Iterator[Sequence[str]]:
     return _arrow_batches(path, size) if is_arrow else _json_batches(path, size)
 
 
+def read_texts(path: Path) -> list[str]:
+    """Read a pool that fits into memory.
+
+    Raises:
+        ValueError: see `read_batches`.
+    """
+    return [text for batch in read_batches(path) for text in batch]
+
+
 def read_all(paths: Sequence[Path], size: int = BATCH) -> Iterator[Sequence[str]]:
     """Yield the texts of several pools."""
     for path in paths:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ngrams import spoken_words
-from pool_files import read_batches
+from pool_files import read_texts
 from pool_prepare import REASONS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nlu_teacher"))
@@ -30,10 +30,6 @@ def _ngrams(words: Sequence[Sequence[str]], order: int) -> int:
     return len({tuple(w[i : i + order]) for w in words for i in range(len(w) - order + 1)})
 
 
-def _texts(path: Path) -> list[str]:
-    return [text for batch in read_batches(path) for text in batch]
-
-
 def pool_section(prepared: Path, selections: dict[str, Path], mixed_in: Path | None) -> list[str]:
     """Return the lines of the section.
 
@@ -52,13 +48,13 @@ def pool_section(prepared: Path, selections: dict[str, Path], mixed_in: Path | N
         text += ["", "The domain filter's cross-validation: recall {recall:.3f}, precision "]
         text[-1] += "{precision:.3f}, and {false_positive_rate:.3f} of other text stays."
         text[-1] = text[-1].format(**found)
-    others = {fingerprint(each) for each in _texts(mixed_in)} if mixed_in else None
+    others = {fingerprint(each) for each in read_texts(mixed_in)} if mixed_in else None
     text += ["", "| selection | utterances | words | of another domain | 3-grams |"]
     text.append("| --- | ---: | ---: | ---: | ---: |")
     pools = {"the pool, cleaned": prepared / "pool.arrow"}
     pools |= {name: folder / "selection.jsonl" for name, folder in selections.items()}
     for name, path in pools.items():
-        texts = _texts(path)
+        texts = read_texts(path)
         words = [spoken_words(each) for each in texts]
         mean = sum(map(len, words)) / len(words)
         share = "-"

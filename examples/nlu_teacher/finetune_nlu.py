@@ -41,6 +41,7 @@ from finetune_rows import (
     append_row,
     digest,
     keep_settings,
+    named_path,
     read_rows,
     renew,
     run_of,
@@ -130,7 +131,7 @@ def read_data(folder: Path, others: Sequence[str]) -> Data:
     """
     sets, alignment = {}, Alignment()
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
-    paths |= {name: Path(path) for name, path in map(_pair, others)}
+    paths |= dict(map(named_path, others))
     for name, path in paths.items():
         if not path.is_file():
             raise ValueError(f"{path}: no such file: write it with labelled.py")
@@ -141,14 +142,6 @@ def read_data(folder: Path, others: Sequence[str]) -> Data:
         labels.check(sets[name], str(paths["train"]))
     named = [sets.pop(name) for name in ("train", "validation", "test")]
     return Data(*named, labels, sets)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    """Read NAME=PATH."""
-    name, equals, path = text.partition("=")
-    if not (name and equals and path) or "/" in name:
-        raise ValueError(f"{text}: must be NAME=PATH; a name has no slash")
-    return name, path
 
 
 def batches(num: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -446,7 +439,7 @@ def study(
 def digests(args: argparse.Namespace, starts: dict[str, Start]) -> dict[str, str]:
     """Return a hash of what each model and each set of utterances is now."""
     sets = {name: args.data / f"{name}.jsonl" for name in ("train", "validation", "test")}
-    sets |= {name: Path(path) for name, path in map(_pair, args.also)}
+    sets |= dict(map(named_path, args.also))
     files = {f"set {name}": [path] for name, path in sets.items()}
     return {name: digest(paths) for name, paths in files.items()} | {
         f"{MODEL}{name}": digest(start.files()) for name, start in starts.items()
@@ -512,8 +505,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     joint.quiet_megatron()
     try:
         check_arguments(args)
-        starts = {name: Start(Path(path), False) for name, path in map(_pair, args.model)}
-        starts |= {name: Start(Path(path), True) for name, path in map(_pair, args.random)}
+        starts = {name: Start(path, False) for name, path in map(named_path, args.model)}
+        starts |= {name: Start(path, True) for name, path in map(named_path, args.random)}
         if len(starts) < len(args.model) + len(args.random):
             raise ValueError("--model and --random: each must have a name of its own")
         torch.set_num_threads(args.threads)

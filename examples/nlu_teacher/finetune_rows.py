@@ -219,6 +219,18 @@ MODEL = "model "
 """What the key of a model's files begins with, in settings.json."""
 
 
+def named_path(text: str) -> tuple[str, Path]:
+    """Read NAME=PATH.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    name, equals, path = text.partition("=")
+    if not (name and equals and path) or "/" in name:
+        raise ValueError(f"{text}: must be NAME=PATH; a name has no slash")
+    return name, Path(path)
+
+
 def digest(paths: Iterable[Path]) -> str:
     """Return a hash of files' contents, in the order of their paths."""
     whole = hashlib.sha256()

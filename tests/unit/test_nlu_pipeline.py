@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import sys
 import time
 from dataclasses import replace
@@ -33,6 +32,8 @@ from run_training import Training  # noqa: E402
 from shared import launch  # noqa: E402
 from shared.command import RunError  # noqa: E402
 from shared.recipe import Recipe, number, parse_flags  # noqa: E402
+
+from tests.unit.made_up_text import write_text  # noqa: E402
 
 # --- steps --------------------------------------------------------------------------------------
 
@@ -254,11 +255,7 @@ def test_all_steps_run_in_the_quick_form(tmp_path: Path) -> None:
     words = pipeline.labelled_words(None)
     variables = {"work": tmp_path, "labelled": words, "recipe": EXAMPLE / "recipe.toml"}
     fetch, *steps = load_steps(pipeline.STEPS, variables, size="quick")
-    rng = random.Random(1)
-    syllables = [f"{a}{b}" for a in ("gran", "lith", "mor", "sed") for b in "aeiou"]
-    sentences = (" ".join(rng.choices(syllables, k=8)).capitalize() for _ in range(300))
-    lines = (json.dumps({"text": f"{sentence}."}) + "\n" for sentence in sentences)
-    fetch.outputs[0].write_text("".join(lines))
+    write_text(fetch.outputs[0], 300)
     assert sorted(run_steps(steps, tmp_path, jobs=2)) == sorted(step.name for step in steps)
     assert run_steps(steps, tmp_path) == []
     report = (tmp_path / "report" / "report.md").read_text()

@@ -32,6 +32,8 @@ from labels import LabelSet  # noqa: E402
 from method_rows import METHODS, read_rows  # noqa: E402
 from vocabulary import train as train_vocabulary  # noqa: E402
 
+from tests.unit.made_up_text import write_text  # noqa: E402
+
 STEPS = EXAMPLE / "pipeline.toml"
 FRAMES = {
     "Play": ("play the [thing : {t}] of [name : {n}] {w}", "i want the [thing : {t}] {w} please"),
@@ -56,17 +58,6 @@ def write_corpus(folder: Path) -> Path:
     for name, begin, end in (("validation", 0, 40), ("test", 40, 80), ("train", 80, None)):
         labelled.write_jsonl(folder / f"{name}.jsonl", utterances[begin:end])
     return folder
-
-
-def write_text(path: Path, num: int = 500) -> Path:
-    """Write documents of sentences that no utterance is like."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(1)
-    words = [f"{a}{b}" for a, b in itertools.product(("gran", "lith", "mor", "sed"), "aeiou")]
-    sentences = (" ".join(rng.choices(words, k=8)).capitalize() for _ in range(2 * num))
-    documents = [f"{first}. {second}." for first, second in itertools.batched(sentences, 2)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +157,7 @@ def test_a_corpus_is_divided_into_few_labels_and_a_pool(corpus: Path, tmp_path: 
     counts = {name: sum(each.intent == name for each in train) for name in FRAMES}
     assert counts == {"Play": 6, "Stop": 6, "Call": 6}
     read = {
-        name: [text for batch in pool_files.read_batches(tmp_path / "out" / name) for text in batch]
+        name: pool_files.read_texts(tmp_path / "out" / name)
         for name in ("pool.jsonl", "mixed_in.jsonl", "other_domains.jsonl")
     }
     mixed, pool = set(read["mixed_in.jsonl"]), set(read["pool.jsonl"])

@@ -17,7 +17,7 @@ sys.path.append(str(EXAMPLE))
 import domain_filter  # noqa: E402  (the example's files import each other by name)
 import pool_near  # noqa: E402
 from labelled import Utterance, write_jsonl  # noqa: E402
-from pool_files import read_all, read_batches, write_pool  # noqa: E402
+from pool_files import read_all, read_batches, read_texts, write_pool  # noqa: E402
 from pool_prepare import REASONS, Settings, decide, prepare  # noqa: E402
 
 NAMES = ["ann", "bob", "carla", "dmitri", "eve", "frank", "gina", "hugo"]
@@ -240,7 +240,7 @@ def test_each_reason_is_found(asked: Settings, tmp_path: Path) -> None:
     }
     assert {name: record[name] for name in REASONS} == expected
     assert record["read"] == sum(expected.values()) == 41
-    kept = [text for batch in read_batches(tmp_path / "out" / "pool.arrow") for text in batch]
+    kept = read_texts(tmp_path / "out" / "pool.arrow")
     assert kept == [*MUSIC[12:40], MUSIC[47]]
     assert json.loads((tmp_path / "out" / "pool.json").read_text()) == record
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pool.arrow", "pool.json"]
