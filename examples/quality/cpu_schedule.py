@@ -79,6 +79,7 @@ SETTINGS = {
         Setting("long", 2048, steps=400, upward=False),
         Setting("ramp", 512, upward=False, ramp=(1, 2, 4)),
         Setting("16k", 16_384),
+        Setting("64k", 65_536),
         Setting("98k", 98_304, 225, 6, 512, 8, origin=None, upward=False, starts=_GPU_STARTS),
         Setting("24k", 24_576, 900, 6, 512, 8, origin="98k", upward=False),
         Setting("124M", 98_304, 160, 12, 768, 12, tied=True, origin=None, starts=_GPU_3_STARTS),
@@ -159,6 +160,7 @@ PARTS = (
     Part("2k", (*ADAMS_BETA1, *ADAMW_BETA1)),
     Part("2k", (*ADAMS_RMS, ADAMW_MATCHED)),
     Part("16k", (ADAMW, ADAMS, CAUTIOUS), fine=False),
+    Part("64k", (ADAMW, ADAMS, CAUTIOUS), fine=False),
 )
 
 # PLAN-GPU-2.md's.

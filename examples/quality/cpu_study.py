@@ -12,16 +12,22 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cpu_schedule
 import results
 from cpu_schedule import PARTS, SETTINGS, VARIANTS, Setting
 from shared.command import exit_code_of
 
+if TYPE_CHECKING:
+    from lab import Preset
+
 RUNS = Path(__file__).resolve().parents[2] / "runs" / "quality"
 SEQ_LENGTH = 64
 # The held-out loss is that of the same tokens in all settings.
 HELD_OUT_TOKENS = 49_152
+# More tokens than these pass through the model in parts, whose gradients are added.
+MAX_BATCH_TOKENS = 16_384
 VOCAB_SIZE, DATA_BYTES = 512, 12_000_000
 
 
@@ -49,7 +55,7 @@ def study(args: argparse.Namespace) -> None:
         ValueError: the data, existing results, or an argument cannot be used.
     """
     import torch
-    from lab import Lab, OutOfTime, Preset
+    from lab import Lab, OutOfTime
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     if not 1 <= args.parts <= len(PARTS):
@@ -62,20 +68,7 @@ def study(args: argparse.Namespace) -> None:
 
     def lab_of(setting: Setting) -> Lab:
         if setting.name not in labs:
-            preset = Preset(
-                model_name(setting),
-                setting.num_layers,
-                setting.width,
-                setting.num_heads,
-                SEQ_LENGTH,
-                batch=setting.tokens_per_step // SEQ_LENGTH,
-                min_steps=setting.steps,
-                max_steps=setting.steps,
-                max_eval_batches=HELD_OUT_TOKENS // setting.tokens_per_step,
-                tied=setting.tied,
-                ramp=setting.ramp,
-            )
-            labs[setting.name] = Lab(preset, args.data, torch.device("cpu"), VARIANTS)
+            labs[setting.name] = Lab(preset_of(setting), args.data, torch.device("cpu"), VARIANTS)
         return labs[setting.name]
 
     losses = results.losses_of(results.read_rows(args.out / "quality.csv"), results.PER_BYTE)
@@ -108,6 +101,27 @@ def study(args: argparse.Namespace) -> None:
 
         print(cpu_plot.write(args.out))
         print(f"The picture: {args.out / 'quality.png'}")
+
+
+def preset_of(setting: Setting) -> "Preset":
+    """Return the sizes of a setting's runs."""
+    from lab import Preset
+
+    batch_tokens = min(setting.tokens_per_step, MAX_BATCH_TOKENS)
+    return Preset(
+        model_name(setting),
+        setting.num_layers,
+        setting.width,
+        setting.num_heads,
+        SEQ_LENGTH,
+        batch=batch_tokens // SEQ_LENGTH,
+        min_steps=setting.steps,
+        max_steps=setting.steps,
+        max_eval_batches=HELD_OUT_TOKENS // batch_tokens,
+        tied=setting.tied,
+        batches_per_step={setting.name: setting.tokens_per_step // batch_tokens},
+        ramp=setting.ramp,
+    )
 
 
 def model_name(setting: Setting) -> str:

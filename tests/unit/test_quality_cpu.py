@@ -303,6 +303,30 @@ def test_a_ramp_takes_each_sequence_once(small_study: argparse.Namespace) -> Non
     assert torch.equal(trained, lab.batches(0, 15).flatten())
 
 
+def test_a_batch_in_parts_takes_the_same_steps_and_held_out_text(
+    small_study: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = []
+    for most in (256, 64):
+        monkeypatch.setattr(cpu_study, "MAX_BATCH_TOKENS", most)
+        preset = cpu_study.preset_of(SETTINGS["2k"])
+        lab = lab_module.Lab(preset, small_study.data, torch.device("cpu"), cpu_schedule.VARIANTS)
+        assert lab.batches_of_steps("2k", 4) == [256 // most] * 4
+        row, _ = lab.train(schedule.Run("2k", "AdamW", 0.01, 0), 4)
+        assert (row["tokens_per_step"], row["tokens"]) == (256, 1024)
+        rows.append(row)
+    assert rows[0]["held_out_loss"] == pytest.approx(rows[1]["held_out_loss"], abs=1e-5)
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - {*cpu_schedule.GPU_SETTINGS, "124M"}))
+def test_every_setting_is_measured_on_the_same_held_out_tokens(name: str) -> None:
+    preset = cpu_study.preset_of(SETTINGS[name])
+    batch_tokens = preset.batch * preset.seq_length
+    assert preset.max_eval_batches * batch_tokens == cpu_study.HELD_OUT_TOKENS
+    assert preset.batches_per_step[name] * batch_tokens == SETTINGS[name].tokens_per_step
+
+
 def test_a_summary_of_nothing_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run cpu_study\.py"):
         cpu_plot.write(tmp_path)
