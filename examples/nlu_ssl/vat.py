@@ -68,20 +68,39 @@ def adversarial(
     return epsilon * size * unit(grad, mask)
 
 
-def sequence_kl(clean: Prediction, perturbed: Prediction, k: int) -> Tensor:
+@dataclass(frozen=True)
+class KBest:
+    """The sequences that a CRF finds most likely.
+
+    Attributes:
+        sequences: (batch, k, words) int64.
+        log_probs: (batch, k), falling; -inf where there are fewer sequences.
+    """
+
+    sequences: Tensor
+    log_probs: Tensor
+
+    @classmethod
+    def of(cls, prediction: Prediction, k: int) -> "KBest":
+        """Return the k best sequences of a model with a CRF; no gradient goes to it."""
+        assert prediction.crf is not None
+        with torch.no_grad():
+            tags, mask = prediction.tags, prediction.word_mask
+            sequences, scores = prediction.crf.best(tags, mask, k)
+            # Where there is no sequence, the score is -inf, and so is the difference.
+            return cls(sequences, scores - prediction.crf.log_partition(tags, mask)[:, None])
+
+
+def sequence_kl(clean: KBest, perturbed: Prediction) -> Tensor:
     """Return the KL divergence of two CRFs' distributions over k + 1 classes, (batch,).
 
     The classes are the k sequences that the clean one finds most likely, and all others together.
     It is at most the divergence over all sequences. No gradient goes to the clean one.
     """
-    assert clean.crf is not None and perturbed.crf is not None
-    mask = clean.word_mask
-    sequences, scores = clean.crf.best(clean.tags.detach(), mask, k)
-    exists = scores.isfinite()
-    with torch.no_grad():
-        target = clean.crf.log_prob(clean.tags, mask, sequences)
-    log_probs = perturbed.crf.log_prob(perturbed.tags, mask, sequences)
-    target, log_probs = (torch.where(exists, each, -torch.inf) for each in (target, log_probs))
+    assert perturbed.crf is not None
+    log_probs = perturbed.crf.log_prob(perturbed.tags, perturbed.word_mask, clean.sequences)
+    exists, target = clean.log_probs.isfinite(), clean.log_probs
+    log_probs = torch.where(exists, log_probs, -torch.inf)
     # Where a sequence does not exist, its target is -inf: `kl` takes the term as 0.
     pairs = [(target, torch.where(exists, log_probs, 0.0))]
     pairs.append((_log_rest(target), _log_rest(log_probs)))
@@ -94,24 +113,35 @@ def _log_rest(log_probs: Tensor) -> Tensor:
     return rest.clamp(min=torch.finfo(rest.dtype).eps).log()
 
 
-def divergences(
-    clean: Prediction, perturbed: Prediction, task: str, k_best: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the divergences of the intents and of the tags, (batch,) each; None if not trained.
+class CleanAnswers:
+    """The answers to what is not perturbed, which others are compared with.
 
-    The tags' one is the mean over an utterance's words; with a CRF and k_best, it is that of the
-    k-best sequences.
+    Args:
+        k_best: of VatSettings.
     """
-    of_intents = of_tags = None
-    if has_intents(task):
-        of_intents = kl(clean.intent_log_probs(), perturbed.intent_log_probs())
-    if has_tags(task) and clean.crf is not None and k_best:
-        of_tags = sequence_kl(clean, perturbed, k_best)
-    elif has_tags(task):
-        of_words = kl(clean.tag_log_probs(), perturbed.tag_log_probs())
-        of_words = torch.where(clean.word_mask, of_words, 0.0)
-        of_tags = of_words.sum(1) / clean.word_mask.sum(1)
-    return of_intents, of_tags
+
+    def __init__(self, prediction: Prediction, task: str, k_best: int) -> None:
+        self.prediction, self.task = prediction, task
+        by_sequence = has_tags(task) and prediction.crf is not None and k_best > 0
+        self.k_best = KBest.of(prediction, k_best) if by_sequence else None
+
+    def divergences(self, perturbed: Prediction) -> tuple[Tensor | None, Tensor | None]:
+        """Return those of the intents and of the tags, (batch,) each; None if not trained.
+
+        The tags' one is the mean over an utterance's words; with a CRF and k_best, it is that of
+        the k-best sequences.
+        """
+        clean = self.prediction
+        of_intents = of_tags = None
+        if has_intents(self.task):
+            of_intents = kl(clean.intent_log_probs(), perturbed.intent_log_probs())
+        if self.k_best is not None:
+            of_tags = sequence_kl(self.k_best, perturbed)
+        elif has_tags(self.task):
+            of_words = kl(clean.tag_log_probs(), perturbed.tag_log_probs())
+            of_words = torch.where(clean.word_mask, of_words, 0.0)
+            of_tags = of_words.sum(1) / clean.word_mask.sum(1)
+        return of_intents, of_tags
 
 
 def vat_loss(
@@ -127,10 +157,10 @@ def vat_loss(
     with without_dropout(model):
         embedded = model.embed(batch)
         with torch.no_grad():
-            clean = model.predict(embedded, batch)
+            clean = CleanAnswers(model.predict(embedded, batch), task, settings.k_best)
 
         def divergence(moved: Tensor) -> Tensor:
-            found = divergences(clean, model.predict(moved, batch), task, settings.k_best)
+            found = clean.divergences(model.predict(moved, batch))
             return torch.stack([each for each in found if each is not None]).sum(0)
 
         noise = torch.randn(embedded.shape, generator=generator, dtype=embedded.dtype, device="cpu")
@@ -143,5 +173,5 @@ def vat_loss(
             epsilon=settings.epsilon,
         )
         perturbed = model.predict(embedded + r_adv, batch)
-        found = divergences(clean, perturbed, task, settings.k_best)
+        found = clean.divergences(perturbed)
     return Losses(*(None if each is None else each.mean() for each in found))

@@ -100,10 +100,10 @@ def vat_direction(folder: Path) -> dict[str, float]:
     batch = model.batch([model.encode(text.split(), "") for text in TEXTS])
     embedded = model.embed(batch).detach()
     with torch.no_grad():
-        clean = model.predict(embedded, batch)
+        clean = vat.CleanAnswers(model.predict(embedded, batch), "both", 0)
 
     def divergence(moved: torch.Tensor) -> torch.Tensor:
-        intents, tags = vat.divergences(clean, model.predict(moved, batch), "both", 0)
+        intents, tags = clean.divergences(model.predict(moved, batch))
         assert intents is not None and tags is not None
         return intents + tags
 

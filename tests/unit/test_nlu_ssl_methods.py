@@ -121,6 +121,25 @@ def test_the_best_sequences_are_those_of_the_enumeration(
         assert not sequences[row, :, length:].any()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.01])
+def test_sums_over_paths_are_those_of_logsumexp(temperature: float) -> None:
+    """In fp32, also for values far apart, and for transitions that a product would lose."""
+    transitions = random_like((40, 40), 1).float() * 5 / temperature
+    values = random_like((8, 40), 2).float() * 30
+    found, expected = (
+        torch.autograd.functional.vjp(
+            lambda x, y, add=add: add(y)(x), (values, transitions), torch.ones(8, 40)
+        )
+        for add in (
+            bilstm_crf._sums_over,
+            lambda y: lambda x: (x.double().unsqueeze(2) + y.double()).logsumexp(1).float(),
+        )
+    )
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-4)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_crfs_gradients_are_numerical_ones(crf: LinearChainCrf, scores: Tensor) -> None:
     mask = mask_of(LENGTHS)
     tags = torch.tensor([[0, 1, 2, 1], [2, 0, 0, 0], [1, 0, 0, 0]])
@@ -276,10 +295,10 @@ def divergence_of(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     embedded = model.embed(batch).detach()
     with torch.no_grad():
-        clean = model.predict(embedded, batch)
+        clean = vat.CleanAnswers(model.predict(embedded, batch), "both", k_best)
 
     def divergence(moved: Tensor) -> Tensor:
-        of_both = vat.divergences(clean, model.predict(moved, batch), "both", k_best)
+        of_both = clean.divergences(model.predict(moved, batch))
         return torch.stack([each for each in of_both if each is not None]).sum(0)
 
     return embedded, divergence
@@ -335,7 +354,7 @@ def test_vats_perturbation_moves_answers_more_than_noise_of_its_size(model: BiLs
 def test_seqvat_is_the_divergence_of_the_enumerated_classes(crf: LinearChainCrf) -> None:
     clean, perturbed = prediction_of(crf, 1), prediction_of(crf, 11)
     for k in (1, 2, 5):
-        found = vat.sequence_kl(clean, perturbed, k)
+        found = vat.sequence_kl(vat.KBest.of(clean, k), perturbed)
         for row, length in enumerate(LENGTHS):
             p, q = (enumerated(crf, each.tags[row], length) for each in (clean, perturbed))
             best = sorted(p, key=p.__getitem__, reverse=True)[:k]
@@ -353,14 +372,16 @@ def test_seqvat_is_zero_without_a_perturbation_and_has_a_numerical_gradient(
     crf: LinearChainCrf,
 ) -> None:
     clean, perturbed = prediction_of(crf, 1), prediction_of(crf, 11)
-    assert vat.sequence_kl(clean, clean, 3).abs().max().item() < 1e-14
+    assert vat.sequence_kl(vat.KBest.of(clean, 3), clean).abs().max().item() < 1e-14
+
+    two = vat.KBest.of(clean, 2)
 
     def loss(tags: Tensor) -> Tensor:
-        return vat.sequence_kl(clean, dataclasses.replace(perturbed, tags=tags), 2)
+        return vat.sequence_kl(two, dataclasses.replace(perturbed, tags=tags))
 
     assert torch.autograd.gradcheck(loss, perturbed.tags)
     (grad,) = torch.autograd.grad(
-        vat.sequence_kl(clean, perturbed, 2).sum(), clean.tags, allow_unused=True
+        vat.sequence_kl(two, perturbed).sum(), clean.tags, allow_unused=True
     )
     assert grad is None
 
@@ -505,6 +526,28 @@ def test_a_saved_model_gives_the_same_logits(model: BiLstmCrf, tmp_path: Path) -
         bilstm_crf.load(tmp_path)
 
 
+def test_a_bilstm_layer_is_torchs_on_packed_sequences(model: BiLstmCrf) -> None:
+    layer, mask = model.second, mask_of((4, 1, 6))
+    theirs = torch.nn.LSTM(10, 5, batch_first=True, bidirectional=True).double()
+    theirs.load_state_dict(
+        {
+            f"{name}{ending}": param
+            for part, ending in ((layer.forwards, ""), (layer.backwards, "_reverse"))
+            for name, param in part.state_dict().items()
+        }
+    )
+    inputs = random_like((3, 6, 10), 1).requires_grad_()
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        inputs, mask.sum(1), batch_first=True, enforce_sorted=False
+    )
+    expected = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], batch_first=True)[0]
+    found = torch.cat(layer(inputs, mask), 2)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
+    weights = random_like(tuple(found.shape), 2)
+    grads = [torch.autograd.grad((each * weights).sum(), inputs) for each in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
+
+
 def test_the_crf_is_part_of_the_model(model: BiLstmCrf) -> None:
     # A class attribute of the same name would hide the module.
     assert isinstance(model.crf, LinearChainCrf)
@@ -516,6 +559,7 @@ def test_dropout_is_off_for_a_while_and_then_as_it_was(model: BiLstmCrf) -> None
     model.train()
     model.pooler.eval()
     with without_dropout(model):
-        assert not model.dropout.training and model.first.training
+        assert not model.dropout.training
+        assert model.first.forwards.training and model.first.backwards.training
     assert model.dropout.training and not model.pooler.training
     model.train()
