@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_adams.autoregister import behind, replace_everywhere
 
-SUPPORTED_MEGATRON = ">=0.17,<0.21"
+SUPPORTED_MEGATRON = ">=0.16,<0.21"
 
 _MISSING: Any = object()
 _WRAPPED_MARK = "__megatron_adams_original__"

@@ -3,7 +3,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import megatron.core
 import pytest
+from packaging.version import Version
 
 from tests.distributed import with_te
 from tests.harness.cluster import Cluster
@@ -67,8 +69,11 @@ def te_cluster(zygotes: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="session")
 def oldest_cluster(zygotes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """As `cluster`, with the oldest version of Megatron that is supported."""
+    """As `cluster`, with the oldest Megatron whose wheel has all that training needs."""
     requirements = min((Path(__file__).parents[1] / "versions").glob("*.txt"), key=_number)
+    if Version(megatron.core.__version__).release < (*_number(requirements),):
+        # What ranks of the newer one pickle, this process could not read.
+        pytest.skip(f"the installed Megatron is older than that of {requirements.name}")
     folder = Path(os.environ.get("MEGATRON_ADAMS_TEST_MEGATRONS", Path(sys.prefix) / "megatron"))
     installed = (folder / requirements.stem).resolve()
     if not (installed / "megatron").is_dir():

@@ -90,7 +90,7 @@ def judged(found: dict[str, Any], **answer: Any) -> dict[str, Status]:
     """The checks that the doctor makes of an answer."""
     whole = {
         "version": "0.19.2",
-        "supported": ">=0.17,<0.21",
+        "supported": ">=0.16,<0.21",
         "refused": None,
         "transformer_engine": "missing",
         "apex": "missing",

@@ -17,6 +17,8 @@ from tests.harness.compare import assert_continues
 CASES = "tests.distributed.version_cases"
 TRAIN = "tests.distributed.cases:train"
 LOAD = "tests.distributed.cases:load_plain"
+# Of these, a wheel has no megatron.training: `make test-versions` takes a checkout.
+WITHOUT_TRAINING = ["0.16"]
 
 
 def documented_differences() -> dict[str, set[str]]:
@@ -67,6 +69,12 @@ def test_method_that_names_no_tensors_of_adam_is_refused(cluster: Cluster) -> No
     assert said.startswith("UnsupportedMegatronError: ") and "cannot leave exp_avg_sq out" in said
 
 
+def test_captured_step_is_refused_where_megatron_has_none(cluster: Cluster) -> None:
+    said = cluster.run(f"{CASES}:captured_step_of_a_megatron_without").results[0]
+    assert said.startswith("optimizer_cuda_graph=True: this Megatron captures no")
+    assert "install megatron-core 0.17 or newer" in said
+
+
 @pytest.mark.parametrize("kind", ["--use-distributed-optimizer", "", "--bf16"])
 def test_groups_that_differ_in_learning_rates_alone_keep_theirs(
     cluster: Cluster, checkpoints: Path, kind: str
@@ -112,15 +120,28 @@ def test_oldest_version_saves_what_lies_behind_padded_buckets(
 
 
 def test_oldest_version_refuses_megatron_fsdp(oldest_cluster: Cluster) -> None:
+    assert_megatron_fsdp_refused(oldest_cluster)
+
+
+def test_megatron_fsdp_of_an_older_version_is_refused(cluster: Cluster) -> None:
+    if cluster.run(f"{CASES}:is_megatron_fsdp_stepped").results[0]:
+        pytest.skip("adams takes the Megatron-FSDP of this Megatron")
+    assert_megatron_fsdp_refused(cluster)
+
+
+def assert_megatron_fsdp_refused(cluster: Cluster) -> None:
     argv = "--optimizer adams --use-megatron-fsdp --ckpt-format fsdp_dtensor --train-iters 1"
-    run = oldest_cluster.run(TRAIN, 2, argv=argv, check=False)
+    run = cluster.run(TRAIN, 2, argv=argv, check=False)
     words = "--use-megatron-fsdp with --optimizer adams: this version of Megatron-FSDP keeps"
     assert run.codes == [1, 1]
     assert all(f"ValueError: {words}" in log for log in run.logs)
 
 
-def test_oldest_version_is_the_oldest_supported_one(oldest_cluster: Cluster) -> None:
+def test_oldest_version_is_the_oldest_supported_one_with_a_whole_wheel(
+    oldest_cluster: Cluster,
+) -> None:
     version = oldest_cluster.run(f"{CASES}:differences").results[0]["version"]
     hooks = (REPO / "megatron_adams" / "megatron" / "hooks.py").read_text()
-    oldest = re.findall(r'^SUPPORTED_MEGATRON = ">=([0-9.]+),<[0-9.]+"$', hooks, re.MULTILINE)
-    assert oldest == [".".join(version.split(".")[:2])]
+    [oldest] = re.findall(r'^SUPPORTED_MEGATRON = ">=0\.(\d+),<[0-9.]+"$', hooks, re.MULTILINE)
+    older = range(int(oldest), int(version.split(".")[1]))
+    assert [f"0.{minor}" for minor in older] == WITHOUT_TRAINING

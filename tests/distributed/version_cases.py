@@ -73,6 +73,19 @@ def padding_of(change: str) -> str:
     return "nothing"
 
 
+def captured_step_of_a_megatron_without() -> str:
+    """Ask a Megatron that captures no step (0.16) for it; return what the configuration raises."""
+    from megatron_adams.megatron import versions
+    from megatron_adams.megatron.config import AdamSOptimizerConfig
+
+    versions.CAPTURES_STEPS = False
+    try:
+        AdamSOptimizerConfig(lr=1e-3, optimizer_cuda_graph=True).finalize()
+    except ValueError as exc:
+        return str(exc)
+    return "nothing"
+
+
 def state_keys_without_a_constant() -> str:
     """Ask for Adam's tensors to be left out of a method that names none; return what it raises."""
     from megatron_adams.megatron import versions

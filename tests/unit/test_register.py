@@ -53,13 +53,13 @@ CHECK = Hook(Symbol(f"{HOME}.check"), louder)
 
 
 @pytest.mark.parametrize(
-    "version", ["0.17.0", "0.18.9+abc", "0.19.2+abc123", "0.19.0rc1", "0.19.10", "0.20.0rc0"]
+    "version", ["0.16.0", "0.18.9+abc", "0.19.2+abc123", "0.19.0rc1", "0.19.10", "0.20.0rc0"]
 )
 def test_supported_version_is_accepted(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.16.9+abc", "0.21.0", "0.21.0rc0", "1.0"])
+@pytest.mark.parametrize("version", ["0.15.3", "0.15.9+abc", "0.21.0", "0.21.0rc0", "1.0"])
 def test_other_version_is_refused_with_path_and_range(version: str) -> None:
     with pytest.raises(UnsupportedMegatronError) as refused:
         check_version(version)
