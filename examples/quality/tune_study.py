@@ -99,6 +99,7 @@ STUDIES = (
     StudySetting(CPU, "2k", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "8k", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "16k", "CPU study: 3 x 48, not tied", 3, 48, 512),
+    StudySetting(CPU, "64k", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "4k", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "long", "CPU study: 3 x 48, not tied", 3, 48, 512),
     StudySetting(CPU, "tied", "CPU study: 3 x 48, tied", 3, 48, 512, tied=True),
