@@ -219,6 +219,7 @@ def predictions(
     slots: Sequence[PredictSlots] = (),
     labels: Labels | None = None,
     aggregate: str = "mean",
+    start: int = 0,
 ) -> Iterator[Batch]:
     """Ask all members about utterances, a batch at a time.
 
@@ -226,6 +227,7 @@ def predictions(
         intents: the names of what the members' last axis counts.
         slots: members that tag slots.
         labels: of held-out utterances, in the order of the batches.
+        start: where the first utterance is in its set, for messages.
     Raises:
         ValueError: there are fewer than two members, or an answer is none.
     """
@@ -234,7 +236,7 @@ def predictions(
     place = 0
     for texts in batches:
         batch = _answers(members, texts, len(intents))
-        check_probabilities(batch.probabilities, f"utterances from {place} on")
+        check_probabilities(batch.probabilities, f"utterances from {start + place} on")
         part = slice(place, place + len(texts))
         if labels is not None:
             batch.columns["label"] = _intent_labels(labels, intents, part)

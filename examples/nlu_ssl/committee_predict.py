@@ -6,19 +6,22 @@
 Inputs: a folder with the models' folders, as train_ssl.py writes them; a pool; labelled utterances
 that no member was trained on. Outputs, in --out: pool.npz and held_out.npz, for select_pool.py
 --method committee; committee.py says what is in them. Of an utterance that a model cannot read, as
-it is too long, the model says that all labels are as likely, so that it is not admitted."""
+it is too long, the model says that all labels are as likely, so that it is not admitted.
+
+--ray-actors N has N processes of Ray answer the pool (ray_predict.py), with the same results."""
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nlu_teacher"))
 
 import joint
 import numpy as np
+import ray_predict
 import torch
-from committee import Labels, predictions, write_predictions
+from committee import Batch, Labels, predictions, write_predictions
 from joint import tagged_text
 from labelled import Malformed, read_jsonl
 from labels import Tagged, load_tagged
@@ -106,12 +109,28 @@ def load_members(folder: Path) -> list[Member]:
     return [Member(model) for model in models]
 
 
-def ask(members: Sequence[Member], pool: Path, held_out: Path, out: Path) -> tuple[int, int]:
+def _counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+    with tqdm(desc="the committee answers", unit="utt") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(batch.probabilities.shape[1])
+
+
+def ask(
+    models: Path, pool: Path, held_out: Path, out: Path, actors: int | None = None
+) -> tuple[int, int]:
     """Write pool.npz and held_out.npz, and return how many utterances each has.
 
+    Args:
+        models: the folder of the members' folders.
+        actors: processes of Ray that answer the pool; None answers it in this one.
     Raises:
-        ValueError: see `load_members` and committee.predictions; or a set cannot be read.
+        ValueError: see `load_members`, committee.predictions and ray_predict.check; or a set
+            cannot be read.
     """
+    if actors is not None:
+        ray_predict.check(actors)
+    members = load_members(models)
     out.mkdir(parents=True, exist_ok=True)
     labels = members[0].model.labels
     asked = [member.intents for member in members]
@@ -129,15 +148,12 @@ def ask(members: Sequence[Member], pool: Path, held_out: Path, out: Path) -> tup
         members=asked, batches=batches, intents=labels.intents, slots=slots, labels=answers
     )
     num_held_out = write_predictions(out / "held_out.npz", found, labels.intents)
-
-    def counted() -> Iterator[Sequence[str]]:
-        with tqdm(desc="the committee answers", unit="utt") as bar:
-            for batch in read_batches(pool, _BATCH):
-                yield batch
-                bar.update(len(batch))
-
-    found = predictions(members=asked, batches=counted(), intents=labels.intents, slots=slots)
-    return write_predictions(out / "pool.npz", found, labels.intents), num_held_out
+    if actors is None:
+        of_pool = read_batches(pool, _BATCH)
+        found = predictions(members=asked, batches=of_pool, intents=labels.intents, slots=slots)
+    else:
+        found = ray_predict.answers(models, pool, _BATCH, actors)
+    return write_predictions(out / "pool.npz", _counted(found), labels.intents), num_held_out
 
 
 def main() -> int:
@@ -147,13 +163,14 @@ def main() -> int:
     add("--models", type=Path, required=True, help="the folder of the models' folders")
     add("--pool", type=Path, required=True, help="of pool_prepare.py, or JSON lines")
     add("--held-out", type=Path, required=True, help="jsonl of labelled.py")
+    add("--ray-actors", type=int, metavar="N", help="processes of Ray that answer the pool")
     add("--out", type=Path, required=True)
 
     def program() -> None:
         args = parser.parse_args()
         torch.set_num_threads(1)
         joint.quiet_megatron()
-        counts = ask(load_members(args.models), args.pool, args.held_out, args.out)
+        counts = ask(args.models, args.pool, args.held_out, args.out, args.ray_actors)
         print(f"{counts[0]:,} utterances of the pool and {counts[1]:,} held-out ones")
 
     return exit_code_of(program)

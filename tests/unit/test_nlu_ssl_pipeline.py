@@ -3,8 +3,10 @@
 import itertools
 import json
 import random
+import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,8 +32,8 @@ from bilstm_crf import BiLstmCrf, Sizes  # noqa: E402
 from divide_corpus import Settings, divide  # noqa: E402
 from labels import LabelSet  # noqa: E402
 from method_rows import METHODS, read_rows  # noqa: E402
-from vocabulary import train as train_vocabulary  # noqa: E402
 
+from tests.unit.made_up_committee import write_members  # noqa: E402
 from tests.unit.made_up_text import write_text  # noqa: E402
 
 STEPS = EXAMPLE / "pipeline.toml"
@@ -213,13 +215,7 @@ def test_a_corpus_that_cannot_be_divided_is_refused(
 
 @pytest.fixture(scope="module")
 def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("members")
-    tokenizer = train_vocabulary(["play the song of ann", "stop it now"], 60)
-    labels = LabelSet(("Play", "Stop"), ("O", "B-name", "I-name"))
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        BiLstmCrf(Sizes(8, 8, 24), labels, tokenizer).save(folder / f"member-{seed}")
-    return folder
+    return write_members(tmp_path_factory.mktemp("members"))
 
 
 def test_a_member_answers_as_its_model_and_nothing_certain_where_it_cannot_read(
@@ -256,6 +252,66 @@ def test_members_that_are_no_committee_are_refused(members: Path, tmp_path: Path
     other.save(tmp_path / "b")
     with pytest.raises(ValueError, match=r"b has other labels than .*a: all members must have the"):
         committee_predict.load_members(tmp_path)
+
+
+def predict(monkeypatch: pytest.MonkeyPatch, members: Path, folder: Path, *more: str) -> int:
+    """Run committee_predict.py on a pool of three utterances and two held-out ones."""
+    texts = ("play it", "stop ann", "play the song")
+    pool, held_out = folder / "pool.jsonl", folder / "held_out.jsonl"
+    pool.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    known = [labelled.Utterance(text, "Play", ()) for text in ("play", "play ann")]
+    labelled.write_jsonl(held_out, known)
+    words = ["--models", members, "--pool", pool, "--held-out", held_out, "--out", folder / "out"]
+    monkeypatch.setattr(sys, "argv", ["committee_predict.py", *map(str, words), *more])
+    return committee_predict.main()
+
+
+def test_a_pool_is_answered_without_ray(
+    members: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With it, see tests/frameworks/test_ray_committee.py."""
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    assert predict(monkeypatch, members, tmp_path) == 0
+    said = capsys.readouterr()
+    assert "3 utterances of the pool and 2 held-out ones" in said.out
+    assert "the committee answers: 3utt" in said.err
+    with np.load(tmp_path / "out" / "pool.npz") as file:
+        assert file["probabilities"].shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("actors", "is_installed", "address", "said"),
+    [
+        ("0", True, None, "--ray-actors 0: must be 1 or more; leave it out for one process"),
+        ("2", False, None, r"--ray-actors 2: needs Ray Data, .*; pip install 'ray\[data\]'"),
+        (
+            "2",
+            True,
+            "127.0.0.1:1",
+            r"RAY_ADDRESS=127\.0\.0\.1:1: must be HOST:PORT .* none answers",
+        ),
+        ("2", True, "auto", r"RAY_ADDRESS=auto: must be HOST:PORT .*; correct it, or unset it"),
+    ],
+)
+def test_actors_that_cannot_be_are_refused_before_anything_is_read(
+    actors: str,
+    is_installed: bool,
+    address: str | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name) if is_installed else None)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert predict(monkeypatch, tmp_path / "no models", tmp_path, "--ray-actors", actors) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 # --- one command --------------------------------------------------------------------------------
