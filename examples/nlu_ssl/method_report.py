@@ -7,6 +7,10 @@ Inputs: folders of studies of train_ssl.py, and the labelled sets that they were
 report.md, table.csv (a row for each method, selection and size), guidelines.json, and methods.png.
 Runs that chose a rate, runs at other rates, and runs that diverged are left out.
 
+--pack writes each study's rows.csv and counts.npz to a folder of its name: what was wrong in each
+utterance of the test set, in the place of the answers. Such a folder is a --study, too, and gives
+the same report; results/study has those of the example.
+
 A comparison pairs runs on the same labelled utterances and with the same seed, and gives the
 relative change of an error, with the 95% percentile interval of a bootstrap over test utterances
 and few-shot subsets. It holds if the whole interval is on one side of zero, and is open otherwise.
@@ -31,6 +35,7 @@ import copy
 import csv
 import json
 import math
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -44,12 +49,22 @@ import numpy as np
 from finetune_rows import SWEEP, best_rate, named_path, read_answers
 from labels import Tagged, load_tagged
 from method_rows import METHODS, SUPERVISED, TAUGHT, Run, read_rows, run_of
-from metrics import Counts, Interval, count_all, estimate, metric, rates, relative_change
+from metrics import (
+    COLUMNS,
+    Counts,
+    Interval,
+    count_all,
+    estimate,
+    metric,
+    rates,
+    relative_change,
+)
 from pool_report import pool_section
 
 ERROR_OF = {"ic": "intent_error", "ner": "slot_error", "both": "frame_error"}
 MIN_SUBSETS = 5
 TOLERATED = 0.005  # half a point, by which AdamS may be worse than AdamW
+PACKED = "counts.npz"
 AS_GOOD = 0.10  # by which a cheaper method's error may be above the best one's
 
 Key = tuple[str, str, int]  # task, optimizer, shots
@@ -131,6 +146,8 @@ class Results:
             names = ", ".join(f"{study}/rows.csv" for study in studies)
             raise ValueError(f"{names}: {what}; train with train_ssl.py first")
         self._counts: dict[Run, Counts] = {}
+        for study in studies:
+            self._unpack(study)
 
     def of_every_second(self, first: int) -> "Results":
         """Return the same runs, judged by the utterances `first`, `first` + 2, and so on."""
@@ -144,6 +161,42 @@ class Results:
             path = self.study_of[run] / "predictions" / run.name / "test.jsonl"
             self._counts[run] = count_all(self.test, read_answers(path, self.test))
         return self._counts[run][self.places]
+
+    def _unpack(self, study: Path) -> None:
+        """Take the counts that `pack` has written for a study, if there are any."""
+        path = study / PACKED
+        if not path.is_file():
+            return
+        with np.load(path) as packed:
+            names, counts = packed["names"], packed["counts"].astype(np.float64)
+        labelled = count_all(self.test, self.test)
+        of_labels = [COLUMNS.index(name) for name in ("slots_labelled", "utterances")]
+        if counts.shape[1:] != labelled.shape or np.any(
+            counts[..., of_labels] != labelled[..., of_labels]
+        ):
+            what = f"{path}: is of another test set: must be of {len(self.test)} utterances with"
+            raise ValueError(f"{what} the slots of --labelled; name the one that it was made with")
+        by_name = dict(zip(names.tolist(), counts, strict=True))
+        mine = [run for run, folder in self.study_of.items() if folder == study]
+        self._counts |= {run: by_name[run.name] for run in mine if run.name in by_name}
+
+    def pack(self, study: Path, out: Path) -> None:
+        """Write a study's rows, and the counts of all its runs that are compared.
+
+        Raises:
+            ValueError: it has none, or an utterance has too many slots.
+        """
+        runs = [run for run in self.rows if self.study_of[run] == study]
+        if not runs:
+            raise ValueError(f"{study}: has no run to compare: must have some; leave it out")
+        counts = np.stack([self.counts(run) for run in runs])
+        if counts.max() > np.iinfo(np.uint8).max:
+            raise ValueError(f"{study}: an utterance has over 255 slots; leave --pack out")
+        out.mkdir(parents=True, exist_ok=True)
+        names = np.array([run.name for run in runs])
+        np.savez_compressed(out / PACKED, names=names, counts=counts.astype(np.uint8))
+        if out.resolve() != study.resolve():
+            shutil.copy(study / "rows.csv", out / "rows.csv")
 
     def groups(self) -> list[Key]:
         """Return the tasks, optimizers and shots that have runs."""
@@ -389,8 +442,9 @@ def _selections(names: Sequence[str], random_name: str) -> list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Optimizers:
-    """AdamS against AdamW for a candidate: the difference of the error, as a share of 1."""
+    """A form of AdamS against AdamW for a candidate: the error's difference, as a share of 1."""
 
+    optimizer: str
     task: str
     shots: int
     candidate: Candidate
@@ -409,17 +463,17 @@ class Optimizers:
 
 
 def optimizers(results: Results) -> list[Optimizers]:
-    """Compare AdamS with AdamW, each at its own rate, wherever both were run."""
+    """Compare AdamS's forms with AdamW, each at its own rate, wherever both were run."""
     found = []
     for task, optimizer, shots in results.groups():
-        mine, other = (task, "adams", shots), (task, "adamw", shots)
-        if optimizer != "adams":
+        mine, other = (task, optimizer, shots), (task, "adamw", shots)
+        if optimizer == "adamw":
             continue
         for candidate in results.candidates(mine):
             pairs = results.paired(mine, candidate, candidate, other)
             if pairs:
                 comparison = results.compare(pairs, ERROR_OF[task], difference)
-                found.append(Optimizers(task, shots, candidate, comparison))
+                found.append(Optimizers(optimizer, task, shots, candidate, comparison))
     return found
 
 
@@ -462,11 +516,13 @@ def write_report(
         )
     if compared := optimizers(results):
         text += ["", "## AdamS minus AdamW, in points of the error", ""]
-        text += ["| method, pool | task, shots | points | verdict |", "| --- | --- | --- | --- |"]
+        text += ["| optimizer | method, pool | task, shots | points | verdict |"]
+        text += ["| --- | --- | --- | --- | --- |"]
         for row in compared:
             points = str(row.comparison).replace("%", "")
             where = f"{row.task}, {row.shots or 'all'}"
-            text.append(f"| {name_of(row.candidate)} | {where} | {points} | {row.verdict} |")
+            cells = (row.optimizer, name_of(row.candidate), where, points, row.verdict)
+            text.append(f"| {' | '.join(cells)} |")
     text += ["", "## Guidelines", ""]
     for answer in answers:
         where = _key_name((answer["task"], answer["optimizer"], answer["shots"]))
@@ -543,6 +599,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     pools.add_argument("--mixed-in", type=Path, help="of divide_corpus.py")
     parser.add_argument("--out", type=Path, required=True, help="results")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FOLDER", help="of the studies without answers"
+    )
     args = parser.parse_args(argv)
     try:
         path = args.labelled / "test.jsonl"
@@ -554,6 +613,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = lines_of(results)
         answers = guidelines(results)
         report = write_report(results, lines, answers, args)
+        if args.pack is not None:
+            names = [study.resolve().name for study in args.study]
+            if len(set(names)) < len(names):
+                what = f"--pack: the studies {', '.join(names)}: must have names of their own"
+                raise ValueError(f"{what}; rename a folder")
+            for study, name in zip(args.study, names, strict=True):
+                results.pack(study, args.pack / name)
     except ValueError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nlu_teacher"))
 
+from finetune_rows import OPTIMIZERS
 from labelled import read_jsonl
 from method_rows import METHODS, SUPERVISED
 from method_use import AUTO, choose, read_guidelines
@@ -214,7 +215,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--guidelines", type=Path, default=GUIDELINES, help=f"of {AUTO} (those of results/)")
     add("--selection", choices=SELECTIONS, help="(as the guidelines say, or submodular)")
     add("--budget", type=int, help="utterances to select (as the guidelines say)")
-    add("--optimizer", choices=("adams", "adamw"), default="adams", help="(%(default)s)")
+    add("--optimizer", choices=OPTIMIZERS, default="adams", help="(%(default)s)")
     add("--rates", type=float, nargs="+", default=[5e-3, 1e-2], help="tried (%(default)s)")
     add("--steps", type=int, default=400, help="of a training, at most (%(default)s)")
     add("--min-count", type=int, default=5, help="submodular: of an n-gram (%(default)s)")

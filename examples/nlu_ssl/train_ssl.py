@@ -44,7 +44,7 @@ import torch
 import vocabulary
 from bilstm_crf import BiLstmCrf, Sizes
 from finetune_nlu import Data, Diverged, Start, read_data
-from finetune_rows import digest, keep_settings, write_answers
+from finetune_rows import OPTIMIZERS, digest, keep_settings, write_answers
 from joint import POOLINGS
 from labels import LabelSet, Tagged
 from losses_ssl import Temperatures, has_tags
@@ -459,7 +459,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--random", action="store_true", help="take the shape of the folder alone")
     add("--teacher", type=Path, help="a model's folder, in place of the supervised run's model")
     add("--out", type=Path, required=True, help="results")
-    add("--optimizer", nargs="+", choices=("adams", "adamw"), default=["adams"])
+    add("--optimizer", nargs="+", choices=OPTIMIZERS, default=["adams"])
     add("--rates", nargs="+", type=float, default=[2e-3], help="tried (%(default)s)")
     add("--shots", nargs="+", type=int, default=[20], help="of an intent; 0: all (%(default)s)")
     add("--pool-sizes", nargs="+", type=int, default=[0], help="0: all (%(default)s)")

@@ -25,7 +25,7 @@ import modeling_joint_nlu
 import numpy as np
 import torch
 import vocabulary
-from finetune_rows import kept_model
+from finetune_rows import OPTIMIZERS, kept_model
 from joint import Batch, JointModel
 from labels import load_tagged
 from modeling_joint_nlu import JointNluConfig, JointNluModel
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source.add_argument("--model", type=Path, help="a folder of a study's models/")
     source.add_argument("--study", type=Path, help="finetune_nlu.py's --out")
     add("--name", help="with --study: the name of the model there")
-    add("--optimizer", choices=("adams", "adamw"), default="adams", help="(%(default)s)")
+    add("--optimizer", choices=OPTIMIZERS, default="adams", help="(%(default)s)")
     add("--shots", type=int, default=20, help="of that model; 0: all (%(default)s)")
     add("--out", type=Path, required=True)
     add("--check", type=Path, required=True, help="a jsonl of utterances")

@@ -36,6 +36,7 @@ import torch
 import vocabulary
 from finetune_rows import (
     MODEL,
+    OPTIMIZERS,
     Plan,
     Run,
     append_row,
@@ -165,13 +166,14 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def make_optimizer(name: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return "adams" or "adamw"; vectors (biases, LayerNorms) have no weight decay."""
+    """Return one of OPTIMIZERS; vectors (biases, LayerNorms) have no weight decay."""
     groups = [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    kind = {"adams": AdamS, "adamw": torch.optim.AdamW}[name]
-    return kind(groups, lr=0.0, betas=BETAS, eps=1e-8)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=1e-8)
+    return AdamS(groups, lr=0.0, betas=BETAS, eps=1e-8, cautious=name == "adams-cautious")
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -477,7 +479,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="the folder of train.jsonl and the others")
     add("--also", action="append", default=[], metavar="SET=FILE", help="answer this jsonl, too")
     add("--out", type=Path, required=True, help="results")
-    add("--optimizers", nargs="+", choices=("adams", "adamw"), default=["adams"])
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adams"])
     add("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3], help="tried (%(default)s)")
     add("--shots", nargs="+", type=int, default=[20], help="of an intent; 0: all (%(default)s)")
     add("--subsets", type=int, default=5, help="few-shot subsets (%(default)s)")

@@ -24,6 +24,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from shared import run_table
 
+OPTIMIZERS = ("adams", "adams-cautious", "adamw")
+"""AdamS in the paper's form, with the cautious mask, and PyTorch's AdamW."""
+
 SWEEP = 1000
 """The few-shot subsets and seeds from here on choose the rates, and decide nothing else."""
 

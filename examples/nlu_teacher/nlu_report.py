@@ -26,7 +26,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from finetune_rows import SWEEP, Run, best_rate, is_at_edge, read_answers, read_rows, run_of
+from finetune_rows import (
+    OPTIMIZERS,
+    SWEEP,
+    Run,
+    best_rate,
+    is_at_edge,
+    read_answers,
+    read_rows,
+    run_of,
+)
 from labels import Tagged, load_tagged
 from metrics import Counts, Interval, count_all, estimate, metric, relative_change
 from simulate_assistant import abandoned_rate, unsatisfied_rate
@@ -292,10 +301,13 @@ def models_table(study: Study) -> str:
 
 
 def optimizers_table(study: Study) -> str:
-    """Return AdamS against AdamW, each at its own best rate; empty if one has no runs."""
+    """Return AdamS's forms against AdamW, each at its own best rate; empty without both."""
     rows = []
-    for model, shots in dict.fromkeys((run.model, run.shots) for run in study.runs):
-        mine = partial(_of, model=model, optimizer="adams", shots=shots)
+    settings = dict.fromkeys((run.model, run.optimizer, run.shots) for run in study.runs)
+    for model, optimizer, shots in settings:
+        if optimizer == "adamw":
+            continue
+        mine = partial(_of, model=model, optimizer=optimizer, shots=shots)
         other = partial(_of, model=model, optimizer="adamw", shots=shots)
         if pairs := study.pairs(mine, other):
             first = next(iter(pairs.values()))[0]
@@ -304,12 +316,13 @@ def optimizers_table(study: Study) -> str:
                 percent(study.change(pairs, name)) for name in ("intent_error", "slot_error")
             ]
             count = f"{len(pairs)} x {_seeds(pairs)}"
-            rows.append([model, shots_name(shots), count, *changes, *states])
+            rows.append([model, optimizer, shots_name(shots), count, *changes, *states])
     if not rows:
         return ""
     return table(
         (
             "model",
+            "optimizer",
             "shots",
             "subsets x seeds",
             "intent error, %",
@@ -399,14 +412,20 @@ def draw(path: Path, study: Study, figures: Sequence[Figure]) -> None:
     left.set_yticks(range(len(shown)), labels)
     left.set_xlabel("change of the errors in percent, 95% interval (orange: the claim holds)")
     models = list(dict.fromkeys(run.model for run in study.runs))
-    markers = {"adams": ("o", "#D55E00"), "adamw": ("x", "#000000")}
+    markers = {
+        "adams": ("o", "#D55E00"),
+        "adams-cautious": ("^", "#009E73"),
+        "adamw": ("x", "#000000"),
+    }
     for run in study.runs:
         marker, color = markers[run.optimizer]
         error = 100 * float(study.row_of[run]["slot_error"])
         offset = 0.12 if run.optimizer == "adamw" else -0.12
         right.plot([models.index(run.model) + offset], [error], marker, color=color, alpha=0.6)
     right.set_xticks(range(len(models)), models, rotation=30)
-    right.set_ylabel("slot error in percent, a run a point (circles AdamS, crosses AdamW)")
+    right.set_ylabel(
+        "slot error in percent, a run a point\n(circles AdamS, triangles cautious, crosses AdamW)"
+    )
     picture.tight_layout()
     picture.savefig(path, dpi=110)
     plt.close(picture)
@@ -457,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True)
     default = Path(__file__).with_name("claims.toml")
     add("--claims", type=Path, default=default, help="(this example's claims.toml)")
-    add("--optimizer", choices=("adams", "adamw"), default="adams", help="(%(default)s)")
+    add("--optimizer", choices=OPTIMIZERS, default="adams", help="(%(default)s)")
     add("--benchmark", action="append", default=[], metavar="MODEL=FILE")
     args = parser.parse_args(argv)
     try:

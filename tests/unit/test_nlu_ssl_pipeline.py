@@ -70,22 +70,34 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the steps ----------------------------------------------------------------------------------
 
 
+RECIPE = pipeline.FOLDER / "recipe.toml"
+VARIABLES = {"work": Path("/nowhere"), "labelled": ["--format", "snips"], "recipe": RECIPE}
+
+
 @pytest.mark.parametrize("size", [None, "quick", "full"])
 def test_the_steps_follow_each_other(size: str | None) -> None:
-    variables = {"work": Path("/nowhere"), "labelled": ["--format", "snips"]}
-    steps = pipeline.load_steps(STEPS, variables, size=size)
+    steps = pipeline.load_steps(STEPS, VARIABLES, size=size)
     assert not [word for step in steps for word in step.command if "$" in word]
     assert all((EXAMPLE / step.command[0]).is_file() for step in steps)
     needs = pipeline.needed(steps)
-    studies = {"ic", "ner"} | ({"adamw"} if size == "full" else set())
+    is_full = size == "full"
+    studies = {"ic", "ner"} | ({"adamw", "cautious"} if is_full else set())
     assert studies < needs["report"]
     commands = {step.name: step.command for step in steps}
-    assert set(commands) - studies == {
+    encoder = {"vocabulary", "stage1-data", "stage2-data", "leak-check", "stage1", "stage2"}
+    encoder |= {"encoder", "encoder-report"}
+    assert set(commands) - studies - (encoder if is_full else set()) == {
         *("public-text", "labelled", "corpus", "divide", "prepare", "members", "random"),
         *("submodular", "committee-predictions", "committee", "report"),
     }
-    for name in studies:
-        assert {"divide", "prepare", "random"} <= needs[name]
+    if is_full:
+        # The encoder has read the pool, and no utterance that is evaluated on.
+        assert needs["stage2"] == {"stage2-data", "leak-check", "stage1"}
+        assert needs["leak-check"] >= {"vocabulary", "stage1-data", "stage2-data", "divide"}
+        assert needs["encoder"] == {"divide", "random", "stage2"}
+        assert needs["encoder-report"] == {"divide", "encoder"}
+    for name in studies | ({"encoder"} if is_full else set()):
+        assert {"divide", "random"} <= needs[name]
         args = train_ssl._parser().parse_args(commands[name][1:])
         train_ssl.check_arguments(args)
         assert args.method == list(METHODS)
@@ -93,7 +105,7 @@ def test_the_steps_follow_each_other(size: str | None) -> None:
 
 
 def plan_of(name: str, size: str | None) -> train_ssl.Plan:
-    steps = pipeline.load_steps(STEPS, {"work": Path("/w"), "labelled": []}, size=size)
+    steps = pipeline.load_steps(STEPS, VARIABLES, size=size)
     (command,) = (step.command for step in steps if step.name == name)
     args = train_ssl._parser().parse_args(command[1:])
     pools = tuple(each.partition("=")[0] for each in args.pool)
@@ -114,15 +126,21 @@ def test_the_full_study_has_what_the_question_asks_for() -> None:
         assert plan.selections == ("random", "submodular", "committee")
         assert len(plan.shots) == len(plan.pool_sizes) == 2 and plan.subsets >= 5
         assert len(plan.rates) > 1
-    adamw = plan_of("adamw", "full")
-    assert adamw.optimizers == ("adamw",) and adamw.rates == plan.rates
-    # AdamS has the same runs, so that the report can pair them.
-    assert set(adamw.pool_sizes) <= set(plan.pool_sizes) and adamw.shots == plan.shots
+    for name, optimizer in (("adamw", "adamw"), ("cautious", "adams-cautious")):
+        other = plan_of(name, "full")
+        assert other.optimizers == (optimizer,) and other.rates == plan.rates
+        # AdamS has the same runs, so that the report can pair them.
+        assert set(other.pool_sizes) <= set(plan.pool_sizes) and other.shots == plan.shots
+    encoder = plan_of("encoder", "full")
+    assert encoder.tasks == other.tasks == ("ic", "ner")
+    assert encoder.pools("pl") == other.pools("pl")
     # README.md says how many runs these are.
-    numbers = [plan_of(name, "full").num_runs() for name in ("ic", "ner", "adamw")]
-    assert numbers == [310, 310, 220]
-    text = (EXAMPLE / "README.md").read_text()
-    assert "840 runs: 310 for intents, 310 for slots, 220\nwith AdamW" in text
+    names = ("ic", "ner", "adamw", "cautious", "encoder")
+    assert [plan_of(name, "full").num_runs() for name in names] == [330, 330, 260, 260, 260]
+    text = " ".join((EXAMPLE / "README.md").read_text().split())
+    said = "1,440 runs: 330 for intents, 330 for slots, 260 each with AdamW, with AdamS's cautious "
+    said += "form, and with the encoder"
+    assert said in text
 
 
 @pytest.mark.timeout(900)  # 12 processes that import torch

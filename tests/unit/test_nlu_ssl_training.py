@@ -21,11 +21,13 @@ for example in ("nlu_ssl", "nlu_teacher"):
     sys.path.append(str(ROOT / "examples" / example))
 
 import conll  # noqa: E402  (the example's files import each other by name)
+import finetune_nlu  # noqa: E402
 import labelled  # noqa: E402
 import method_training  # noqa: E402
 import method_use  # noqa: E402
 import torch  # noqa: E402
 import train_ssl  # noqa: E402
+from finetune_rows import OPTIMIZERS  # noqa: E402
 from labels import LabelSet, Tagged, tag  # noqa: E402
 from losses_ssl import Temperatures  # noqa: E402
 from method_rows import Plan, Run, best_rate, read_rows  # noqa: E402
@@ -337,6 +339,25 @@ def test_a_sweep_that_is_not_complete_chooses_no_rate_of_fewer_runs() -> None:
     sweep = plan.sweep(setting)
     scores = dict.fromkeys(sweep[:3], 0.5) | {sweep[1]: 0.1}
     assert best_rate(scores, setting) == sweep[0].lr  # the other has one run of two
+
+
+def test_the_cautious_form_leaves_an_element_that_would_go_against_its_gradient() -> None:
+    moved = {}
+    for name in OPTIMIZERS:
+        param = torch.nn.Parameter(torch.ones(2, dtype=torch.float64, device="cpu"))
+        optimizer = finetune_nlu.make_optimizer(name, [param])
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        for grad in ([1.0, 1.0], [-0.1, 1.0]):
+            before = param.detach().clone()
+            param.grad = torch.tensor(grad, dtype=torch.float64, device="cpu")
+            optimizer.step()
+        moved[name] = (param.detach() != before).tolist()
+    assert moved == {
+        "adams": [True, True],
+        "adams-cautious": [False, True],
+        "adamw": [True, True],
+    }
 
 
 def test_names_of_runs_differ() -> None:
