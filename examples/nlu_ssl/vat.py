@@ -96,21 +96,22 @@ def sequence_kl(clean: KBest, perturbed: Prediction) -> Tensor:
 
     The classes are the k sequences that the clean one finds most likely, and all others together.
     It is at most the divergence over all sequences. No gradient goes to the clean one.
+
+    If there are fewer than k sequences, the target of the missing ones is -inf, whose term `kl`
+    takes as 0, and that of all others together is a rounding, whose term is as small.
     """
     assert perturbed.crf is not None
     log_probs = perturbed.crf.log_prob(perturbed.tags, perturbed.word_mask, clean.sequences)
-    exists, target = clean.log_probs.isfinite(), clean.log_probs
-    log_probs = torch.where(exists, log_probs, -torch.inf)
-    # Where a sequence does not exist, its target is -inf: `kl` takes the term as 0.
-    pairs = [(target, torch.where(exists, log_probs, 0.0))]
-    pairs.append((_log_rest(target), _log_rest(log_probs)))
-    return kl(*(torch.cat(each, dim=1) for each in zip(*pairs, strict=True)))
+    return kl(_with_rest(clean.log_probs), _with_rest(log_probs))
 
 
-def _log_rest(log_probs: Tensor) -> Tensor:
-    """Return log(1 - sum of the probabilities), (batch, 1); its rounding is the least of it."""
-    rest = -torch.expm1(log_probs.logsumexp(1, keepdim=True).clamp(max=0.0))
-    return rest.clamp(min=torch.finfo(rest.dtype).eps).log()
+def _with_rest(log_probs: Tensor) -> Tensor:
+    """Append log(1 - sum of the probabilities): (batch, k) gives (batch, k + 1).
+
+    The sum may be rounded to 1, or to more: the rest is at least its rounding.
+    """
+    rest = -torch.expm1(log_probs.logsumexp(1, keepdim=True))
+    return torch.cat((log_probs, rest.clamp(min=torch.finfo(rest.dtype).eps).log()), dim=1)
 
 
 class CleanAnswers:

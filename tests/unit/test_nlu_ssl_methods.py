@@ -368,6 +368,43 @@ def test_seqvat_is_the_divergence_of_the_enumerated_classes(crf: LinearChainCrf)
             assert -1e-12 < found[row].item() <= whole + 1e-11
 
 
+@pytest.mark.parametrize("with_crf", [True, False])
+def test_divergences_of_marginals_are_means_over_an_utterances_words(
+    crf: LinearChainCrf, with_crf: bool
+) -> None:
+    clean, perturbed = (prediction_of(crf if with_crf else None, seed) for seed in (1, 11))
+    # Without a CRF nobody asks for the k best sequences.
+    k_best = 0 if with_crf else 3
+    of_intents, of_tags = vat.CleanAnswers(clean, "both", k_best).divergences(perturbed)
+    assert of_intents is not None and of_tags is not None
+    for row, length in enumerate(LENGTHS):
+        tags = (each.tag_log_probs()[row, :length] for each in (clean, perturbed))
+        expected = losses_ssl.kl(*tags).mean()
+        torch.testing.assert_close(of_tags[row], expected, rtol=1e-12, atol=0)
+        intents = (each.intents[row].log_softmax(0) for each in (clean, perturbed))
+        torch.testing.assert_close(of_intents[row], losses_ssl.kl(*intents), rtol=1e-12, atol=0)
+    for task, found in (("ic", [True, False]), ("ner", [False, True])):
+        answers = vat.CleanAnswers(clean, task, k_best).divergences(perturbed)
+        assert [each is not None for each in answers] == found
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    values, mask = torch.zeros((2, 3, 4), **F64), mask_of((3, 1))
+    values[1] = 1.0
+    found = vat.unit(values, mask)
+    assert not found[0].any() and not found[1, 1:].any()
+    assert found[1, 0].norm().item() == pytest.approx(1.0)
+
+
+def test_the_rest_is_never_less_than_its_rounding() -> None:
+    half = math.log(0.5)
+    sums = torch.tensor([[half, half + 1e-15], [half, half], [half, math.log(0.25)]], **F64)
+    found = vat._with_rest(sums)
+    assert torch.equal(found[:, :2], sums)
+    rounding = math.log(torch.finfo(torch.float64).eps)
+    assert found[:, 2].tolist() == pytest.approx([rounding, rounding, math.log(0.25)])
+
+
 def test_seqvat_is_zero_without_a_perturbation_and_has_a_numerical_gradient(
     crf: LinearChainCrf,
 ) -> None:
@@ -380,6 +417,16 @@ def test_seqvat_is_zero_without_a_perturbation_and_has_a_numerical_gradient(
         return vat.sequence_kl(two, dataclasses.replace(perturbed, tags=tags))
 
     assert torch.autograd.gradcheck(loss, perturbed.tags)
+    # One word has three sequences: its gradient is that of the divergence over all of them.
+    (of_five,) = torch.autograd.grad(
+        vat.sequence_kl(vat.KBest.of(clean, 5), perturbed)[1], perturbed.tags
+    )
+    place = LENGTHS.index(1)
+    p, q = (
+        (each.tags[place, 0] + crf.start + crf.end).log_softmax(-1) for each in (clean, perturbed)
+    )
+    (of_all,) = torch.autograd.grad(losses_ssl.kl(p, q), perturbed.tags)
+    torch.testing.assert_close(of_five, of_all, rtol=0, atol=1e-12)
     (grad,) = torch.autograd.grad(
         vat.sequence_kl(two, perturbed).sum(), clean.tags, allow_unused=True
     )
@@ -468,6 +515,17 @@ def test_cvts_losses_are_divergences_from_the_full_view(model: BiLstmCrf) -> Non
             p = full.intent_log_probs().exp()
             expected = (p * (p.log() - intents[name])).sum(-1).mean().item()
             assert losses.intents.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("task", ["ic", "ner"])
+def test_a_task_has_its_auxiliary_heads_alone(model: BiLstmCrf, task: str) -> None:
+    heads = cvt.AuxiliaryHeads(model, task).double()
+    of_tags, of_intents = (len(each) for each in (heads.tags, heads.intents))
+    assert (of_tags, of_intents) == {"ic": (0, 2), "ner": (4, 0)}[task]
+    found = cvt.cvt_losses(model, heads, batch_of(model))
+    assert len(found) == of_tags + of_intents
+    for losses in found.values():
+        assert (losses.intents is None, losses.tags is None) == (task == "ner", task == "ic")
 
 
 def test_cvt_teaches_what_the_views_share_and_not_the_full_views_heads(model: BiLstmCrf) -> None:
