@@ -122,7 +122,9 @@ def test_the_files_have_the_figures(study: report.Study, tmp_path: Path) -> None
     row = next(line for line in text.splitlines() if line.startswith("| two over one"))
     assert "| -3.86 | -50.0 [" in row and row.endswith("| 5 x 2 | holds |")
     # AdamS has twice AdamW's errors here, at the same number of slots.
-    adams = next(line for line in text.splitlines() if line.startswith("| T1 | adams | 20 | 5 x 2 |"))
+    adams = next(
+        line for line in text.splitlines() if line.startswith("| T1 | adams | 20 | 5 x 2 |")
+    )
     assert "| +100.0 [" in adams and adams.endswith("| 8 | 8 |")
     assert "| S | 99 | 1,234 | 1.50 | 2.00 | 7 |" in text
     assert "0.001, an edge" in text

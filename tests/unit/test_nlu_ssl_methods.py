@@ -126,6 +126,8 @@ def test_sums_over_paths_are_those_of_logsumexp(temperature: float) -> None:
     """In fp32, also for values far apart, and for transitions that a product would lose."""
     transitions = random_like((40, 40), 1).float() * 5 / temperature
     values = random_like((8, 40), 2).float() * 30
+    values[0] += 1000.0
+    values[1] -= 1000.0
     found, expected = (
         torch.autograd.functional.vjp(
             lambda x, y, add=add: add(y)(x), (values, transitions), torch.ones(8, 40)
@@ -261,6 +263,13 @@ def test_a_task_has_its_losses_alone(crf: LinearChainCrf, task: str) -> None:
             "ner": (False, True),
             "both": (True, True),
         }[task]
+
+
+def test_padding_may_hold_what_is_no_number() -> None:
+    values, mask = random_like((2, 3), 1), mask_of((3, 1))
+    expected = (values[0].sum() + values[1, 0]) / 4
+    found = losses_ssl.mean_of_words(values.masked_fill(~mask, math.nan), mask)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
 
 
 def test_no_gradient_goes_to_what_is_imitated() -> None:
@@ -578,6 +587,7 @@ def test_a_saved_model_gives_the_same_logits(model: BiLstmCrf, tmp_path: Path) -
     single.save(tmp_path)
     loaded = bilstm_crf.load(tmp_path)
     batch = batch_of(single)
+    assert not loaded.training
     assert torch.equal(loaded(batch).tag_log_probs(), single.eval()(batch).tag_log_probs())
     (tmp_path / "labels.json").unlink()
     with pytest.raises(ValueError, match=r"must be a folder that train_ssl\.py wrote"):
