@@ -1,6 +1,7 @@
 """`update` against the paper: a float64 NumPy loop, golden steps, the bound, shard equality."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_adams.update import adams_update_, exp_avg_dtype, update_bound
 
+ROOT = Path(__file__).resolve().parents[2]
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FORMS = [(correction, decoupled) for correction in (False, True) for decoupled in (True, False)]
@@ -319,6 +321,20 @@ def test_coordinate_without_gradient_keeps_moving_by_092_lr_until_eps():
     # 0.9^175 = 1e-8 = eps: from there on it dies out.
     assert moves[174] < 0.6
     assert moves[299] < 1e-4
+
+
+@pytest.mark.parametrize("gradient", ["1e-2", "1e-4", "1e-6"])
+def test_the_documented_way_of_an_element_after_a_single_gradient(gradient):
+    first, zero = torch.tensor([float(gradient)], dtype=torch.float64), torch.zeros(1).double()
+    grads = [first] + [zero] * 400
+    found = [-run(zero, grads, lr=1.0, cautious=cautious)[0].item() for cautious in (False, True)]
+    param = torch.nn.Parameter(zero.clone())
+    adamw = torch.optim.AdamW([param], lr=1.0, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0)
+    for param.grad in grads:
+        adamw.step()
+    found.append(-param.item())
+    row = f"| {gradient} | " + " | ".join(f"{way:.1f} lr" for way in found) + " |"
+    assert row in (ROOT / "docs" / "hyperparameters.md").read_text().splitlines()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
