@@ -18,6 +18,7 @@ error rate has the same quotient.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from labels import Tagged
@@ -111,9 +112,16 @@ ROUNDS = 2000
 LEVEL = 0.95
 
 
-def _draws(rng: np.random.Generator, num: int, rounds: int) -> Counts:
-    """Return how often each of `num` is drawn in `num` draws, (rounds, num)."""
-    return rng.multinomial(num, np.full(num, 1 / num), rounds).astype(np.float64)
+@lru_cache(maxsize=8)
+def _draws(seed: int, nums: tuple[int, ...], rounds: int) -> list[Counts]:
+    """Return how often each of `num` is drawn in `num` draws, (rounds, num), for each of `nums`.
+
+    They take longer than the rest of `resample`, and a report has them for hundreds of estimates.
+    """
+    rng = np.random.default_rng(seed)
+    return [
+        rng.multinomial(num, np.full(num, 1 / num), rounds).astype(np.float64) for num in nums
+    ]
 
 
 def resample(
@@ -133,10 +141,7 @@ def resample(
         runs: groups of runs; a run's counts are (..., utterances, columns).
         statistic: takes the mean over runs of the sums, (rounds, ..., columns).
     """
-    rng = np.random.default_rng(seed)
-    num_utterances = runs[0][0].shape[-2]
-    draws = _draws(rng, num_utterances, rounds)
-    groups = _draws(rng, len(runs), rounds)
+    draws, groups = _draws(seed, (runs[0][0].shape[-2], len(runs)), rounds)
     # (rounds, utterances) @ (..., utterances, columns), with the rounds in front afterwards.
     sums = np.stack(
         [np.mean([np.moveaxis(draws @ run, -2, 0) for run in group], axis=0) for group in runs]
