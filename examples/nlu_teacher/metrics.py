@@ -119,9 +119,7 @@ def _draws(seed: int, nums: tuple[int, ...], rounds: int) -> list[Counts]:
     They take longer than the rest of `resample`, and a report has them for hundreds of estimates.
     """
     rng = np.random.default_rng(seed)
-    return [
-        rng.multinomial(num, np.full(num, 1 / num), rounds).astype(np.float64) for num in nums
-    ]
+    return [rng.multinomial(num, np.full(num, 1 / num), rounds).astype(np.float64) for num in nums]
 
 
 def resample(
