@@ -623,6 +623,19 @@ def test_the_crf_is_part_of_the_model(model: BiLstmCrf) -> None:
     assert "crf" in names and model(batch_of(model)).crf is model.crf
 
 
+def test_answers_are_without_dropout(model: BiLstmCrf) -> None:
+    encoded = [model.encode(text.split(), "") for text in TEXTS]
+    rate, found = model.dropout.p, []
+    model.dropout.p = 0.5
+    for mode in (False, True):
+        model.train(mode)
+        found.append([answer.intents for _, answer in model.predictions(encoded)])
+        assert model.training == mode
+    model.dropout.p = rate
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_dropout_is_off_for_a_while_and_then_as_it_was(model: BiLstmCrf) -> None:
     model.train()
     model.pooler.eval()
