@@ -94,6 +94,20 @@ def states(model: EncoderModel, encoded: Encoded) -> dict[str, Any]:
     }
 
 
+def padded_views(folder: Path) -> dict[str, float]:
+    """Return how far each view of the intent of an utterance is from that of it alone."""
+    model = encoder_model(folder, "rope").double()
+    long, short = (model.encode(text.split(), "") for text in ("play the song of ann", "stop"))
+    beside, alone = (model.batch(each) for each in ([long, short], [short]))
+    with torch.no_grad():
+        found, expected = (model.views(model.embed(each), each) for each in (beside, alone))
+    return {
+        name: (found[name].whole[-1] - view.whole[-1]).abs().max().item()
+        for name, view in expected.items()
+        if view.whole is not None
+    }
+
+
 def vat_direction(folder: Path) -> dict[str, float]:
     """Compare r_adv with the gradient by finite differences, in float64, and with noise."""
     model = encoder_model(folder, "rope").double()
@@ -165,6 +179,7 @@ def run(folder: Path) -> None:
     found = {
         "forward_difference": forward_difference(folder),
         "views": views(folder),
+        "padded_views": padded_views(folder),
         "vat_direction": vat_direction(folder),
         "command": command(folder),
     }

@@ -555,6 +555,11 @@ def test_the_encoders_views_see_the_sub_words_that_they_may(found: Any) -> None:
         assert all(each["equal"] != each["seen"] for each in mine), name
 
 
+def test_the_encoders_views_of_the_intent_do_not_see_padding(found: Any) -> None:
+    assert found["padded_views"].keys() == {"forward", "backward"}
+    assert max(found["padded_views"].values()) < 1e-12
+
+
 def test_vats_direction_for_the_encoder_is_that_of_finite_differences(found: Any) -> None:
     # As a share of the embeddings' norm, of which r_adv has 0.2.
     assert found["vat_direction"]["difference"] < 1e-5
