@@ -609,15 +609,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{path}: no such file: must be the study's; write it with labelled.py"
             )
+        names = [study.resolve().name for study in args.study]
+        if args.pack is not None and len(set(names)) < len(names):
+            what = f"--pack: the studies {', '.join(names)}: must have names of their own"
+            raise ValueError(f"{what}; rename a folder")
         results = Results(args.study, load_tagged(path))
         lines = lines_of(results)
         answers = guidelines(results)
         report = write_report(results, lines, answers, args)
         if args.pack is not None:
-            names = [study.resolve().name for study in args.study]
-            if len(set(names)) < len(names):
-                what = f"--pack: the studies {', '.join(names)}: must have names of their own"
-                raise ValueError(f"{what}; rename a folder")
             for study, name in zip(args.study, names, strict=True):
                 results.pack(study, args.pack / name)
     except ValueError as exc:
